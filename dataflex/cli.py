@@ -1,0 +1,234 @@
+"""The `dataflex` command. What a verb needs is imported when it runs, so that `--help` takes no time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dataflex import distributed
+from dataflex.errors import CorruptionError, DataflexError, MismatchError
+
+if TYPE_CHECKING:
+    from dataflex.config import Settings
+
+log = logging.getLogger(__name__)
+
+app = typer.Typer(
+    name="dataflex",
+    help="Featurize a training set once; select from it while training with LLaMA-Factory.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+)
+store_app = typer.Typer(help="Look at stores of features.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(store_app, name="store")
+
+RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file: LLaMA-Factory's keys and DataFlex's.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Win over the file; dotted keys reach into mappings."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Root = Annotated[str | None, typer.Option(help="Path or URL; default: as for a run file that names no store.")]
+Name = Annotated[str, typer.Argument(metavar="STORE", help="Name of a store, or how it begins.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit; an error that people can act on prints its text and no traceback."""
+    try:
+        app(args=arguments, prog_name="dataflex")
+    except DataflexError as error:
+        print(f"dataflex: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.callback()
+def options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, on every process.")] = False,
+) -> None:
+    """Set up logging: rank 0 says what is done, the others only what is wrong."""
+    level = logging.INFO if distributed.is_main() and not quiet else logging.WARNING
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("dataflex").setLevel(logging.DEBUG if verbose else level)
+    # As under torchrun's -m, so that modules beside the run file's command are found either way; last, to hide nothing.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+
+
+@app.command()
+def featurize(run: RunFile, overrides: Overrides = None) -> None:
+    """Compute into the stores what the run's method will ask for; interrupted, it goes on where it stopped."""
+    settings = _started(run, overrides)
+    from dataflex.pipelines.featurize import featurize
+
+    featurize(settings)
+
+
+@app.command()
+def train(run: RunFile, overrides: Overrides = None) -> None:
+    """Train with LLaMA-Factory, the rows of every round chosen by the run's method."""
+    settings = _started(run, overrides)
+    from dataflex.pipelines.train import train
+
+    train(settings)
+
+
+@app.command()
+def select(
+    run: RunFile,
+    num: Annotated[int, typer.Option(min=1, help="Rows to choose.")],
+    output: Annotated[Path, typer.Option(help="JSON file to write; its registration and a Parquet go beside it.")],
+    overrides: Overrides = None,
+) -> None:
+    """Choose rows once, without training on them, and write them as a dataset of LLaMA-Factory."""
+    settings = _settings(run, overrides)
+    from dataflex.pipelines.select import select
+
+    select(settings, num, output)
+
+
+@app.command()
+def validate(run: RunFile, overrides: Overrides = None) -> None:
+    """Check a run file and say what follows from it; imports neither torch nor LLaMA-Factory."""
+    settings = _settings(run, overrides)
+    from dataflex.config.summary import summary
+
+    print("\n".join(summary(settings)))
+
+
+@app.command("ls")
+def list_methods(as_json: Json = False) -> None:
+    """List the methods with their parameters and defaults."""
+    from dataflex.config.methods import methods, table
+
+    found = methods()
+    _print(found, as_json, table(found))
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of DataFlex and of what it stands on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from dataflex import __version__
+
+    print(f"dataflex {__version__}")
+    print(f"python {sys.version.partition(' ')[0]}")
+    for name in (
+        "llamafactory",
+        "transformers",
+        "torch",
+        "accelerate",
+        "peft",
+        "datasets",
+        "pyarrow",
+        "faiss-cpu",
+        "faiss-gpu",
+        "deepspeed",
+    ):
+        try:
+            print(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name} not installed")
+
+
+@store_app.command("ls")
+def list_stores(root: Root = None, as_json: Json = False) -> None:
+    """List the stores: name, rows, bytes."""
+    where, stores = _stores(root)
+    found = [_about(store) for store in stores]
+    lines = [f"{s['rows']:>12,} rows {s['bytes']:>15,} bytes  {s['storage']:<7}  {s['name']}" for s in found]
+    _print(found, as_json, lines or [f"no stores under {where}"])
+
+
+@store_app.command("show")
+def show_store(name: Name, root: Root = None, as_json: Json = False) -> None:
+    """Show a store's recipe: everything but the row that its values depend on."""
+    import json
+
+    where, stores = _stores(root)
+    names = [store.folder for store in stores]
+    matching = [store for store in stores if store.folder.startswith(name)]
+    if len(matching) != 1:
+        found = f"{len(matching)} stores called {name}..." if matching else f"no store {name}"
+        raise MismatchError(f"{found} under {where}; expected one of {', '.join(names) or 'none'}")
+    about = _about(matching[0]) | {"recipe": matching[0].recipe}
+    _print(about, as_json, [json.dumps(about, indent=2, ensure_ascii=False)])
+
+
+@store_app.command("verify")
+def verify_stores(root: Root = None, as_json: Json = False) -> None:
+    """Read every byte of every store; exit with 4 if any is not what was committed."""
+    _, stores = _stores(root)
+    found = {store.folder: store.verify() for store in stores}
+    faults = {name: [str(p) for p in problems if not p.harmless] for name, problems in found.items()}
+    leftovers = {name: sum(p.harmless for p in problems) for name, problems in found.items()}
+    lines = [f"{name}: {'damaged' if faults[name] else 'intact'}, {leftovers[name]} unused files" for name in found]
+    _print({name: {"faults": faults[name], "unused": leftovers[name]} for name in found}, as_json, lines)
+    if texts := [text for name in faults for text in faults[name]]:
+        raise CorruptionError("\n  ".join([f"{len(texts)} faults:", *texts]))
+
+
+@store_app.command("repair")
+def repair_stores(root: Root = None) -> None:
+    """Remove damaged files, so that featurize computes their rows again."""
+    for store in _stores(root)[1]:
+        for problem in store.repair():
+            if not problem.harmless:
+                print(f"removed: {problem}")
+
+
+def _settings(run: Path, overrides: list[str] | None) -> Settings:
+    from dataflex.config import load
+
+    return load(run, overrides or [])
+
+
+def _started(run: Path, overrides: list[str] | None) -> Settings:
+    """Return the settings in every process of the run; the process that was called becomes their launcher."""
+    from dataflex.launch import launch
+
+    settings = _settings(run, overrides)
+    launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
+    for note in settings.notes if distributed.is_main() else ():
+        log.warning("%s: %s", run, note)
+    return settings
+
+
+def _stores(root: str | None) -> tuple[str, list[Any]]:
+    from dataflex.config import store_root
+    from dataflex.stores.root import StoreRoot
+
+    where = store_root(root)
+    return where, StoreRoot(where).stores()
+
+
+def _about(store: Any) -> dict[str, Any]:
+    layout = store.layout
+    return {
+        "name": store.folder,
+        "kind": store.kind,
+        "rows": store.rows,
+        "bytes": store.bytes,
+        "fragments": len(store.committed_fragments()),
+        "width": layout.width,
+        "storage": layout.storage,
+        "path": store.path,
+    }
+
+
+def _print(value: Any, as_json: bool, lines: Sequence[str]) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, default=str, ensure_ascii=False) if as_json else "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

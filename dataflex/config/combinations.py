@@ -1,0 +1,142 @@
+"""Settings that are right one by one and wrong together, each refused with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dataflex.config.problems import NOTHING, Origin, Problems
+from dataflex.features.spec import GradientSpec
+from dataflex.schedule import Schedule
+
+_ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+"""Optimizers with plain moments per parameter; 8-bit ones keep quantised blocks."""
+_OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
+_OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
+_TRUE = ("true", "y", "1")
+
+
+class Combinations:
+    """Checks of LLaMA-Factory's keys against what a run does with them.
+
+    Args:
+        values: LLaMA-Factory's keys.
+        origin: where they were written.
+        problems: takes what is wrong.
+    """
+
+    def __init__(self, values: Mapping[str, Any], origin: Origin, problems: Problems):
+        self._values = values
+        self._origin = origin
+        self._problems = problems
+        self.notes: list[str] = []
+
+    def check_present(self, stage: str) -> None:
+        """Note what a run over rows cannot do without."""
+        wanted = {
+            "model_name_or_path": "a model folder, or a name on the Hub",
+            "dataset": "names registered in dataset_info.json",
+            "output_dir": "a folder for the run's output",
+        }
+        if stage == "sft":
+            wanted["template"] = "the name of a chat template of LLaMA-Factory"
+        for key, expected in wanted.items():
+            if self._values.get(key) is None:
+                self._problems.add(self._origin, key, expected)
+        if self._values.get("do_train") is not True:
+            self._problems.add(self._origin, "do_train", "true", self._values.get("do_train", NOTHING))
+
+    def check_rows(self, stage: str) -> None:
+        """Refuse what leaves no rows to choose from, or another program to choose in."""
+        if stage not in ("sft", "pt"):
+            why = "Other stages have no per-example loss here, and would train on all rows without a selection"
+            self._refuse("stage", "sft or pt", why)
+        if stage == "sft":
+            for key in ("packing", "neat_packing"):
+                self._refuse_if_set(key, "A packed block in stage sft mixes examples, so a row is no example any more")
+        self._refuse_if_set("streaming", "Rows of a stream cannot be chosen by position")
+        self._refuse_if_set("auto_find_batch_size", "The rows of a round are decided for one batch size")
+        for key in ("use_mca", "use_kt", "use_hyper_parallel"):
+            self._refuse_if_set(key, "This backend has a training loop of its own, which asks no selector")
+        for name in ("USE_RAY", "USE_MCA", "USE_KT"):
+            if os.environ.get(name, "0").lower() in _TRUE:
+                text = f"found {os.environ[name]}; expected it unset with train_type dynamic_select"
+                why = "Ray workers and other backends would train without any selection"
+                self._problems.say(self._origin, f"environment variable {name}", text, why)
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Refuse a second source of the number of steps."""
+        steps = self._values.get("max_steps")
+        if isinstance(steps, int) and steps > 0:
+            why = f"Set train_step: {steps}, which takes its place under dynamic_select"
+            self._refuse("max_steps", "nothing", why)
+        if self._values.get("warmup_steps") is not None and schedule.warmup_step == 0:
+            self.notes.append(
+                f"warmup_steps: {self._values['warmup_steps']} warms up the learning rate; steps on random rows before "
+                "the first selection are warmup_step, which is 0"
+            )
+
+    def check_targets(self) -> None:
+        """Require rows to select towards."""
+        has_split = bool(self._values.get("val_size"))
+        if self._values.get("eval_dataset") is None and not has_split:
+            why = "The method selects towards these rows"
+            self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
+        if self._values.get("eval_dataset") is not None and has_split:
+            self._refuse("val_size", "nothing beside eval_dataset", "LLaMA-Factory takes one of the two")
+        why = "Target rows would be prompts without labels, which have no loss and no gradient"
+        self._refuse_if_set("predict_with_generate", why)
+
+    def check_features(self) -> None:
+        """Refuse models that features cannot be computed of."""
+        self._refuse_if_set("use_unsloth", "It replaces the model's forward pass, which features are computed by")
+        self._refuse_if_set("fsdp", "There are no per-example features of an FSDP-sharded model; use DDP or DeepSpeed")
+        self._refuse_if_set("mixture_of_depths", "Which tokens a layer sees depends on the other rows of the batch")
+
+    def check_gradients(self, schedule: Schedule, specs: Sequence[GradientSpec], is_live: bool) -> None:
+        """Refuse what there is no exact per-example gradient of.
+
+        Args:
+            schedule: of the run.
+            specs: the gradients wanted.
+            is_live: whether a gradient of the model being trained is wanted, not only of given checkpoints.
+        """
+        kind = self._values.get("finetuning_type", "lora")
+        if kind not in ("lora", "full", "freeze"):
+            self._refuse("finetuning_type", "lora, full or freeze", "There are no exact gradients of other adapters")
+        self._refuse_if_set("use_dora", "There is no exact per-example gradient of DoRA's magnitudes")
+        self._refuse_if_set("additional_target", "There is no exact gradient of whole modules beside LoRA")
+        why = "Exact gradients over a quantised base are not verified in this version"
+        self._refuse_if_set("quantization_bit", why)
+        if any(spec.direction == "adam" and spec.projection.type == "factorized" for spec in specs):
+            text = "found factorized with Adam's direction; expected another projection, or gradient_type: sgd"
+            why = "Adam's step is no outer product of two factors"
+            self._problems.say(self._origin, "dataflex.params.projection", text, why)
+        for key in _OTHER_LOSSES:
+            if self._values.get(key):
+                self.notes.append(f"{key} changes the training loss; gradients are of the plain mean cross-entropy")
+        begins_at_zero = (
+            kind == "lora" and not self._values.get("adapter_name_or_path") and not self._values.get("pissa_init")
+        )
+        if is_live and begins_at_zero and schedule.warmup_step == 0:
+            self.notes.append(
+                "no warm-up and no checkpoints: at LoRA's initialisation B is zero and the gradients of A vanish, so "
+                "the first selection rests on B alone; set warmup_step"
+            )
+
+    def check_adam(self) -> None:
+        """Refuse optimizers without Adam's moments."""
+        why = "gradient_type: adam takes the moments of the optimizer; use gradient_type: sgd, or AdamW"
+        for key in _OTHER_OPTIMIZERS:
+            self._refuse_if_set(key, why)
+        optimizer = self._values.get("optim")
+        if optimizer is not None and optimizer not in _ADAM:
+            self._refuse("optim", f"one of {', '.join(_ADAM)}", why)
+
+    def _refuse(self, key: str, expected: str, why: str) -> None:
+        self._problems.add(self._origin, key, expected, self._values.get(key, NOTHING), why=why)
+
+    def _refuse_if_set(self, key: str, why: str) -> None:
+        if self._values.get(key):
+            self._refuse(key, "it left out", why)

@@ -1,0 +1,189 @@
+"""The component of a run: its class, its parameters from components file and run file, and what it needs."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dataflex.config.problems import NOTHING, Origin, Problems
+from dataflex.config.runfile import Document, read
+from dataflex.errors import ConfigError
+from dataflex.registry import SELECTORS, did_you_mean
+
+DEFAULT_FILE = "configs/components.yaml"
+RUNTIME = ("dataset", "eval_dataset", "accelerator", "data_collator")
+"""Constructor arguments of a documented component that are objects of the run, never parameters."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component as the run file asks for it.
+
+    Attributes:
+        cls: the class.
+        params: an instance of `cls.Params`; for a class without one, the constructor arguments given.
+        needs: the features it declares (`dataflex.selectors.base.Need`).
+    """
+
+    cls: type[Any]
+    params: BaseModel | dict[str, Any]
+    needs: tuple[Any, ...]
+
+
+def component(
+    name: str, document: Document, file: str | None, plugins: tuple[str, ...], output_dir: Any, problems: Problems
+) -> Component | None:
+    """Find the class and check its parameters; None if that was not possible, the reasons among the problems.
+
+    Args:
+        name: `component_name`.
+        document: the run file, whose `dataflex.params` win over the components file.
+        file: `components_cfg_file` as written, or None.
+        plugins: `dataflex.plugins`.
+        output_dir: what `${output_dir}` in a parameter stands for.
+        problems: takes what is wrong.
+    """
+    section = document.values.get("dataflex")
+    inline = section.get("params") if isinstance(section, dict) else None
+    if inline is not None and not isinstance(inline, dict):
+        problems.add(document.origin, "dataflex.params", "a mapping of keys to values", inline)
+        inline = None
+    inline = inline or {}
+    below, below_origin = _from_file(name, document, file, bool(inline), problems)
+    try:
+        cls = SELECTORS.load(name, plugins)
+    except ConfigError as error:
+        problems.say(document.origin, "component_name", str(error))
+        return None
+
+    def place(key: str) -> tuple[Origin, str]:
+        in_file = key in below and key not in inline
+        return (below_origin, f"selectors.{name}.params") if in_file else (document.origin, "dataflex.params")
+
+    values = {}
+    for key, value in {**below, **inline}.items():
+        origin, prefix = place(key)
+        values[key] = replaced(value, output_dir, origin, f"{prefix}.{key}", problems)
+    params = _checked(cls, values, place, problems)
+    if params is None:
+        return None
+    try:
+        needs = tuple(cls(params).needs()) if isinstance(params, BaseModel) and hasattr(cls, "needs") else ()
+    except ConfigError as error:
+        problems.say(document.origin, "dataflex.params", str(error))
+        return None
+    return Component(cls, params, needs)
+
+
+def find_file(path: str, run_file: Path) -> Path | None:
+    """Return an existing file: relative to the working folder, else to the run file's."""
+    given = Path(path).expanduser()
+    return next((found for found in (given, run_file.parent / given) if found.is_file()), None)
+
+
+def replaced(value: Any, output_dir: Any, origin: Origin, path: str, problems: Problems) -> Any:
+    """Return the value with `${output_dir}` replaced in all its texts; any other interpolation is a problem.
+
+    Values may come from files of others, and resolving could show them the environment.
+    """
+    if isinstance(value, dict):
+        return {key: replaced(item, output_dir, origin, f"{path}.{key}", problems) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replaced(item, output_dir, origin, f"{path}.{i}", problems) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    text = value.replace("${output_dir}", str(output_dir))
+    if "${" in text or text == "???":
+        problems.add(origin, path, "plain text (only ${output_dir} is replaced)", value)
+    return text
+
+
+def constructor_params(cls: type[Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a documented component: its constructor's arguments but those of the run."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if name not in RUNTIME and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+def _from_file(
+    name: str, document: Document, file: str | None, has_inline: bool, problems: Problems
+) -> tuple[dict[str, Any], Origin]:
+    """Return the parameters in the components file, and where they are written."""
+    path = find_file(file or DEFAULT_FILE, document.origin.file)
+    if path is None:
+        if file is not None:
+            problems.add(
+                document.origin,
+                "components_cfg_file",
+                "a file, relative to the working folder or to the run file",
+                file,
+                why="Remove the key to use the component's defaults and dataflex.params",
+            )
+        return {}, document.origin
+    found = read(path, problems)
+    if found is None:
+        return {}, document.origin
+    bucket = found.values.get("selectors")
+    entry = bucket.get(name) if isinstance(bucket, dict) else None
+    at = f"selectors.{name}"
+    if entry is None and file is not None and not has_inline:
+        names = [str(key) for key in bucket] if isinstance(bucket, dict) else []
+        listed = ", ".join(names) or "nothing"
+        problems.say(found.origin, "selectors", f"found {listed}; expected an entry {name}{did_you_mean(name, names)}")
+    if not isinstance(entry, dict):
+        if entry is not None:
+            problems.add(found.origin, at, "a mapping with params", entry)
+        return {}, found.origin
+    if entry.get("name", name) != name:
+        problems.add(found.origin, f"{at}.name", f"{name}, as the entry is called, or no name", entry["name"])
+    for key in entry:
+        if key not in ("name", "params"):
+            problems.add_unknown(found.origin, f"{at}.{key}", "key", ("name", "params"))
+    params = entry.get("params")
+    if params is not None and not isinstance(params, dict):
+        problems.add(found.origin, f"{at}.params", "a mapping of keys to values", params)
+        params = None
+    return params or {}, found.origin
+
+
+def _checked(
+    cls: type[Any], values: dict[str, Any], place: Callable[[str], tuple[Origin, str]], problems: Problems
+) -> BaseModel | dict[str, Any] | None:
+    """Check parameters against the class's `Params`, or against its constructor."""
+    model = getattr(cls, "Params", None)
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        params: BaseModel | ValidationError = validated(model, values)
+        if isinstance(params, ValidationError):
+            problems.add_invalid(params, model, values, place)
+            return None
+        return params
+    accepted = constructor_params(cls)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+    unknown = [key for key in values if key in RUNTIME or not (takes_any or key in accepted)]
+    for key in unknown:
+        origin, prefix = place(key)
+        problems.add_unknown(origin, f"{prefix}.{key}", "parameter", accepted)
+    required = [key for key, p in accepted.items() if p.default is p.empty and key != "cache_dir" and key not in values]
+    for key in required:
+        origin, prefix = place(key)
+        problems.add(origin, f"{prefix}.{key}", f"a value, which {cls.__qualname__} requires", NOTHING)
+    return None if unknown or required else values
+
+
+def validated(model: type[BaseModel], values: Mapping[str, Any]) -> Any:
+    """Return an instance of the model, or the ValidationError.
+
+    As JSON and strict: text is no number and `yes` no 1, while a list may still become a tuple.
+    """
+    try:
+        return model.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        return error

@@ -1,0 +1,132 @@
+"""What a run file names on disk: model, datasets, DeepSpeed configuration. Remote names are left alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dataflex.config.problems import Origin, Problems
+
+_EXTENSIONS = ("arrow", "csv", "json", "jsonl", "parquet", "txt")
+_FORMATTINGS = ("alpaca", "sharegpt", "openai")
+_REMOTE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
+_PEEK = 1 << 20  # bytes in which the first record of a file has to end to be looked at
+
+
+def check_files(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
+    """Note every local file that is named and not there.
+
+    Args:
+        values: LLaMA-Factory's keys.
+        origin: where they were written.
+        problems: takes what is wrong.
+    """
+    for key, mark in (("model_name_or_path", "config.json"), ("adapter_name_or_path", "adapter_config.json")):
+        for name in names(values.get(key)):
+            folder = Path(name).expanduser()
+            if folder.is_dir() and not (folder / mark).is_file():
+                problems.add(origin, key, f"a folder with {mark}", name)
+            elif not folder.exists() and _is_path(name):
+                problems.add(origin, key, "a folder that exists, or a name on the Hub (owner/name)", name)
+    deepspeed = values.get("deepspeed")
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
+        problems.add(origin, "deepspeed", "a JSON file that exists", deepspeed)
+    _check_datasets(values, origin, problems)
+
+
+def names(value: Any) -> list[str]:
+    """Return the items of a comma-separated text or of a list."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
+    return [part.strip() for part in parts if isinstance(part, str) and part.strip()]
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
+    """Hold the names of datasets against dataset_info.json, and its entries against the files."""
+    directory = values.get("dataset_dir", "data")
+    wanted = [(key, name) for key in ("dataset", "eval_dataset") for name in names(values.get(key))]
+    if not wanted or not isinstance(directory, str) or directory == "ONLINE" or directory.startswith("REMOTE:"):
+        return
+    path = Path(directory) / "dataset_info.json"
+    info = Origin(path)
+    try:
+        entries = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        text = f"found no readable {path} ({error.strerror}); expected it to register {wanted[0][1]}"
+        problems.say(origin, "dataset_dir", text, "The path is relative to the working folder; the default is data")
+        return
+    except ValueError as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
+        problems.say(info, "", f"found text that is not JSON ({error}); expected an object of datasets", line=line)
+        return
+    if not isinstance(entries, dict):
+        problems.add(info, "", "an object of datasets", entries)
+        return
+    for key, name in wanted:
+        if name not in entries:
+            problems.add(origin, key, f"a dataset registered in {path}", name, known=entries)
+        else:
+            _check_entry(name, entries[name], values, info, problems)
+
+
+def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin, problems: Problems) -> None:
+    """Hold one registration against what it points to."""
+    if not isinstance(entry, dict):
+        problems.add(info, name, "a mapping with file_name", entry)
+        return
+    if (formatting := entry.get("formatting", "alpaca")) not in _FORMATTINGS:
+        problems.add(info, f"{name}.formatting", f"one of {', '.join(_FORMATTINGS)}", formatting, _FORMATTINGS)
+    if entry.get("ranking") and values.get("stage", "sft") in ("sft", "pt"):
+        problems.add(info, f"{name}.ranking", "no preference pairs in stage sft or pt", entry["ranking"])
+    if any(key in entry for key in _REMOTE):
+        return
+    file_name = entry.get("file_name")
+    if not isinstance(file_name, str):
+        expected = f"a file, relative to {info.file.parent} (or one of {', '.join(_REMOTE)})"
+        problems.add(info, f"{name}.file_name", expected, file_name)
+        return
+    path = info.file.parent / file_name
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    if path.is_dir() and not files:
+        problems.add(info, f"{name}.file_name", "a folder with data files", file_name)
+    kinds = {file.suffix.removeprefix(".") for file in files}
+    if not path.exists():
+        problems.add(info, f"{name}.file_name", f"a file that exists; {path} does not", file_name)
+    elif bad := sorted(kinds - {*_EXTENSIONS}):
+        what = f"files ending in {', '.join(bad)}" if bad != [""] else "a file without an extension"
+        problems.say(info, f"{name}.file_name", f"found {what} at {path}; expected one of {', '.join(_EXTENSIONS)}")
+    elif len(kinds - {"json", "jsonl"}) + bool(kinds & {"json", "jsonl"}) > 1:
+        text = f"found files of several types in {path} ({', '.join(sorted(kinds))}); expected one type"
+        problems.say(info, f"{name}.file_name", text)
+    elif len(files) == 1:
+        _check_columns(name, entry, files[0], info, problems)
+
+
+def _check_columns(name: str, entry: Mapping[str, Any], file: Path, info: Origin, problems: Problems) -> None:
+    """Look for the column of the prompt in the first record, if that can be read at a glance."""
+    column = "messages" if entry.get("formatting", "alpaca") != "alpaca" else "prompt"
+    columns = entry.get("columns")
+    record = _first_record(file)
+    if not isinstance(columns, dict) or column not in columns or record is None:
+        return
+    if columns[column] not in record:
+        expected = f"a key of the records in {file}: {', '.join(map(repr, record))}"
+        problems.add(info, f"{name}.columns.{column}", expected, columns[column], record)
+
+
+def _first_record(file: Path) -> dict[str, Any] | None:
+    """Return the first record of a JSON or JSON Lines file, or None where that takes more than a look."""
+    if file.suffix not in (".json", ".jsonl"):
+        return None
+    with open(file, "rb") as stream:
+        text = stream.read(_PEEK).decode("utf-8-sig", errors="ignore").lstrip()
+    try:
+        record, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
+    except (ValueError, RecursionError):
+        return None  # what is wrong with the data is said when they are loaded
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,91 @@
+"""DataFlex's own keys: the flat ones that stand beside LLaMA-Factory's, and the `dataflex:` mapping."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dataflex.features.spec import FeatureSpec
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FlatKeys(_Keys):
+    """Keys at the top level of the run file. Steps are optimizer steps."""
+
+    train_type: Literal["static", "dynamic_select", "dynamic_mix", "dynamic_weight"] = Field(
+        "static",
+        description="static: LLaMA-Factory untouched; dynamic_select: a selector chooses the rows of every round",
+    )
+    components_cfg_file: str | None = Field(
+        None,
+        description="YAML with the parameters of components, relative to the working folder, then to the run file; "
+        "configs/components.yaml is read if it exists and nothing is given",
+    )
+    component_name: str | None = Field(None, description="selector: a registered name, or module:Class")
+    warmup_step: int = Field(0, ge=0, description="steps at the head of every flex epoch, on rows drawn at random")
+    update_step: int = Field(0, ge=0, description="steps from one update to the next; 0: one selection per flex epoch")
+    update_times: int = Field(
+        1, description="updates per flex epoch; 0 or less: a flex epoch is one pass over the data"
+    )
+    train_step: int = Field(0, ge=0, description="total steps; 0: they follow from the keys above and num_train_epochs")
+    static_mix: bool = Field(False, description="dynamic_mix only")
+    mixture_sample_rule: str | None = Field(None, description="dynamic_mix only")
+    init_mixture_proportions: tuple[float, ...] | None = Field(None, description="dynamic_mix only")
+    mixer_eval_dataset: str | None = Field(None, description="dynamic_mix only")
+    freeze_gate: bool = Field(False, description="dynamic_mix only")
+    early_stopping_min_delta: float = Field(
+        0.0, ge=0, description="least improvement that early_stopping_steps counts, in units of metric_for_best_model"
+    )
+
+
+MIX_ONLY = ("static_mix", "mixture_sample_rule", "init_mixture_proportions", "mixer_eval_dataset", "freeze_gate")
+
+
+class Refresh(_Keys):
+    """What is computed anew at an update, where the model has changed since the last one."""
+
+    policy: Literal["full", "rotating", "static"] = Field(
+        "full", description="full: every row; rotating: a share of the pool, the age of the rest known; static: nothing"
+    )
+    refresh_fraction: float = Field(0.1, gt=0, le=1, description="rotating: share of the pool computed at each update")
+    max_age: int | None = Field(None, ge=1, description="rotating: updates after which a value is always computed anew")
+
+    @model_validator(mode="after")
+    def _acts(self) -> Refresh:
+        if self.policy != "rotating" and self.model_fields_set - {"policy"}:
+            raise ValueError("policy: rotating, the only one for which refresh_fraction and max_age mean anything")
+        return self
+
+
+class DataflexKeys(_Keys):
+    """The `dataflex:` mapping. The parameters of the component, `params`, are checked by its own model."""
+
+    store: str | None = Field(
+        None,
+        description="root of the stores, a path or an fsspec URL; default: DATAFLEX_HOME, else dataflex/ under Hugging "
+        "Face's assets cache if that is configured, else the user's cache folder",
+    )
+    on_missing: Literal["compute", "error"] = Field(
+        "compute", description="features that no store has: compute them, or refuse and name the fields that differ"
+    )
+    refresh: Refresh = Field(Refresh(), description="what is computed anew at an update")
+    features: tuple[FeatureSpec, ...] = Field(
+        (), description="features that featurize computes beside the method's own"
+    )
+    plugins: tuple[str, ...] = Field(
+        (), description="modules, or paths of .py files, imported to look up a component that is not built in"
+    )
+    storage: Literal["float32", "float16", "int8"] = Field(
+        "float16", description="type that stored vectors are rounded to; float16 halves float32 at an error of 0.05 %"
+    )
+    token_budget: int = Field(
+        8192, ge=1, description="tokens per feature batch, padding included; lower it if memory runs out"
+    )
+    fragment_rows: int = Field(2048, ge=1, description="rows per commit: what a crash can cost each process")
+    nonfinite_limit: float = Field(
+        0.01, ge=0, le=1, description="share of rows with NaN or infinity that stops the run"
+    )

@@ -1,0 +1,220 @@
+"""Run file -> settings; everything that is wrong in one error, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dataflex.config.combinations import Combinations
+from dataflex.config.component import Component, component, find_file, replaced, validated
+from dataflex.config.files import check_files
+from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
+from dataflex.config.llamafactory_keys import fault, known_keys
+from dataflex.config.problems import Problems
+from dataflex.config.runfile import Document, override, read
+from dataflex.config.settings import Settings, store_root
+from dataflex.features.spec import GradientSpec
+from dataflex.schedule import Schedule
+
+_AT_LEAST: dict[str, tuple[float, str]] = {
+    "per_device_train_batch_size": (1, "at least 1"),
+    "per_device_eval_batch_size": (1, "at least 1"),
+    "gradient_accumulation_steps": (1, "at least 1"),
+    "cutoff_len": (1, "at least 1 token"),
+    "lora_rank": (1, "at least 1"),
+    "max_samples": (1, "at least 1 row"),
+    "num_train_epochs": (1e-9, "more than 0"),
+    "learning_rate": (0, "at least 0"),
+    "val_size": (0, "a share below 1, or a number of rows"),
+}
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
+    """Read and check a run file.
+
+    Args:
+        path: YAML or JSON.
+        overrides: `key=value` texts that win over the file; dotted keys reach into mappings.
+
+    Raises:
+        ConfigError: lists everything that is wrong.
+    """
+    problems = Problems()
+    document = read(Path(path), problems)
+    if document is not None:
+        document = override(document, overrides, problems)
+    problems.raise_if_any()
+    assert document is not None
+    return _Loading(document, problems).settings()
+
+
+class _Loading:
+    """One reading of a run file; each step adds to `problems` and goes on with what is right."""
+
+    def __init__(self, document: Document, problems: Problems):
+        self.document = document
+        self.origin = document.origin
+        self.problems = problems
+        self.notes: list[str] = []
+
+    def settings(self) -> Settings:
+        """Check everything, raise what is wrong, or return the settings."""
+        llamafactory = self._llamafactory_keys()
+        flat = self._flat_keys()
+        section = self._section(llamafactory.get("output_dir"))
+        stage = llamafactory.setdefault("stage", "sft")
+        epochs = llamafactory.get("num_train_epochs", 1.0)
+        schedule = Schedule(flat.warmup_step, flat.update_step, flat.update_times, flat.train_step, epochs)
+        found = self._component(flat, section, llamafactory.get("output_dir"))
+        is_dynamic = flat.train_type != "static"
+        self._cross_check(llamafactory, stage, schedule, found, section, is_dynamic)
+        check_files(llamafactory, self.origin, self.problems)
+        self.problems.raise_if_any()
+        params = found.params if found else None
+        cache_dir = getattr(params, "cache_dir", None) if found and found.needs else None
+        return Settings(
+            path=self.origin.file,
+            llamafactory=llamafactory,
+            train_type=flat.train_type,
+            component_name=flat.component_name if is_dynamic else None,
+            component=found.cls if found else None,
+            params=params,
+            needs=found.needs if found else (),
+            schedule=schedule,
+            early_stopping_min_delta=flat.early_stopping_min_delta,
+            dataflex=section,
+            store_root=store_root(section.store, cache_dir),
+            notes=tuple(self.notes),
+        )
+
+    def _llamafactory_keys(self) -> dict[str, Any]:
+        """Return LLaMA-Factory's keys with values of the right type, the others noted."""
+        ours = {*FlatKeys.model_fields, "dataflex"}
+        known = known_keys()
+        right = {}
+        for key, value in self.document.values.items():
+            if key in ours:
+                continue
+            if not isinstance(key, str):
+                self.problems.add(self.origin, str(key), "text as a key (quote it)", key)
+            elif key in known:
+                expected = fault(key, value)
+                if (
+                    expected is None
+                    and isinstance(value, int | float)
+                    and key in _AT_LEAST
+                    and value < _AT_LEAST[key][0]
+                ):
+                    expected = _AT_LEAST[key][1]
+                if expected is None:
+                    right[key] = value
+                else:
+                    self.problems.add(self.origin, key, expected, value, known[key].choices)
+                if isinstance(value, str) and "${" in value:
+                    self.notes.append(
+                        f"{key}: {value!r} stays as it is: neither LLaMA-Factory nor DataFlex resolves it"
+                    )
+            elif key in DataflexKeys.model_fields or key == "params":
+                self.problems.say(
+                    self.origin, key, f"found an unknown key; expected it under dataflex: (dataflex.{key})"
+                )
+            elif os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("true", "y", "1"):
+                self.notes.append(f"{key}: unknown, and passed over because ALLOW_EXTRA_ARGS is set")
+                right[key] = value
+            else:
+                self.problems.add_unknown(
+                    self.origin, key, "key", [*known, *ours], expected="a key of LLaMA-Factory or DataFlex"
+                )
+        return right
+
+    def _flat_keys(self) -> FlatKeys:
+        values = {k: v for k, v in self.document.values.items() if k in FlatKeys.model_fields and v is not None}
+        flat: FlatKeys = self._valid(FlatKeys, values, "")
+        dynamic = [k for k in values if k not in ("train_type", "components_cfg_file", "early_stopping_min_delta")]
+        if flat.train_type in ("dynamic_mix", "dynamic_weight"):
+            expected = f"static or dynamic_select: {flat.train_type} is not part of this version yet"
+            self.problems.add(self.origin, "train_type", expected, flat.train_type)
+        elif flat.train_type == "static" and dynamic and "train_type" not in self.document.values:
+            self.notes.append(f"train_type is static by default, so {', '.join(dynamic)} mean nothing")
+        elif unused := [k for k in values if k in MIX_ONLY]:
+            self.notes.append(f"only dynamic_mix reads {', '.join(unused)}")
+        return flat
+
+    def _section(self, output_dir: Any) -> DataflexKeys:
+        values = self.document.values.get("dataflex")
+        if values is not None and not isinstance(values, dict):
+            self.problems.add(self.origin, "dataflex", "a mapping of keys to values", values)
+        right = {}
+        for key, value in (values if isinstance(values, dict) else {}).items():
+            if key in FlatKeys.model_fields or (key in known_keys() and key not in DataflexKeys.model_fields):
+                text = f"found an unknown key; expected {key} at the top level of the run file"
+                self.problems.say(self.origin, f"dataflex.{key}", text)
+            elif key != "params" and value is not None:
+                right[key] = replaced(value, output_dir, self.origin, f"dataflex.{key}", self.problems)
+        section: DataflexKeys = self._valid(DataflexKeys, right, "dataflex")
+        plugins = []
+        for i, name in enumerate(section.plugins):
+            file = find_file(name, self.origin.file) if name.endswith(".py") else None
+            if name.endswith(".py") and file is None:
+                expected = "a file, relative to the working folder or to the run file"
+                self.problems.add(self.origin, f"dataflex.plugins.{i}", expected, name)
+            else:
+                plugins.append(str(file.resolve()) if file else name)
+        return section.model_copy(update={"plugins": tuple(plugins)})
+
+    def _valid(self, model: type[BaseModel], values: dict[str, Any], prefix: str) -> Any:
+        """Return an instance; keys whose values are wrong are noted and left out."""
+        result = validated(model, values)
+        if isinstance(result, ValidationError):
+            wrong = self.problems.add_invalid(result, model, values, lambda _: (self.origin, prefix))
+            result = model.model_validate({k: v for k, v in values.items() if k not in wrong})
+        return result
+
+    def _component(self, flat: FlatKeys, section: DataflexKeys, output_dir: Any) -> Component | None:
+        if flat.train_type != "dynamic_select":
+            return None
+        if flat.component_name is None:
+            self.problems.add(self.origin, "component_name", "a selector, such as less or random, or module:Class")
+            return None
+        file = flat.components_cfg_file
+        return component(flat.component_name, self.document, file, section.plugins, output_dir, self.problems)
+
+    def _cross_check(
+        self,
+        llamafactory: Mapping[str, Any],
+        stage: str,
+        schedule: Schedule,
+        found: Component | None,
+        section: DataflexKeys,
+        is_dynamic: bool,
+    ) -> None:
+        """Hold the keys against each other, as far as the run makes use of them."""
+        check = Combinations(llamafactory, self.origin, self.problems)
+        needs = found.needs if found else ()
+        specs = [*(need.spec for need in needs), *section.features]
+        gradients = [spec for spec in specs if isinstance(spec, GradientSpec)]
+        if not is_dynamic and not specs:
+            if llamafactory.get("model_name_or_path") is None:
+                self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")
+            return
+        check.check_present(stage)
+        check.check_rows(stage)
+        if is_dynamic:
+            check.check_schedule(schedule)
+        if any(need.of == "targets" for need in needs):
+            check.check_targets()
+        if specs:
+            check.check_features()
+        if gradients:
+            is_live = bool(section.features) or any(need.state is None for need in needs)
+            check.check_gradients(schedule, gradients, is_live)
+        if any(spec.direction == "adam" for spec in gradients):
+            check.check_adam()
+        for state in dict.fromkeys(need.state for need in needs if need.state is not None):
+            if not Path(state).is_dir():
+                self.problems.add(self.origin, "dataflex.params.checkpoints", "folders that exist", state)
+        self.notes += check.notes

@@ -1,0 +1,60 @@
+"""What methods there are, and what parameters they take."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from dataflex.config.component import constructor_params
+from dataflex.errors import ConfigError
+from dataflex.registry import SELECTORS
+
+
+def methods() -> list[dict[str, Any]]:
+    """Return every registered method: name, place, first line of its description, parameters; JSON-compatible."""
+    found = []
+    for name, place in sorted(SELECTORS.places().items()):
+        entry: dict[str, Any] = {"name": name, "kind": SELECTORS.kind, "class": place}
+        try:
+            cls = SELECTORS.load(name)
+        except ConfigError as error:
+            found.append(entry | {"error": str(error)})
+            continue
+        entry["description"] = (inspect.getdoc(cls) or "").partition("\n")[0]
+        found.append(entry | {"params": _params(cls)})
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """Return `methods()` as lines for people."""
+    lines = []
+    for entry in found:
+        lines.append(f"{entry['name']}  ({entry['kind']}, {entry['class']})")
+        lines.append(f"    {entry.get('error') or entry['description']}")
+        for param in entry.get("params", []):
+            default = "required" if param["required"] else f"default {json.dumps(param['default'])}"
+            lines.append(f"    {param['name']}: {param['type']}, {default}. {param['description']}".rstrip(". "))
+    return lines
+
+
+def _params(cls: type[Any]) -> list[dict[str, Any]]:
+    model = getattr(cls, "Params", None)
+    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        return [
+            _param(name, Any if p.annotation is p.empty else p.annotation, p.default, p.default is p.empty, "")
+            for name, p in constructor_params(cls).items()
+        ]
+    return [
+        _param(name, f.annotation, f.get_default(call_default_factory=True), f.is_required(), f.description)
+        for name, f in model.model_fields.items()
+    ]
+
+
+def _param(name: str, annotation: Any, default: Any, required: bool, description: str | None) -> dict[str, Any]:
+    is_plain = isinstance(annotation, type) and not get_args(annotation)
+    kind = annotation.__name__ if is_plain else str(annotation).replace("typing.", "")
+    shown = json.loads(json.dumps(None if required else default, default=str))
+    return {"name": name, "type": kind, "required": required, "default": shown, "description": description or ""}

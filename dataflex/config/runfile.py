@@ -1,0 +1,182 @@
+"""Reading a run file or a components file: plain values, and the line on which each was written."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dataflex.config.problems import Origin, Problems
+
+_MAX_BYTES = 1 << 20
+_MAX_NODES = 100_000
+"""Values after aliases are written out; a run file has a few hundred."""
+_PLAIN = ("str", "int", "float", "bool", "null", "map", "seq", "merge", "timestamp", "value")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a file, and the command line after it, say."""
+
+    values: dict[str, Any]
+    origin: Origin
+
+
+def read(path: Path, problems: Problems) -> Document | None:
+    """Read YAML (or JSON, by its name) as LLaMA-Factory does, except that interpolations always stay text.
+
+    Returns:
+        The document, or None if it cannot be read; the reason is then among the problems.
+    """
+    origin = Origin(path)
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            problems.add(origin, "", f"at most {_MAX_BYTES} bytes", f"{size} bytes")
+            return None
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        problems.say(origin, "", f"found no readable file ({error.strerror}); expected a YAML or JSON file")
+        return None
+    except UnicodeDecodeError as error:
+        problems.say(origin, "", f"found bytes that are not UTF-8 at offset {error.start}; save the file as UTF-8")
+        return None
+    try:
+        lines: dict[str, int] = {}
+        if path.suffix.lower() == ".json":
+            values = json.loads(text, object_pairs_hook=_unique)
+        else:
+            lines = _check(text)
+            values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False) if lines else {}
+    except _NOT_READABLE as error:
+        problems.say(origin, "", _reason(error), line=_line(error))
+        return None
+    if not isinstance(values, dict):
+        problems.add(origin, "", "a mapping of keys to values", values)
+        return None
+    return Document(values, Origin(path, lines))
+
+
+def override(document: Document, arguments: Sequence[str], problems: Problems) -> Document:
+    """Return the document with `key=value` arguments put over it; dotted keys reach into mappings."""
+    values, file = document.values, document.origin.file
+    given: set[str] = set()
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            problems.say(
+                Origin(file, overridden=frozenset([key])), key, f"found {argument!r}; expected key=value, as in seed=1"
+            )
+            continue
+        try:
+            _check(text)
+            added: Any = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
+        except _NOT_READABLE as error:
+            problems.say(Origin(file, overridden=frozenset([key])), key, _reason(error))
+            continue
+        values = _merged(values, added)
+        given.add(key)
+    return replace(document, values=values, origin=replace(document.origin, overridden=frozenset(given)))
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        out[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return out
+
+
+class _Refused(Exception):
+    """The text is well-formed, but more than a configuration needs."""
+
+    def __init__(self, text: str, line: int | None = None):
+        super().__init__(text)
+        self.line = line
+
+
+_NOT_READABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError, _Refused)
+
+
+def _check(text: str) -> dict[str, int]:
+    """Return the line of every dotted path, having refused tags, recursion and aliases that unfold to very much.
+
+    Nothing is constructed: an alias is one node however often it is used, so this takes time linear in the text.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            if sizes[id(node)] < 0:
+                raise _Refused("found an alias that contains itself; expected values", _first_line(node))
+            return sizes[id(node)]
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN:
+            raise _Refused(f"found the tag {node.tag}; expected plain values, as tags may run code", _first_line(node))
+        sizes[id(node)] = -1
+        sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
+        return sizes[id(node)]
+
+    if root is None:
+        return {}
+    if size(root) > _MAX_NODES:
+        raise _Refused(f"found aliases that unfold to {size(root)} values; expected at most {_MAX_NODES}")
+    lines = {"": _first_line(root)}
+    _note_lines(root, "", lines)
+    return lines
+
+
+def _first_line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _note_lines(node: yaml.Node, prefix: str, lines: dict[str, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(str(key.value), key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        pairs = [(str(i), item, item) for i, item in enumerate(node.value)]
+    else:
+        return
+    for name, key, value in pairs:
+        lines[prefix + name] = _first_line(key)
+        _note_lines(value, f"{prefix}{name}.", lines)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Refused(f"found duplicate key {key}")
+        found[key] = value
+    return found
+
+
+def _line(error: BaseException) -> int | None:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return int(error.problem_mark.line) + 1
+    return error.lineno if isinstance(error, json.JSONDecodeError) else getattr(error, "line", None)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, _Refused):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return "found values nested too deeply; expected a run file"
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"found text that is not YAML: {error.problem}"
+    first = str(error).partition("\n")[0]
+    return f"found text that cannot be read: {first}"

@@ -1,0 +1,50 @@
+"""What a checked run file says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dataflex.config.keys import DataflexKeys
+from dataflex.schedule import Schedule
+
+
+class Settings(BaseModel):
+    """A run file that has been checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    path: Path = Field(description="the run file")
+    llamafactory: dict[str, Any] = Field(description="LLaMA-Factory's keys as written; `stage` is said in any case")
+    train_type: str = Field(description="static or dynamic_select")
+    component_name: str | None = Field(description="the selector's name; None with train_type static")
+    component: type[Any] | None = Field(description="its class")
+    params: Any = Field(
+        description="an instance of its Params; for a documented selector a dict of constructor arguments"
+    )
+    needs: tuple[Any, ...] = Field(description="features it declares (dataflex.selectors.base.Need)")
+    schedule: Schedule
+    early_stopping_min_delta: float
+    dataflex: DataflexKeys = Field(description="the `dataflex:` mapping")
+    store_root: str = Field(description="path or URL under which the stores lie")
+    notes: tuple[str, ...] = Field(description="what is allowed but probably not meant")
+
+
+def store_root(store: str | None, cache_dir: str | None = None) -> str:
+    """Return where the stores lie: the run file, DATAFLEX_HOME, the method's `cache_dir`, or a cache of this user."""
+    if store is None:
+        store = os.environ.get("DATAFLEX_HOME") or cache_dir
+    if store is None:
+        assets = os.environ.get("HF_ASSETS_CACHE")
+        if not assets and (home := os.environ.get("HF_HOME")):
+            assets = os.path.join(home, "assets")
+        if assets:
+            store = os.path.join(assets, "dataflex")
+        else:
+            import platformdirs
+
+            store = platformdirs.user_cache_dir("dataflex")
+    return store if "://" in store else os.path.abspath(os.path.expanduser(store))

@@ -1,0 +1,58 @@
+"""What `dataflex validate` says about a run."""
+
+from __future__ import annotations
+
+import os
+
+from dataflex.config.settings import Settings
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec
+
+
+def summary(settings: Settings) -> list[str]:
+    """Return lines for people: steps, batch, method, features and their model state, stores, notes."""
+    lines = [f"{settings.path}: valid", f"  train_type  {settings.train_type}"]
+    if settings.train_type == "static":
+        lines.append("  steps       LLaMA-Factory's own: num_train_epochs or max_steps")
+    else:
+        lines.append(f"  steps       {settings.schedule.describe()}")
+    lines.append(f"  batch       {_batch(settings)}")
+    if settings.component_name is not None:
+        lines.append(f"  method      {settings.component_name}")
+        params = settings.params if isinstance(settings.params, dict) else settings.params.model_dump()
+        lines += [f"              {name}: {value}" for name, value in params.items()]
+    lines += [f"  features    {text}" for text in _features(settings)]
+    if settings.needs or settings.dataflex.features:
+        lines.append(f"  stores      {settings.store_root} ({settings.dataflex.storage})")
+    return lines + [f"  note        {note}" for note in settings.notes]
+
+
+def _batch(settings: Settings) -> str:
+    # The defaults are those of transformers.TrainingArguments.
+    rows = settings.llamafactory.get("per_device_train_batch_size", 8)
+    accumulation = settings.llamafactory.get("gradient_accumulation_steps", 1)
+    text = f"{rows} per device x {accumulation} accumulated"
+    world = os.environ.get("WORLD_SIZE", "")
+    if world.isdecimal():
+        return f"{text} x {world} processes = {rows * accumulation * int(world)} rows per optimizer step"
+    return f"{text} = {rows * accumulation} rows per optimizer step and process"
+
+
+def _features(settings: Settings) -> list[str]:
+    """Return each feature with its rows and the state of the model it is of, as featurize computes it."""
+    warm = settings.schedule.warmup_step
+    live = f"after the warm-up of {warm} steps" if warm else "of the initial model"
+    found = []
+    for need in settings.needs:
+        which = "training rows" if need.of == "train" else "targets"
+        found.append(f"{_name(need.spec)} of the {which}, {live if need.state is None else f'at {need.state}'}")
+    for spec in settings.dataflex.features:
+        found.append(f"{_name(spec)} of training rows and targets, as asked for in dataflex.features")
+    return found or ["none"]
+
+
+def _name(spec: FeatureSpec) -> str:
+    if isinstance(spec, GradientSpec):
+        projection = spec.projection
+        width = "whole" if projection.type == "identity" else f"{projection.type} to {projection.dim}"
+        return f"gradient ({spec.direction}, {width})"
+    return f"embedding ({spec.pooling}, layer {spec.layer})" if isinstance(spec, EmbeddingSpec) else spec.kind

@@ -1,0 +1,68 @@
+"""Rank and world, and the four collectives that the rest needs; everything works alone too."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def _group() -> Any:
+    """Return `torch.distributed` if a process group is up; torch is not imported for the question."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    dist = torch.distributed
+    return dist if dist.is_available() and dist.is_initialized() else None
+
+
+def rank() -> int:
+    """Return this process's rank: of the process group, else of the launcher's environment, else 0."""
+    dist = _group()
+    return int(dist.get_rank()) if dist else int(os.environ.get("RANK", "0"))
+
+
+def world() -> int:
+    """Return the number of processes, at least 1."""
+    dist = _group()
+    return int(dist.get_world_size()) if dist else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Say whether this process is the one that decides, logs and writes the journal."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all ranks. Collective."""
+    dist = _group()
+    if dist:
+        dist.barrier()
+
+
+def broadcast(value: T, source: int = 0) -> T:
+    """Return `source`'s value on every rank. Collective; the value must be picklable."""
+    dist = _group()
+    if not dist or dist.get_world_size() == 1:
+        return value
+    box = [value if dist.get_rank() == source else None]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """Return every rank's value in rank order, on every rank. Collective; values must be picklable."""
+    dist = _group()
+    if not dist or dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def shard(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
+    """Return every `world`-th item beginning at `rank`; the shards of all ranks are a partition."""
+    return items[rank::world]

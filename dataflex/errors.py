@@ -1,0 +1,39 @@
+"""The exceptions that people see, each with the exit code of the command that meets it."""
+
+from __future__ import annotations
+
+
+class DataflexError(Exception):
+    """An error whose text says what was found, what was expected, where, and what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(DataflexError):
+    """The run file or the command line is wrong; lists every problem found, not only the first."""
+
+    exit_code = 2
+
+
+class MismatchError(DataflexError):
+    """A store, checkpoint or journal belongs to something else than what this run needs."""
+
+    exit_code = 3
+
+
+class CorruptionError(DataflexError):
+    """Bytes on disk differ from what was committed."""
+
+    exit_code = 4
+
+
+class ConflictError(DataflexError):
+    """Another writer committed something different under the same name."""
+
+    exit_code = 5
+
+
+class CoverageError(DataflexError):
+    """Features or selectable rows are missing and may not, or cannot, be computed."""
+
+    exit_code = 6

@@ -1,0 +1,192 @@
+"""Losses, embeddings and projected gradients of many examples in one pass over them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataflex.errors import ConfigError, DataflexError
+from dataflex.features.adam import Moments, adam_direction
+from dataflex.features.batching import Batch, collate, plan_batches
+from dataflex.features.embedding import pool
+from dataflex.features.evaluation import evaluation
+from dataflex.features.gradient import Parameter, trainable_parameters
+from dataflex.features.loss import loss_sums
+from dataflex.features.projection import Projector, build_projector
+from dataflex.features.sketch import Direction, Sketches, Target
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, Projection
+from dataflex.rows import Status
+
+
+class FeatureEngine:
+    """Computes features of examples from a model that may be in the middle of its training.
+
+    Values are those of the model in eval mode; nothing of it is changed: not `.grad`, random states, or flags. The gradient
+    is that of each example's *mean* cross-entropy over its supervised tokens, in whatever batch it is computed.
+
+    Args:
+        model: the bare module (PeftModel or PreTrainedModel), not a DDP wrapper or a DeepSpeed engine.
+        pad_token_id: fills up rows; its value does not matter.
+        padding_side: "right" or "left".
+        token_budget: tokens of a batch, padding included.
+        autocast: makes the context of the forward pass, for mixed precision.
+        moments: Adam's moments, for gradients with `direction: adam`; may be replaced between calls.
+        device: where batches go; the model's own by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        pad_token_id: int,
+        padding_side: str = "right",
+        token_budget: int = 8192,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        moments: Moments | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise DataflexError("the feature engine was given a DistributedDataParallel; give it the module inside")
+        self.model, self.moments = model, moments
+        self.token_budget = token_budget
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self._collate = partial(collate, pad_token_id=pad_token_id, padding_side=padding_side, device=self.device)
+        self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
+        self._autocast = autocast
+        self._projectors: dict[Projection, Projector] = {}
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._accepts = inspect.signature(base.forward).parameters
+
+    @cached_property
+    def parameters(self) -> list[Parameter]:
+        """The trainable parameters whose gradients are taken."""
+        return trainable_parameters(self.model)
+
+    def compute(
+        self, examples: Sequence[Mapping[str, Any]], specs: Sequence[FeatureSpec], min_batches: int = 0
+    ) -> list[FeatureValues]:
+        """Return the values of each feature, rows in the order of `examples`.
+
+        Each batch is one forward pass, and one backward pass if any gradient is asked for. Under sharded parameters
+        (ZeRO-3, FSDP) every rank must run as many: give each the largest `count_batches` of all ranks as `min_batches`,
+        and the missing ones are run on a dummy row.
+
+        Raises:
+            ConfigError: a specification cannot be computed together with this model or these moments.
+            DataflexError: the model or an example has no exact features.
+        """
+        directions: dict[str, Direction | None] = {}
+        targets = [self._target(spec, directions) for spec in specs if isinstance(spec, GradientSpec)]
+        sketches = Sketches(self.parameters, targets) if targets else None
+        plan = plan_batches([len(e["input_ids"]) for e in examples], self.token_budget)
+        values: list[FeatureValues] = []
+        with ExitStack() as stack:
+            stack.enter_context(evaluation(self.model))
+            if sketches:
+                stack.enter_context(sketches.taps.on(sketches.modules))
+            for number in range(max(len(plan), min_batches, 1)):
+                rows = plan[number] if number < len(plan) else np.empty(0, dtype=np.int64)
+                parts = self._run(self._collate([examples[i] for i in rows] or [self._dummy]), specs, sketches)
+                values = values or [_empty(part, len(examples)) for part in parts]
+                for whole, part in zip(values, parts, strict=True):
+                    _place(part, rows, whole)
+        return values
+
+    def _target(self, spec: GradientSpec, directions: dict[str, Direction | None]) -> Target:
+        if spec.projection not in self._projectors:
+            sizes = {p.key: p.size for p in self.parameters}
+            self._projectors[spec.projection] = build_projector(spec.projection, sizes)
+        projector = self._projectors[spec.projection]
+        if spec.direction == "sgd":
+            return Target(None, projector)
+        if spec.projection.type == "factorized":
+            raise ConfigError(
+                "projection.type factorized with direction adam: the step is no outer product, so its factors cannot be "
+                "projected; use sjlt"
+            )
+        if self.moments is None:
+            raise ConfigError("direction adam needs the moments of an optimizer; train a warm-up first, or use direction sgd")
+        missing = next((p.name for p in self.parameters if p.name not in self.moments.scalars), None)
+        if missing:
+            raise ConfigError(f"no Adam moments for the trainable parameter {missing}; they were taken from another model")
+        if spec.adam_variant not in directions:
+            moments = self.moments.to(self.device)
+            directions[spec.adam_variant] = partial(adam_direction, moments, spec.adam_variant)
+        return Target(directions[spec.adam_variant], projector)
+
+    def _run(self, batch: Batch, specs: Sequence[FeatureSpec], sketches: Sketches | None) -> list[FeatureValues]:
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if "position_ids" in self._accepts:  # per row, so that a trained position embedding sees rows apart
+            inputs["position_ids"] = batch.position_ids
+        if any(isinstance(spec, EmbeddingSpec) for spec in specs):
+            inputs["output_hidden_states"] = True
+        if all(isinstance(spec, EmbeddingSpec) for spec in specs) and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1
+        tokens = (batch.targets >= 0).sum(dim=1)
+        status = torch.where(tokens > 0, Status.OK, Status.NO_LABELS).to(torch.uint8)
+        results: dict[int, FeatureValues] = {}
+        with torch.set_grad_enabled(sketches is not None):
+            if sketches:
+                sketches.start(len(batch.input_ids), self.device)
+            with self._autocast():
+                output = self.model(**inputs, use_cache=False, return_dict=True)
+            for i, spec in enumerate(specs):
+                if isinstance(spec, EmbeddingSpec):
+                    states = output.hidden_states
+                    if not -len(states) <= spec.layer < len(states):
+                        raise ConfigError(f"embedding.layer is {spec.layer}; the model has hidden states 0 to {len(states) - 1}")
+                    vectors = pool(states[spec.layer].detach(), batch.attention_mask.bool(), spec)
+                    results[i] = _vectors(vectors, torch.zeros_like(status))
+            if len(results) < len(specs):
+                sums = loss_sums(output.logits, batch.targets)
+                del output
+                finite = sums.isfinite()
+                status[~finite & (tokens > 0)] = Status.NONFINITE
+            if sketches:
+                usable = status == Status.OK
+                sketched = iter(sketches.finish(torch.where(usable, sums / tokens.clamp(min=1), 0.0).sum()))
+        for i, spec in enumerate(specs):
+            if isinstance(spec, LossSpec):
+                results[i] = _losses(sums.detach(), tokens, status)
+            elif isinstance(spec, GradientSpec):
+                results[i] = _vectors(next(sketched), status)
+        return [results[i] for i in range(len(specs))]
+
+
+def _losses(sums: Tensor, tokens: Tensor, status: Tensor) -> FeatureValues:
+    good = status == Status.OK
+    scalars = {"loss_sum": torch.where(good, sums, 0.0).cpu().numpy(), "tokens": (tokens * good).int().cpu().numpy()}
+    return FeatureValues(status.cpu().numpy(), scalars, None)
+
+
+def _vectors(vectors: Tensor, status: Tensor) -> FeatureValues:
+    vectors = vectors.float()
+    norm = torch.linalg.vector_norm(vectors, dim=1)
+    status = torch.where((status == Status.OK) & ~norm.isfinite(), Status.NONFINITE, status)
+    bad = status != Status.OK
+    scalars = {"norm": norm.masked_fill(bad, 0.0).cpu().numpy()}
+    return FeatureValues(status.cpu().numpy(), scalars, vectors.masked_fill(bad[:, None], 0.0).cpu().numpy())
+
+
+def _empty(part: FeatureValues, count: int) -> FeatureValues:
+    scalars = {name: np.zeros(count, dtype=column.dtype) for name, column in part.scalars.items()}
+    vectors = None if part.vectors is None else np.zeros((count, part.vectors.shape[1]), dtype=np.float32)
+    return FeatureValues(np.zeros(count, dtype=np.uint8), scalars, vectors)
+
+
+def _place(part: FeatureValues, rows: np.ndarray, whole: FeatureValues) -> None:
+    """Copy a batch's values to their rows; a dummy batch has none."""
+    if not len(rows):
+        return
+    whole.status[rows] = part.status
+    for name, column in part.scalars.items():
+        whole.scalars[name][rows] = column
+    if whole.vectors is not None:
+        whole.vectors[rows] = part.vectors

@@ -1,0 +1,178 @@
+"""Per-example gradients of every trainable parameter out of one batched backward pass, reduced as they come.
+
+For a linear layer y = x W^T + b, with gy the gradient of the batch's summed losses at y, no row of the batch influences
+another, so row n's own gradients are G[n] = sum_t gy[n, t] x[n, t]^T and sum_t gy[n, t]. LoRA's A and B are linear layers.
+
+A parameter's G is formed in blocks of its rows, made an Adam direction if asked, added into the sketches, and freed: memory
+is bounded by the block, whatever the number of parameters.
+
+Shapes: B rows of the batch, T tokens, I/O layer in/out; a parameter is seen as a matrix, `rows` x `cols`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dataflex.errors import DataflexError
+from dataflex.features.entries import canonical_name
+from dataflex.features.loss import wide
+
+Rows = Callable[[int, int], Tensor]
+"""(a, b) -> rows [a, b) of a parameter's gradient for each row of the batch, (B, (b - a) * cols)."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trainable parameter: the model's name for it, its canonical name, and the modules that own it."""
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    owners: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def rows(self) -> int:
+        """Length of the first dimension."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def cols(self) -> int:
+        """Elements per row."""
+        return self.size // self.rows
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Linear:
+    """The two factors of a weight's gradient, sum_t left_t right_t^T; left (B, T, rows), right (B, T, cols)."""
+
+    left: Tensor
+    right: Tensor
+
+    def __call__(self, a: int, b: int) -> Tensor:
+        """See `Rows`."""
+        left = self.left[..., a:b].transpose(1, 2)
+        if left.is_cuda and left.dtype == self.right.dtype and left.dtype in (torch.float16, torch.bfloat16):
+            return torch.bmm(left, self.right, out_dtype=torch.float32).flatten(1)  # type: ignore[call-arg]
+        return torch.bmm(wide(left), wide(self.right)).flatten(1)
+
+
+def trainable_parameters(model: nn.Module) -> list[Parameter]:
+    """List the parameters that require gradients, tied ones once.
+
+    Raises:
+        DataflexError: there are none, or the per-example gradient of one is not defined or not exact here.
+    """
+    _refuse_coupled_rows(model)
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                _refuse_unsupported(f"{path}.{local}", module)
+                owners.setdefault(id(parameter), []).append((module, local))
+    found = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            shape = tuple(getattr(p, "ds_shape", p.shape))  # DeepSpeed ZeRO-3 leaves an empty tensor in place
+            found.append(Parameter(name, canonical_name(name), shape, p.dtype, tuple(owners[id(p)])))
+    if not found:
+        raise DataflexError("the model has no trainable parameter, so there is no gradient; add an adapter")
+    keys = [p.key for p in found]
+    twice = next((p.name for p in found if keys.count(p.key) > 1), None)
+    if twice:
+        raise DataflexError(f"two trainable parameters differ only in wrapper or adapter name, one is {twice}; keep one adapter")
+    return found
+
+
+def _refuse_coupled_rows(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False):
+        raise DataflexError(
+            "config.output_router_logits is on: the router's auxiliary loss couples the examples of a batch, so no example has "
+            "a gradient of its own; unset `moe_aux_loss_coef`"
+        )
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise DataflexError(f"{path} is a batch norm, which couples the examples of a batch; there is no exact gradient")
+
+
+def _refuse_unsupported(name: str, module: nn.Module) -> None:
+    if "lora_magnitude_vector" in name:
+        raise DataflexError(f"{name}: DoRA has no exact per-example rule here; set `use_dora: false`")
+    if next(module.children(), None) is not None or isinstance(module, nn.ParameterList | nn.ParameterDict):
+        raise DataflexError(
+            f"{name} belongs to {type(module).__name__}, which is not a single layer, so there is no exact rule for its "
+            "per-example gradient; freeze it, or train a LoRA adapter on linear layers"
+        )
+    if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+        raise DataflexError(f"{name}: an embedding with max_norm, scale_grad_by_freq or sparse gradients has no exact rule")
+
+
+def gradient_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> dict[str, Rows]:
+    """Return the per-example gradients that one call of a module gives to its parameters `names`.
+
+    Args:
+        module: a layer with one tensor in and one out, the rows of the batch in the first dimension of both.
+        names: its trainable parameters, by their names in it.
+        x: input (B, T, ..., I), or token ids (B, T) of an embedding.
+        gy: gradient at the output (B, T, ..., O).
+    """
+    if type(module) is nn.Embedding:
+        return {"weight": _embedding_rows(module, x, gy)}
+    if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+        return _module_rows(module, names, x, gy)
+    x, gy = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, gy))
+    rows: dict[str, Rows] = {
+        "weight": Linear(x, gy) if isinstance(module, Conv1D) else Linear(gy, x),
+        "bias": lambda a, b: wide(gy[..., a:b]).sum(dim=1),
+    }
+    return {name: rows[name] for name in names}
+
+
+def _embedding_rows(module: nn.Embedding, ids: Tensor, gy: Tensor) -> Rows:
+    n, width = len(ids), gy.shape[-1]
+    flat, values = ids.reshape(n, -1), wide(gy).reshape(n, -1, width)
+
+    def rows(a: int, b: int) -> Tensor:
+        inside = (flat >= a) & (flat < b)
+        if module.padding_idx is not None:
+            inside &= flat != module.padding_idx
+        row, _ = at = inside.nonzero(as_tuple=True)
+        out = values.new_zeros(n * (b - a), width)
+        return out.index_add_(0, row * (b - a) + flat[at] - a, values[at]).view(n, -1)
+
+    return rows
+
+
+def _module_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> dict[str, Rows]:
+    """Differentiate a small module, such as a norm, once per row; in float32."""
+    own = {name: wide(parameter.detach()) for name, parameter in module.named_parameters()}
+    x, gy = wide(x), wide(gy)
+
+    def one(x_row: Tensor, gy_row: Tensor) -> dict[str, Tensor]:
+        def run(chosen: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(module, own | chosen, (x_row[None],))[0].to(gy_row.dtype)
+
+        _, pullback = torch.func.vjp(run, {name: own[name] for name in names})
+        return pullback(gy_row)[0]  # type: ignore[no-any-return]
+
+    grads = torch.func.vmap(one)(x, gy)
+
+    def rows_of(gradient: Tensor) -> Rows:
+        matrix = gradient.reshape(len(gradient), own_rows(gradient), -1)
+        return lambda a, b: matrix[:, a:b].flatten(1)
+
+    def own_rows(gradient: Tensor) -> int:
+        return gradient.shape[1] if gradient.dim() > 1 else 1
+
+    return {name: rows_of(grads[name]) for name in names}

@@ -1,0 +1,149 @@
+"""Identity of things by their content: canonical JSON, row keys, model files, tensors, readable differences."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+IGNORE_INDEX = -100
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def canonical(value: Any) -> bytes:
+    """Serialise plain data so that equal values have equal bytes: sorted keys, no spaces, no NaN.
+
+    Raises:
+        TypeError: the value holds something that JSON does not know.
+        ValueError: the value holds NaN or infinity.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest(value: Any) -> str:
+    """Return 32 hexadecimal digits (128 bits) that name plain data by its canonical JSON."""
+    return hashlib.blake2b(canonical(value), digest_size=16, person=b"dataflex-json-v1").hexdigest()
+
+
+def row_key(
+    input_ids: Sequence[int] | np.ndarray,
+    labels: Sequence[int] | np.ndarray,
+    attention_mask: Sequence[int] | np.ndarray | None = None,
+) -> bytes:
+    """Return the 16-byte key of one example as the model is fed it.
+
+    Template, tokenizer, `cutoff_len` and masking act on the tokens and labels, so they are in the key, and
+    nothing else is. A mask of ones is the same as no mask.
+    """
+    h = hashlib.blake2b(digest_size=16, person=b"dataflex-row-v1")
+    ids = np.ascontiguousarray(input_ids, dtype="<i8")
+    mask = None if attention_mask is None else np.ascontiguousarray(attention_mask, dtype="<i8")
+    h.update(len(ids).to_bytes(8, "little"))
+    h.update(ids.tobytes())
+    h.update(np.ascontiguousarray(labels, dtype="<i8").tobytes())
+    if mask is not None and not (mask == 1).all():
+        h.update(b"mask")
+        h.update(mask.tobytes())
+    return h.digest()
+
+
+def text_key(prompt: str, response: str) -> bytes:
+    """Return the 16-byte key of one example as an external encoder reads it: its text."""
+    h = hashlib.blake2b(digest_size=16, person=b"dataflex-text-v1")
+    for part in (prompt, response):
+        raw = part.encode("utf-8", "surrogatepass")
+        h.update(len(raw).to_bytes(8, "little"))
+        h.update(raw)
+    return h.digest()
+
+
+def keys_digest(keys: np.ndarray) -> str:
+    """Name an ordered list of row keys, with multiplicity."""
+    return hashlib.blake2b(np.ascontiguousarray(keys).tobytes(), digest_size=16, person=b"dataflex-keys-v1").hexdigest()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_digest(folder: str | os.PathLike[str]) -> str:
+    """Name a model folder by its configuration and weight files, whatever the folder is called.
+
+    The tokenizer is left out: it acts on the tokens, which are in the row keys.
+
+    Raises:
+        FileNotFoundError: the folder holds no weight file.
+    """
+    root = Path(folder)
+    weights = sorted(p for p in root.iterdir() if p.suffix in _WEIGHT_SUFFIXES and _is_weight(p.name))
+    if any(p.suffix == ".safetensors" for p in weights):
+        weights = [p for p in weights if p.suffix == ".safetensors"]
+    if not weights:
+        raise FileNotFoundError(f"no weight file ({', '.join(_WEIGHT_SUFFIXES)}) in {root}")
+    configs = [p for p in (root / "config.json", root / "adapter_config.json") if p.is_file()]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        sums = list(pool.map(file_digest, weights))
+    parts: dict[str, Any] = {p.name: s for p, s in zip(weights, sums, strict=True)}
+    parts |= {p.name: _without_paths(json.loads(p.read_text("utf-8"))) for p in configs}
+    return digest(parts)
+
+
+def _is_weight(name: str) -> bool:
+    return not name.startswith(("optimizer", "scheduler", "rng_state", "training_args", "scaler", "moments"))
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in ("_name_or_path", "base_model_name_or_path", "transformers_version")}
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Any]]) -> str:
+    """Name a set of torch tensors by name, dtype, shape and bytes, independent of their order and device."""
+
+    def one(item: tuple[str, Any]) -> tuple[str, str]:
+        name, tensor = item
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        h = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if flat.numel():
+            import torch
+
+            h.update(flat.view(torch.uint8).numpy().data)
+        return name, h.hexdigest()
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return digest(dict(pool.map(one, tensors)))
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """List the fields in which two recipes differ, as `dotted.path: theirs → ours`, sorted by path."""
+    a, b = _flat(ours), _flat(theirs)
+    missing = "(none)"
+    return [
+        f"{path}: {_short(b.get(path, missing))} → {_short(a.get(path, missing))}"
+        for path in sorted(a.keys() | b.keys())
+        if a.get(path, missing) != b.get(path, missing)
+    ]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        path = f"{prefix}{key}"
+        if isinstance(item, Mapping) and item:
+            out |= _flat(item, f"{path}.")
+        else:
+            out[path] = item
+    return out
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    hexadecimal = len(text) >= 32 and all(c in "0123456789abcdef" for c in text)
+    return text[:8] if hexadecimal else text

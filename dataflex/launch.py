@@ -1,0 +1,104 @@
+"""Start the command again under torch.distributed, by LLaMA-Factory's environment variables."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from dataflex.errors import ConfigError
+
+_TRUE = ("true", "y", "1")
+
+
+def launch(arguments: Sequence[str], needs_processes: bool = False) -> None:
+    """Replace this process by torchrun if several processes are wanted; return if the work is to be done here.
+
+    It is replaced, not waited for, so that signals and exit codes need no forwarding.
+
+    Args:
+        arguments: of the `dataflex` command.
+        needs_processes: whether a launcher is needed whatever the number of devices, as for DeepSpeed.
+
+    Raises:
+        ConfigError: the environment says too little or no number.
+    """
+    command = command_line(arguments, os.environ, _devices, needs_processes)
+    if command is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, environment(os.environ))
+
+
+def command_line(
+    arguments: Sequence[str], env: Mapping[str, str], devices: Callable[[], int], needs_processes: bool = False
+) -> list[str] | None:
+    """Return the command to become, as a list, or None to go on in this process.
+
+    Args:
+        arguments: of the `dataflex` command.
+        env: FORCE_TORCHRUN, NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR, MASTER_PORT, RDZV_ID, MIN_NNODES,
+            MAX_NNODES, MAX_RESTARTS, with LLaMA-Factory's meaning; RANK, LOCAL_RANK or WORLD_SIZE if a launcher
+            started us.
+        devices: counts the devices; asked only if it matters.
+        needs_processes: as for `launch`.
+
+    Raises:
+        ConfigError: a number is none, or several nodes have no common address.
+    """
+    if any(name in env for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+        return None
+    is_forced = needs_processes or _is_on(env, "FORCE_TORCHRUN") or _is_on(env, "USE_MCA")
+    if not is_forced and (_is_on(env, "USE_RAY") or _is_on(env, "USE_KT") or devices() < 2):
+        return None
+    nodes = _number(env, "NNODES", 1)
+    if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise ConfigError(
+            f"NNODES: found {nodes} without MASTER_ADDR and MASTER_PORT; expected both, the same on every node: "
+            "otherwise each node waits at an address of its own"
+        )
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    port = str(_number(env, "MASTER_PORT", 0) or free_port())
+    processes = env.get("NPROC_PER_NODE") or str(max(1, devices()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
+    if "RDZV_ID" in env:
+        bounds = [env.get("MIN_NNODES"), env.get("MAX_NNODES")]
+        command += ["--nnodes", ":".join(map(str, bounds)) if all(bounds) else str(nodes)]
+        command += ["--rdzv-id", env["RDZV_ID"], "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{port}"]
+        command += ["--max-restarts", str(_number(env, "MAX_RESTARTS", 0))]
+    else:
+        command += ["--nnodes", str(nodes), "--node-rank", str(_number(env, "NODE_RANK", 0))]
+        command += ["--master-addr", address, "--master-port", port]
+    return [*command, "-m", "dataflex.cli", *arguments]
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the processes: LLaMA-Factory's settings for the allocator, unless OPTIM_TORCH is 0."""
+    tuned = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
+    return {**(tuned if _is_on(env, "OPTIM_TORCH", "1") else {}), **env}
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _devices() -> int:
+    import torch  # seconds, and needed by what follows in any case
+
+    return torch.accelerator.device_count()
+
+
+def _is_on(env: Mapping[str, str], name: str, default: str = "0") -> bool:
+    return env.get(name, default).lower() in _TRUE
+
+
+def _number(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name, "")
+    if text and not text.isdecimal():
+        raise ConfigError(f"environment variable {name}: found {text!r}; expected a whole number")
+    return int(text) if text else default

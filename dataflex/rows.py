@@ -1,0 +1,77 @@
+"""What is known about each example once LLaMA-Factory has turned it into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+KEY_DTYPE = np.dtype("V16")
+"""One row key: a 128-bit content digest (`dataflex.fingerprint.row_key`)."""
+
+
+class Status(IntEnum):
+    """Whether the features of a row can be used; only `OK` rows may ever be selected."""
+
+    OK = 0
+    NO_LABELS = 1  # no supervised token: the mean loss would be 0 / 0
+    NONFINITE = 2  # a loss, embedding or gradient held NaN or infinity
+
+
+class Examples(Protocol):
+    """Random access to processed examples: `input_ids`, `labels` and perhaps `attention_mask`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int, /) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A processed dataset in training order; a *row* is a position in it.
+
+    Attributes:
+        examples: what the trainer is fed, R long.
+        keys: (R,) of `KEY_DTYPE`; identical rows share a key.
+        dataset: (R,) int32, position in `names` of the dataset that a row came from.
+        index: (R,) int64, position of the row's record in that dataset (of the packed block in a packed dataset).
+        length: (R,) int32, tokens.
+        supervised: (R,) int32, tokens whose label is not ignored and that have a predecessor.
+        truncated: (R,) bool, rows that `cutoff_len` shortened.
+        names: dataset names as the run file lists them.
+        dropped: (dataset, index) of each record that LLaMA-Factory's processor refused.
+    """
+
+    examples: Examples
+    keys: np.ndarray
+    dataset: np.ndarray
+    index: np.ndarray
+    length: np.ndarray
+    supervised: np.ndarray
+    truncated: np.ndarray
+    names: Sequence[str]
+    dropped: Sequence[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Return some of the rows, in the order given, renumbered from 0."""
+        fields = ("keys", "dataset", "index", "length", "supervised", "truncated")
+        arrays = {name: getattr(self, name)[rows] for name in fields}
+        return replace(self, examples=_Taken(self.examples, rows), **arrays)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    examples: Examples
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int, /) -> dict[str, Any]:
+        return self.examples[int(self.rows[row])]

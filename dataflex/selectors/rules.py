@@ -1,0 +1,68 @@
+"""Rules that turn scores into rows. N rows, J target sets; a score of -inf or NaN can never be chosen."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dataflex.errors import CoverageError
+
+
+def ranking(scores: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return the rows that can be chosen, best first: by (-score, row key, position).
+
+    The row key breaks ties, so the order of the pool does not matter; identical rows stay apart by position.
+
+    Args:
+        scores: (N,).
+        keys: (N,) row keys.
+    """
+    rows = np.flatnonzero(np.isfinite(scores))
+    words = np.ascontiguousarray(keys[rows]).view(">u8").reshape(-1, 2)
+    return rows[np.lexsort((rows, words[:, 1], words[:, 0], -scores[rows]))]
+
+
+def top_k(scores: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
+    """Return the k best rows, best first.
+
+    Raises:
+        CoverageError: fewer than k rows can be chosen.
+    """
+    order = ranking(scores, keys)
+    _require(len(order), k, len(scores))
+    return order[:k]
+
+
+def round_robin(scores: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
+    """Let the J columns take turns, each taking its best row that is not yet taken.
+
+    Every prefix of the result is the result for a smaller k.
+
+    Args:
+        scores: (N, J).
+        keys: (N,) row keys.
+        k: rows wanted.
+
+    Raises:
+        CoverageError: fewer than k rows can be chosen.
+    """
+    orders = [ranking(column, keys) for column in scores.T]
+    _require(len(np.unique(np.concatenate(orders))), k, len(scores))
+    taken = np.zeros(len(scores), dtype=bool)
+    cursors, chosen = [0] * len(orders), []
+    while True:
+        for j, order in enumerate(orders):
+            while cursors[j] < len(order) and taken[order[cursors[j]]]:
+                cursors[j] += 1
+            if cursors[j] < len(order):
+                taken[order[cursors[j]]] = True
+                chosen.append(order[cursors[j]])
+            if len(chosen) == k:
+                return np.asarray(chosen, dtype=np.int64)
+
+
+def _require(usable: int, k: int, total: int) -> None:
+    if usable < k:
+        raise CoverageError(
+            f"{k} rows wanted at one update, found {usable} that can be chosen of {total} (rows without supervised "
+            "tokens or with non-finite values never are). Lower update_step or the batch size, or add data."
+        )

@@ -1,0 +1,151 @@
+"""The run's record of what was trained on: one Parquet file per round, written before its first batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataflex.errors import CorruptionError, MismatchError
+from dataflex.rows import KEY_DTYPE
+from dataflex.schedule import Round
+from dataflex.trainers.rounds import DecidedRound
+
+_SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),
+        ("index", pa.int64()),
+        ("row_key", pa.binary(16)),
+        ("score", pa.float64()),
+        ("age", pa.int32()),
+    ]
+)
+
+
+class Journal:
+    """Rounds under one folder.
+
+    Columns: `position` in training order, `index` in the processed training set, `row_key`, `score` (null where the
+    method gives none), `age` of the features behind the score in updates (null where there are none).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+
+    def path(self, number: int) -> Path:
+        """Return where a round is, or would be."""
+        return self.folder / f"round-{number:05d}.parquet"
+
+    def numbers(self) -> list[int]:
+        """Return the numbers of the rounds recorded, in order."""
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.parquet"))
+
+    def write(self, decided: DecidedRound, keys: np.ndarray) -> None:
+        """Record a round durably: it is visible whole or not at all.
+
+        Args:
+            decided: the round.
+            keys: row keys of the whole training set.
+        """
+        round = decided.round
+        about = {"round": _fields(round), **decided.info}
+        table = pa.table(
+            {
+                "position": np.arange(len(decided.rows)),
+                "index": decided.rows,
+                "row_key": pa.array([k.tobytes() for k in keys[decided.rows]], pa.binary(16)),
+                "score": pa.array(decided.scores, pa.float64(), mask=np.isnan(decided.scores)),
+                "age": pa.array(decided.ages, pa.int32(), mask=decided.ages < 0),
+            },
+            schema=_SCHEMA.with_metadata({b"dataflex": json.dumps(about).encode()}),
+        )
+        self._put(self.path(round.number), table)
+
+    def read(self, round: Round, keys: np.ndarray) -> DecidedRound | None:
+        """Return a recorded round, or None if there is no record.
+
+        Raises:
+            MismatchError: the record belongs to another schedule or another training set.
+            CorruptionError: the file cannot be read.
+        """
+        path = self.path(round.number)
+        if not path.is_file():
+            return None
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            about = json.loads((table.schema.metadata or {})[b"dataflex"])
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            raise CorruptionError(f"{path}: not readable as a round of a run ({error}); restore it or start anew") from error
+        if (found := about.pop("round")) != _fields(round):
+            raise MismatchError(
+                f"{path}: found round {found}, this run's schedule has {_fields(round)}; resume with the steps the "
+                "run was begun with, or start anew with another output_dir"
+            )
+        rows = table["index"].to_numpy()
+        recorded = np.frombuffer(b"".join(table["row_key"].to_pylist()), dtype=KEY_DTYPE)
+        inside = bool(len(rows)) and rows.min() >= 0 and rows.max() < len(keys)
+        if not inside or not np.array_equal(keys[rows], recorded):
+            raise MismatchError(
+                f"{path}: its rows are not the rows of this training set (dataset, template, tokenizer or cutoff_len "
+                "changed); resume with the data the run was begun with, or start anew with another output_dir"
+            )
+        scores = table["score"].to_numpy(zero_copy_only=False).astype(np.float64)
+        ages = table["age"].fill_null(-1).to_numpy().astype(np.int32)
+        return DecidedRound(round, rows, scores, ages, about)
+
+    def write_pool(self, number: int, scores: np.ndarray, updated: np.ndarray) -> None:
+        """Record every training row at an update: its score (null: cannot be chosen) and the update it was computed at."""
+        columns = {
+            "score": pa.array(scores, pa.float32(), mask=~np.isfinite(scores)),
+            "updated": pa.array(updated, pa.int32()),
+        }
+        self._put(self._pool(number), pa.table(columns))
+
+    def read_pool(self, number: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return scores (N,) with -inf for null, and updates (N,) of a recorded pool, or None."""
+        path = self._pool(number)
+        if not path.is_file():
+            return None
+        table = pq.read_table(path, page_checksum_verification=True)
+        scores = table["score"].fill_null(-np.inf).to_numpy().astype(np.float64)
+        return scores, table["updated"].to_numpy()
+
+    def copy_to(self, folder: str | os.PathLike[str], numbers: Sequence[int]) -> None:
+        """Link (or copy) recorded rounds into another folder; those already there stay."""
+        target = Journal(folder)
+        target.folder.mkdir(parents=True, exist_ok=True)
+        for source in (path for number in numbers for path in (self.path(number), self._pool(number))):
+            copy = target.folder / source.name
+            if copy.exists() or not source.exists():
+                continue
+            try:
+                os.link(source, copy)
+            except OSError:  # another file system
+                shutil.copyfile(source, copy)
+
+    def clear(self) -> None:
+        """Remove the rounds of an earlier run."""
+        for path in (*self.folder.glob("round-*.parquet"), *self.folder.glob("pool-*.parquet")):
+            path.unlink()
+
+    def _pool(self, number: int) -> Path:
+        return self.folder / f"pool-{number:05d}.parquet"
+
+    def _put(self, path: Path, table: pa.Table) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{path.name}.{os.getpid()}"
+        with open(temporary, "wb") as file:
+            pq.write_table(table, file, write_page_checksum=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def _fields(round: Round) -> dict[str, object]:
+    return {name: getattr(round, name) for name in ("number", "kind", "first_step", "steps", "epoch", "update")}

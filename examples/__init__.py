@@ -1,0 +1,1 @@
+"""Runnable run files, and the quickstart."""

@@ -1,0 +1,1 @@
+"""The embedded default: a pool of generated tasks, a tiny language model, and the demo that runs on them."""

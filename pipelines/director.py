@@ -1,0 +1,117 @@
+"""Directs a training run: every round is read from the journal, drawn as a warm-up, or chosen by the selector."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import CoverageError, DataflexError
+from dataflex.pipelines import update, warmup
+from dataflex.pipelines.run import Run, open_run
+from dataflex.pipelines.state import MOMENTS_FILE
+from dataflex.pipelines.summary import write_summary
+from dataflex.rows import Rows
+from dataflex.schedule import Round
+from dataflex.trainers.checkpoints import FOLDER
+from dataflex.trainers.rounds import DecidedRound
+
+log = logging.getLogger(__name__)
+
+
+class RoundDirector:
+    """A `dataflex.trainers.trainer.Director`; `featurize` and `select` stop it at the first update.
+
+    Args:
+        settings: the validated run file.
+    """
+
+    stage = "train"
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+        self.schedule = settings.schedule
+        self.updates: list[dict[str, Any]] = []
+        self._begun = time.monotonic()
+
+    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
+        """Put the run together and choose where to start: a checkpoint, a kept state, or the beginning."""
+        self.run: Run = open_run(self.settings, trainer)
+        self.warm = warmup.WarmState(self.run)
+        if checkpoint is not None:
+            warmup.restore_rounds(self.run, Path(checkpoint))
+            return checkpoint
+        if distributed.is_main():
+            self.run.journal.clear()
+        distributed.barrier()
+        return self.warm.start()
+
+    def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
+        """Return the round on every rank, recorded before its first batch."""
+        recorded = distributed.broadcast(self._recorded(round) if distributed.is_main() else None)
+        if recorded is not None:
+            log.info("%s, from the journal", _line(recorded, self.run.rows))
+            return recorded
+        if round.kind == "warmup":
+            decided = warmup.draw(self.run, round)
+        else:
+            self.warm.keep(round)
+            decided = update.decide(self.run, round)
+            self.updates.append({"round": round.number, **{k: decided.info[k] for k in ("computed", "reused", "seconds")}})
+        decided = distributed.broadcast(decided)
+        if distributed.is_main():
+            self.run.journal.write(decided, self.run.rows.keys)
+        log.info("%s", _line(decided, self.run.rows))
+        return decided
+
+    def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
+        """Add the rounds so far, and the moments by parameter name, to a checkpoint."""
+        moments = None
+        if trainer.args.save_only_model:
+            said = "left out: save_only_model"
+        else:
+            try:
+                moments, said = self.run.state.moments(), MOMENTS_FILE
+            except DataflexError as error:  # an optimizer that is not Adam trains all the same
+                said = f"none: {error}"
+        if distributed.is_main():
+            (Path(checkpoint) / FOLDER).mkdir(exist_ok=True)
+            if moments is not None:
+                moments.save(Path(checkpoint) / MOMENTS_FILE)
+            numbers = [r.number for r in trainer.rounds if r.first_step < trainer.state.global_step]
+            self.run.journal.copy_to(Path(checkpoint) / FOLDER / "rounds", numbers)
+        return {"global_step": trainer.state.global_step, "moments": said}
+
+    def finish(self, trainer: Any, stopped: bool) -> None:
+        """Write the run's summary."""
+        self.summarise(Path(trainer.args.output_dir) / "dataflex_summary.json", steps=trainer.state.global_step)
+
+    def summarise(self, path: Path, **more: Any) -> None:
+        """Write what the stage came to. Collective."""
+        about = {"started_from": self.warm.lineage if self.warm.loaded else None, "updates": self.updates, **more}
+        write_summary(path, self.stage, self.run, time.monotonic() - self._begun, about)
+
+    def _recorded(self, round: Round) -> DecidedRound | None:
+        """Return a journaled round: always if it was begun before the current step, else only if it was decided alike."""
+        found = self.run.journal.read(round, self.run.rows.keys)
+        begun = round.first_step < self.run.trainer.state.global_step
+        if found is None and begun:
+            raise CoverageError(f"{self.run.journal.path(round.number)}: missing; the checkpoint was trained on it")
+        return found if found is not None and (begun or found.info.get("identity") == self.run.identity) else None
+
+
+def _line(decided: DecidedRound, rows: Rows) -> str:
+    """Describe a round in one line."""
+    round, info = decided.round, decided.info
+    what = f"update {round.update}" if round.kind == "update" else "warm-up"
+    text = f"round {round.number} ({what}, steps {round.first_step + 1}-{round.first_step + round.steps}): {len(decided.rows)} rows"
+    counts = np.bincount(rows.dataset[decided.rows], minlength=int(rows.dataset.max()) + 1)
+    if (counts > 0).sum() > 1:
+        text += " (" + ", ".join(f"{rows.names[i]} {count}" for i, count in enumerate(counts) if count) + ")"
+    if "computed" in info:
+        text += f"; features computed {info['computed']}, reused {info['reused']}, {info['seconds']} s"
+    return text

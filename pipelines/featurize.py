@@ -1,0 +1,117 @@
+"""`dataflex featurize`: compute, ahead of training, the features that the run's method will ask for at its first update."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dataflex import distributed
+from dataflex.errors import ConfigError
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec
+from dataflex.llamafactory import workflow
+from dataflex.pipelines.director import RoundDirector
+from dataflex.rows import Rows
+from dataflex.schedule import Round
+from dataflex.stores.faiss_cache import load_or_build
+from dataflex.trainers.rounds import DecidedRound
+
+log = logging.getLogger(__name__)
+
+_QUIET: dict[str, Any] = {
+    "do_train": True,
+    "do_eval": False,
+    "do_predict": False,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "early_stopping_steps": None,
+    "report_to": "none",
+    "plot_loss": False,
+    "push_to_hub": False,
+    "overwrite_output_dir": True,
+    "resume_from_checkpoint": None,
+}  # what a run does beside changing its weights
+
+
+def featurize(settings: Any) -> None:
+    """Compute what is missing of the run's features into the stores. Call it on every rank.
+
+    The model state is the checkpoints that the method names, or the end of the run file's own warm-up, which is run
+    once and kept. Interrupt it at will: the next call goes on where it stopped, with any number of processes.
+
+    Raises:
+        ConfigError: the method asks for no features, and `dataflex.features` names none.
+    """
+    run_until_update(settings, FeaturizeDirector(settings))
+
+
+def run_until_update(settings: Any, director: RoundDirector) -> None:
+    """Run the workflow up to the first update, leaving the run's own output folder as it is."""
+    scratch = Path(settings.llamafactory["output_dir"]) / f".{director.stage}"
+    arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
+    if "max_steps" in arguments:
+        del arguments["max_steps"]
+    try:
+        workflow.run(arguments, director)
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+class FeaturizeDirector(RoundDirector):
+    """Stops at the first update, with its features computed."""
+
+    stage = "featurize"
+
+    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
+        """Leave the warm-up out where no feature is of the live model after it."""
+        start = super().begin(trainer, checkpoint)
+        if not self.run.live_needs:
+            trainer.rounds[:] = [Round(0, "update", 0, 1, 0, 1)]
+            return None
+        if trainer.rounds[0].kind == "update" and not trainer.model_arguments.adapter_name_or_path:
+            log.warning(
+                "there is no warm-up and there are no checkpoints: at LoRA's initialisation B is zero and the gradients of A "
+                "vanish. Set warmup_step, or name checkpoints"
+            )
+        return start
+
+    def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
+        """Stop at the first update, its work done."""
+        if round.kind == "warmup":
+            return super().decide(trainer, round)
+        self.warm.keep(round)
+        self.at_update(round)
+        return None
+
+    def at_update(self, round: Round) -> None:
+        """Compute every feature that the method or the run file asks for."""
+        wanted = self._wanted()
+        if not wanted:
+            raise ConfigError(
+                f"{self.settings.component_name or 'train_type: static'} asks for no features; name some under dataflex.features"
+            )
+        for specs, rows, state in wanted:
+            stores = self.run.access.ensure(specs, rows, state)
+            for spec, store in zip(specs, stores, strict=True):
+                if isinstance(spec, EmbeddingSpec) and distributed.is_main():
+                    load_or_build(store)
+        distributed.barrier()
+
+    def finish(self, trainer: Any, stopped: bool) -> None:
+        """Write the summary beside the run's output."""
+        self.summarise(Path(self.settings.llamafactory["output_dir"]) / f"dataflex_{self.stage}.json")
+
+    def _wanted(self) -> list[tuple[list[FeatureSpec], Rows, str | None]]:
+        """List (features, rows, state), features of the same rows and state together: they share one pass."""
+        run = self.run
+        states = list(dict.fromkeys(need.state for need in run.needs)) or [None]
+        out: list[tuple[list[FeatureSpec], Rows, str | None]] = []
+        for state in states:
+            for of, sets in (("train", [run.rows]), ("targets", list(run.targets.values()))):
+                needed = [need.spec for need in run.needs if need.state == state and need.of == of]
+                specs = list(dict.fromkeys([*needed, *self.settings.dataflex.features]))
+                out += [(specs, rows, state) for rows in sets if specs]
+        return out

@@ -1,0 +1,150 @@
+"""What one run works with, put together once its trainer exists."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex.errors import ConfigError, CoverageError
+from dataflex.fingerprint import digest, keys_digest
+from dataflex.pipelines.access import FeatureAccess
+from dataflex.pipelines.state import ModelState
+from dataflex.rows import Rows
+from dataflex.schedule import Round
+from dataflex.selectors.base import Need
+from dataflex.stores.root import StoreRoot
+from dataflex.trainers.journal import Journal
+from dataflex.trainers.rounds import DecidedRound
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        settings: the validated run file.
+        trainer: the `RoundTrainer`.
+        rows: training rows.
+        targets: target sets by name.
+        eligible: training rows with supervised tokens, the only ones that are ever trained on.
+        state: names the state of the live model.
+        access: gives features.
+        journal: rounds of this run.
+        selector: the method, or None.
+        identity: digest of everything a decision depends on but the model: a round is replayed only under its own.
+    """
+
+    settings: Any
+    trainer: Any
+    rows: Rows
+    targets: Mapping[str, Rows]
+    eligible: np.ndarray
+    state: ModelState
+    access: FeatureAccess
+    journal: Journal
+    selector: Any
+    identity: str
+
+    @property
+    def needs(self) -> Sequence[Need]:
+        """The features that the method asks for; a selector of the documented kind declares none."""
+        return self.selector.needs() if hasattr(self.selector, "needs") else ()
+
+    @property
+    def live_needs(self) -> list[Need]:
+        """Those of them that are of the model as it is at the update."""
+        return [need for need in self.needs if need.state is None]
+
+    @property
+    def updates(self) -> list[Round]:
+        """The run's updates, in order."""
+        return [r for r in self.trainer.rounds if r.kind == "update"]
+
+    def update_number(self, round: Round) -> int:
+        """Return how many updates come before a round."""
+        return sum(r.number < round.number for r in self.updates)
+
+    def decided(self, round: Round) -> DecidedRound:
+        """Return an earlier round of this run.
+
+        Raises:
+            CoverageError: it is not in the journal.
+        """
+        found = self.journal.read(round, self.rows.keys)
+        if found is None:
+            raise CoverageError(f"{self.journal.path(round.number)}: missing; a later round builds on it")
+        return found
+
+
+def open_run(settings: Any, trainer: Any) -> Run:
+    """Put a run together. Collective.
+
+    Raises:
+        ConfigError: no training row has a supervised token.
+    """
+    sets = trainer.row_sets
+    eligible = np.flatnonzero(sets.train.supervised > 0)
+    _report(sets.train, sets.targets, len(eligible))
+    state = ModelState(trainer)
+    params = settings.params
+    identity = {
+        "component": settings.component_name or "",
+        "params": params.model_dump(mode="json") if hasattr(params, "model_dump") else json.loads(json.dumps(params, default=str)),
+        "refresh": settings.dataflex.refresh.model_dump(mode="json"),
+        "rows": keys_digest(sets.train.keys),
+        "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
+        "seed": trainer.args.seed,
+    }
+    return Run(
+        settings=settings,
+        trainer=trainer,
+        rows=sets.train,
+        targets=sets.targets,
+        eligible=eligible,
+        state=state,
+        access=FeatureAccess(StoreRoot(settings.store_root), state, settings.dataflex),
+        journal=Journal(Path(trainer.args.output_dir) / "rounds"),
+        selector=build_selector(settings, trainer),
+        identity=digest(identity),
+    )
+
+
+def build_selector(settings: Any, trainer: Any) -> Any:
+    """Construct the selector: from its `Params`, or by name from the documented constructor arguments."""
+    component = settings.component
+    if component is None:
+        return None
+    if hasattr(component, "Params"):
+        return component(settings.params)
+    runtime = {
+        "dataset": trainer.train_dataset,
+        "eval_dataset": trainer.eval_dataset,
+        "accelerator": trainer.accelerator,
+        "data_collator": trainer.data_collator,
+        "cache_dir": str(Path(trainer.args.output_dir) / "selector_cache"),
+    }
+    wanted = inspect.signature(component).parameters
+    return component(**({name: value for name, value in runtime.items() if name in wanted} | dict(settings.params or {})))
+
+
+def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:
+    """Say what the data came to, and refuse a training set without a usable row."""
+    log.info(
+        "%d rows of %s: %d dropped by preprocessing, %d truncated by cutoff_len, %d without supervised tokens; targets: %s",
+        len(rows), ", ".join(rows.names[i] for i in np.unique(rows.dataset)), len(rows.dropped), int(rows.truncated.sum()),
+        len(rows) - eligible, ", ".join(f"{name} ({len(target)})" for name, target in targets.items()) or "none",
+    )  # fmt: skip
+    if not eligible:
+        raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
+    for name, target in targets.items():
+        if shared := int(np.isin(rows.keys, target.keys).sum()):
+            log.warning("target set %s: %d training rows are identical to rows of it", name, shared)

@@ -1,0 +1,47 @@
+"""What a stage came to: rows, computed, reused, skipped by reason, bytes, seconds; for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dataflex import distributed
+from dataflex.pipelines.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def write_summary(path: Path, stage: str, run: Run, seconds: float, about: dict[str, Any]) -> None:
+    """Join the tallies of all ranks, write them on rank 0, and log one line. Collective."""
+    tallies = distributed.gather(run.access.tally)
+    skipped: dict[str, int] = {}
+    for tally in tallies:
+        for reason, count in tally.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    total = {name: sum(getattr(t, name) for t in tallies) for name in ("computed", "tokens", "batches", "bytes")}
+    summary = {
+        "stage": stage,
+        "seconds": float(f"{seconds:.2f}"),
+        "feature_seconds": float(f"{tallies[0].seconds:.2f}"),
+        "rows": len(run.rows),
+        "target_rows": sum(len(rows) for rows in run.targets.values()),
+        "dropped": len(run.rows.dropped),
+        "truncated": int(run.rows.truncated.sum()),
+        "without_labels": len(run.rows) - len(run.eligible),
+        **total,
+        "reused": tallies[0].reused,
+        "skipped": skipped,
+        "store": run.access.url,
+        **about,
+    }
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    said = ", ".join(f"{reason} {count}" for reason, count in skipped.items()) or "none"
+    log.info(
+        "%s: %d rows and %d target rows; features computed %d, reused %d, unusable: %s; %d tokens, %.1f MB, %.1f s",
+        stage, len(run.rows), summary["target_rows"], total["computed"], tallies[0].reused, said, total["tokens"],
+        total["bytes"] / 1e6, seconds,
+    )  # fmt: skip

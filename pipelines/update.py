@@ -1,0 +1,195 @@
+"""One update: its features are brought about, the selector chooses, the choice becomes a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import CoverageError, DataflexError
+from dataflex.features.spec import FeatureSpec
+from dataflex.pipelines.access import Snapshot
+from dataflex.pipelines.refresh import Mixed, due
+from dataflex.pipelines.run import Run
+from dataflex.schedule import Round
+from dataflex.selectors.base import Context, Need, Selection, View, generator, stream
+from dataflex.stores.parquet import ParquetStore
+from dataflex.trainers.rounds import DecidedRound
+
+_Asked = tuple[FeatureSpec, str | None, str | None]
+
+
+def decide(run: Run, round: Round) -> DecidedRound:
+    """Choose the rows of a round. Collective."""
+    begun, tally = time.monotonic(), run.access.tally
+    before = tally.computed, tally.reused
+    wanted = round.steps * run.trainer.global_batch
+    # update_step 0: one selection holds for the rest of the epoch, so it is passed over as often as needed.
+    count = wanted if run.settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
+    selection, updated = choose(run, round, count)
+    if selection.pool is not None and distributed.is_main():
+        run.journal.write_pool(round.number, selection.pool, updated)
+    seed = run.trainer.args.seed
+    order = np.arange(count) if _in_order(run.trainer) else generator(seed, "order", round.number).permutation(count)
+    if wanted > count:
+        order = np.concatenate([order, stream(order, 0, wanted - count, seed, "again", round.number)])
+    scores = np.full(count, np.nan) if selection.scores is None else np.asarray(selection.scores, dtype=np.float64)
+    ages = np.full(count, -1) if selection.ages is None else np.asarray(selection.ages)
+    info = {
+        "method": run.settings.component_name,
+        "identity": run.identity,
+        "computed": tally.computed - before[0],
+        "reused": tally.reused - before[1],
+        "seconds": round_seconds(time.monotonic() - begun),
+        "recipes": [run.state.recipe(need.spec, run.settings.dataflex.storage) for need in run.live_needs],
+    }
+    return DecidedRound(round, selection.rows[order], scores[order], ages[order].astype(np.int32), info)
+
+
+def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
+    """Let the selector choose `count` rows, the same on every rank. Collective.
+
+    Returns:
+        The selection, and for each training row the update at which its features were computed, (N,) int32.
+    """
+    features = UpdateFeatures(run, round)
+    trainer, native = run.trainer, hasattr(run.selector, "needs")
+    history = [run.decided(r).rows for r in run.updates if r.number < round.number]
+    context = Context(run.rows, run.targets, features.get, round, features.update, history, trainer.args.seed)
+    selection = None
+    # A selector of the documented kind may run collectives of its own, so it is called everywhere; rank 0's answer counts.
+    if not native or distributed.is_main():
+        found = run.selector.select(
+            trainer.model_wrapped,
+            step_id=round.first_step,
+            num_samples=count,
+            context=context,
+            optimizer_state=trainer.optimizer.state,
+            scheduler_state=trainer.lr_scheduler.state_dict(),
+            current_update_times=round.update,
+            update_times=run.settings.schedule.update_times,
+            tokenizer=trainer.processing_class,
+        )
+        selection = found if isinstance(found, Selection) else Selection(_flat(found))
+    if not native:
+        trainer.model.zero_grad()
+    selection = distributed.broadcast(selection)
+    assert selection is not None
+    rows = selection.rows
+    if len(rows) != count or rows.min(initial=0) < 0 or rows.max(initial=0) >= len(run.rows):
+        raise CoverageError(
+            f"{run.settings.component_name}: returned {len(rows)} rows between {rows.min(initial=0)} and {rows.max(initial=0)}; "
+            f"expected {count} rows between 0 and {len(run.rows) - 1}"
+        )
+    return selection, features.updated
+
+
+@dataclass
+class UpdateFeatures:
+    """The features of one update, every declared one brought about when it is made. Making it is collective."""
+
+    run: Run
+    round: Round
+
+    def __post_init__(self) -> None:
+        run = self.run
+        self.update = run.update_number(self.round)
+        self.updated = np.full(len(run.rows), self.update, dtype=np.int32)
+        self._views: dict[_Asked, View] = {}
+        self._policy = run.settings.dataflex.refresh
+        last = self._last_pool()
+        if last is not None:
+            fresh = due(self._policy, self.update, last[1], last[0])
+            self.updated = np.where(fresh, self.update, last[1]).astype(np.int32)
+        for need in run.needs:
+            if need.of == "targets":
+                for name in run.targets:
+                    self._views[need.spec, name, need.state] = self._target(need, name)
+            else:
+                self._views[need.spec, None, need.state] = self._train(need)
+
+    def get(self, spec: FeatureSpec, target: str | None = None, state: str | None = None) -> View:
+        """Give a selector a feature; alone, a process computes undeclared ones too.
+
+        Raises:
+            DataflexError: the feature was not declared and there are other ranks, which take no part.
+        """
+        asked = (spec, target, state)
+        if asked not in self._views:
+            if distributed.world() > 1:
+                raise DataflexError(
+                    f"{spec.kind} of {target or 'the training rows'}: found no declaration; with several processes every "
+                    "feature must be among the selector's needs()"
+                )
+            rows = self.run.rows if target is None else self.run.targets[target]
+            (store,) = self.run.access.ensure([spec], rows, state)
+            self._views[asked] = self.run.access.view(rows, store)
+        return self._views[asked]
+
+    def _target(self, need: Need, name: str) -> View:
+        access, rows = self.run.access, self.run.targets[name]
+        if need.state is None and self._policy.policy == "static" and self.update > 0:
+            return access.view(rows, self._earlier(0, need), self.update)
+        (store,) = access.ensure([need.spec], rows, need.state)
+        return access.view(rows, store)
+
+    def _train(self, need: Need) -> View:
+        """Give the training rows' values, of this update or joined from several."""
+        run = self.run
+        if need.state is not None or (self.updated == self.update).all():
+            (store,) = run.access.ensure([need.spec], run.rows, need.state)
+            return run.access.view(run.rows, store)
+        parts: list[tuple[np.ndarray, Snapshot]] = []
+        for update in np.unique(self.updated).tolist():
+            at = np.flatnonzero(self.updated == update)
+            some = run.rows.take(at)
+            if update == self.update:
+                (store,) = run.access.ensure([need.spec], some)
+            else:
+                store = self._earlier(update, need)
+                run.access.tally.reused += len(np.unique(some.keys))
+            parts.append((at, run.access.view(some, store, self.update - update)))
+        return Mixed.of(parts, len(run.rows))
+
+    def _earlier(self, update: int, need: Need) -> ParquetStore:
+        """Open the store that an earlier update of this run used."""
+        run = self.run
+        round = run.updates[update]
+        recipe = run.decided(round).info["recipes"][run.live_needs.index(need)]
+        store = run.access.root.find(need.spec.kind, recipe)
+        if store is None:
+            raise CoverageError(f"the {need.spec.kind} store of round {round.number} is gone from {run.access.url}; start anew")
+        return store
+
+    def _last_pool(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return last scores and the update of each row's value; None where everything is computed anew."""
+        run = self.run
+        if self.update == 0 or self._policy.policy == "full" or not run.live_needs:
+            return None
+        last = run.updates[self.update - 1]
+        found = run.journal.read_pool(last.number)
+        if found is None:
+            raise CoverageError(
+                f"refresh policy {self._policy.policy}: round {last.number} recorded no scores of the pool; the policy needs a "
+                "selector that returns them (Selection.pool). Use dataflex.refresh.policy: full"
+            )
+        return found
+
+
+def round_seconds(seconds: float) -> float:
+    """Round seconds for people."""
+    return float(f"{seconds:.2f}")
+
+
+def _in_order(trainer: Any) -> bool:
+    """Say whether rows are trained in the order chosen."""
+    return bool(trainer.finetuning_args.disable_shuffling) or trainer.args.train_sampling_strategy == "sequential"
+
+
+def _flat(rows: Any) -> np.ndarray:
+    """Return row positions, (k,) int64, from a list, an array, or the documented list of one list."""
+    return np.asarray([int(i) for part in rows for i in (part if isinstance(part, Sequence) else [part])], dtype=np.int64)

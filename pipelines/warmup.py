@@ -1,0 +1,97 @@
+"""The warm-up: its rows, and the state at its end, which one run keeps and another starts from."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import MismatchError
+from dataflex.fingerprint import digest
+from dataflex.pipelines.run import Run
+from dataflex.schedule import Round
+from dataflex.selectors.base import Selector, stream
+from dataflex.trainers.checkpoints import FOLDER
+from dataflex.trainers.journal import Journal
+from dataflex.trainers.lineage import lineage
+from dataflex.trainers.rounds import DecidedRound
+
+log = logging.getLogger(__name__)
+
+
+def draw(run: Run, round: Round) -> DecidedRound:
+    """Draw a warm-up: random rows without replacement, a new permutation for every epoch and every full pass.
+
+    A selector of the documented kind that overrides `warmup` draws its own, with the arguments it is documented to get.
+    """
+    count = round.steps * run.trainer.global_batch
+    if isinstance(run.selector, Selector) and type(run.selector).warmup is not Selector.warmup:
+        rows = np.asarray(run.selector.warmup(count, replacement=True), dtype=np.int64).reshape(-1)
+    else:
+        rows = stream(run.eligible, 0, count, run.trainer.args.seed, "warmup", round.epoch)
+    info = {"method": "warmup", "identity": run.identity}
+    return DecidedRound(round, rows, np.full(count, np.nan), np.full(count, -1, np.int32), info)
+
+
+class WarmState:
+    """The state at the end of a run's first warm-up, found by lineage.
+
+    It is kept only where the method asks for features of the live model: another run's features are of no use without
+    the state that they belong to.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.lineage: str | None = None
+        self.loaded = False
+        first = run.trainer.rounds[0]
+        if first.kind == "warmup" and run.live_needs:
+            keys = run.rows.keys[draw(run, first).rows]
+            self._story: dict[str, Any] = lineage(run.trainer, run.state.origin(), keys, 0, first.steps)
+            self.lineage = digest(self._story)
+        self._end = first.steps
+
+    def start(self) -> str | None:
+        """Return the folder of the kept state, its round in this run's journal, or None if there is none. Collective."""
+        if self.lineage is None:
+            return None
+        states = self.run.access.root.states
+        found = distributed.broadcast(states.find(self.lineage) is not None if distributed.is_main() else None)
+        if not found:
+            return None
+        folder = distributed.broadcast(str(states.fetch(self.lineage)) if distributed.is_main() else None)
+        log.info("starting from the kept state %s: %d steps of warm-up are done", self.lineage[:8], self._end)
+        self.loaded = True
+        restore_rounds(self.run, Path(str(folder)))
+        return folder
+
+    def keep(self, round: Round) -> None:
+        """Keep the state if the warm-up has just ended and was trained here. Collective."""
+        if self.lineage is None or self.loaded or round.first_step != self._end:
+            return
+        scratch = Path(self.run.trainer.args.output_dir) / ".state"
+        folder = self.run.trainer.snapshot(str(scratch))
+        if distributed.is_main():
+            self.run.access.root.states.put(self.lineage, folder, self._story)
+            shutil.rmtree(scratch)
+            log.info("kept the state at the end of the warm-up as %s", self.lineage[:8])
+        distributed.barrier()
+
+
+def restore_rounds(run: Run, checkpoint: Path) -> None:
+    """Bring the rounds that led to a checkpoint into the run's journal. Collective.
+
+    Raises:
+        MismatchError: the checkpoint has none.
+    """
+    source = Journal(checkpoint / FOLDER / "rounds")
+    if distributed.is_main():
+        numbers = source.numbers()
+        if not numbers:
+            raise MismatchError(f"{checkpoint}: found no rounds; expected a checkpoint of a `dataflex train` run")
+        source.copy_to(run.journal.folder, numbers)
+    distributed.barrier()

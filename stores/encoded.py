@@ -1,0 +1,52 @@
+"""Values as they are stored, before decoding. R rows, D numbers per vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dataflex.stores.base import Values
+from dataflex.stores.rounding import decode
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Values of R rows as they are stored: codes (R, D) and scale (R,) of `dataflex.stores.rounding`."""
+
+    keys: np.ndarray
+    status: np.ndarray
+    scalars: dict[str, np.ndarray]
+    codes: np.ndarray | None
+    scale: np.ndarray | None
+
+    def take(self, rows: np.ndarray | slice) -> Encoded:
+        """Return some of the rows: positions (r,), a mask (R,) or a slice, which copies nothing."""
+        return Encoded(
+            self.keys[rows],
+            self.status[rows],
+            {name: column[rows] for name, column in self.scalars.items()},
+            None if self.codes is None else self.codes[rows],
+            None if self.scale is None else self.scale[rows],
+        )
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Return the rows of all parts, which hold the same columns."""
+        if len(parts) == 1:
+            return parts[0]
+        codes = [part.codes for part in parts if part.codes is not None]
+        scales = [part.scale for part in parts if part.scale is not None]
+        return cls(
+            np.concatenate([part.keys for part in parts]),
+            np.concatenate([part.status for part in parts]),
+            {name: np.concatenate([part.scalars[name] for part in parts]) for name in parts[0].scalars},
+            np.concatenate(codes) if codes else None,
+            np.concatenate(scales) if scales else None,
+        )
+
+    def decoded(self, storage: str) -> Values:
+        """Return the values that a reader sees."""
+        vectors = None if self.codes is None else decode(self.codes, self.scale, storage)
+        return Values(self.keys, self.status, self.scalars, vectors)

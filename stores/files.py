@@ -1,0 +1,182 @@
+"""Storage as a store sees it: whole files under one root, written so that they appear entirely or not at all.
+
+Every byte that a store writes or reads passes here, so a test that fails the n-th operation meets every fault.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from dataflex.errors import DataflexError
+
+
+class Files(ABC):
+    """Files under `url`. Paths are relative to it, with `/`; the first part of each is a store's folder."""
+
+    url: str
+
+    @abstractmethod
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file if there is none of that name, atomically, durable on return; say whether it was written."""
+
+    @abstractmethod
+    def output(self, path: str) -> Any:
+        """Give a binary file that is put at `path`, in place of any other, durable, when the `with` block ends well."""
+
+    @abstractmethod
+    def open(self, path: str) -> pa.NativeFile:
+        """Open a file for random access. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """List the names in a folder, sorted; a folder that does not exist is empty."""
+
+    @abstractmethod
+    def remove(self, path: str) -> None:
+        """Remove a file; one that is not there is no error."""
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """Return a file's first `limit` bytes. Raises FileNotFoundError."""
+        with self.open(path) as file:
+            return bytes(file.read(limit))
+
+    def sha256(self, path: str) -> str:
+        """Return a file's SHA-256, in hexadecimal. Raises FileNotFoundError."""
+        with self.open(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def name(self, path: str) -> str:
+        """Name a file for people."""
+        return f"{self.url}/{path}"
+
+
+class LocalFiles(Files):
+    """Files on a POSIX file system, shared between nodes or not.
+
+    A file is written under `tmp/`, synced, and then linked (fails if the name is taken) or renamed to its name; the
+    folder is synced last. A crash leaves at most a file under `tmp/`, which nothing reads.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = Path(root).expanduser().absolute()
+        self.url = str(self.root)
+        self._synced: set[Path] = set()
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file if there is none of that name; say whether it was written."""
+        with self._writing(path) as (temporary, file):
+            file.write(data)
+            self._sync(file)
+            created = self._link(temporary, self.root / path)
+            # Also where another writer was first: what we rely on must outlive a power cut, whoever wrote it.
+            self._sync_folder((self.root / path).parent)
+            return created
+
+    @contextmanager
+    def output(self, path: str) -> Iterator[BinaryIO]:
+        """Give a binary file that is put at `path` when the block ends well."""
+        with self._writing(path) as (temporary, file):
+            yield file
+            self._sync(file)
+            self._replace(temporary, self.root / path)
+            self._sync_folder((self.root / path).parent)
+
+    def open(self, path: str) -> pa.NativeFile:
+        """Open a file for random access."""
+        return pa.OSFile(str(self.root / path))
+
+    def names(self, folder: str) -> list[str]:
+        """List the names in a folder, sorted."""
+        try:
+            return sorted(os.listdir(self.root / folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        self._unlink(self.root / path)
+
+    @contextmanager
+    def _writing(self, path: str) -> Iterator[tuple[Path, BinaryIO]]:
+        temporary = self.root / Path(path).parts[0] / "tmp" / uuid.uuid4().hex
+        size = 0
+        try:
+            self._make_folder((self.root / path).parent)
+            self._make_folder(temporary.parent)
+            with self._create(temporary) as file:
+                try:
+                    yield temporary, file
+                finally:
+                    size = file.tell()
+        except OSError as error:
+            explained = _explained(error, self.root / path, size)
+            if explained is None:
+                raise
+            raise explained from error
+        finally:
+            with suppress(OSError):
+                self._unlink(temporary)
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder in self._synced:
+            return
+        if folder != self.root:
+            self._make_folder(folder.parent)
+        folder.mkdir(parents=folder == self.root, exist_ok=True)
+        self._sync_folder(folder.parent)
+        self._synced.add(folder)
+
+    def _create(self, path: Path) -> BinaryIO:
+        return open(path, "xb")
+
+    def _sync(self, file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+    def _link(self, temporary: Path, path: Path) -> bool:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        return True
+
+    def _replace(self, temporary: Path, path: Path) -> None:
+        os.replace(temporary, path)
+
+    def _sync_folder(self, folder: Path) -> None:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+
+def _explained(error: OSError, path: Path, size: int) -> DataflexError | None:
+    """Say in words what the usual refusals of a file system mean; None for another error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        existing = next((p for p in path.parents if p.exists()), path)
+        free = shutil.disk_usage(existing).free
+        return DataflexError(
+            f"no space for {path}: {error.strerror} after {size} bytes, {free} bytes free on the file system; "
+            "make room or raise the quota and run again: what is committed stays"
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+        return DataflexError(
+            f"cannot write {path}: {error.strerror}; a store needs a folder that can be written and a file system with "
+            "hard links"
+        )
+    return None

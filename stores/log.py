@@ -1,0 +1,132 @@
+"""The log of a store: one small document per committed fragment, written after its data file is durable."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dataflex.errors import ConflictError, CorruptionError, DataflexError
+from dataflex.fingerprint import digest
+from dataflex.stores.files import Files
+from dataflex.stores.record import claim, find_record, read_record
+
+_log = logging.getLogger(__name__)
+_FRAGMENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Proof that one fragment is committed.
+
+    Attributes:
+        fragment: its id, which the writer chose.
+        data: SHA-256 of its data file, which names the file.
+        bytes: size of the data file.
+        rows: rows in it.
+        keys: `dataflex.fingerprint.keys_digest` of its row keys.
+        status: name of each status -> rows that have it.
+        writer: unique to the writing process.
+    """
+
+    fragment: str
+    data: str
+    bytes: int
+    rows: int
+    keys: str
+    status: dict[str, int]
+    writer: str
+
+    def __post_init__(self) -> None:
+        if not _FRAGMENT_ID.fullmatch(self.fragment):
+            raise DataflexError(
+                f"a fragment cannot be called {self.fragment!r}: use up to 128 letters, digits, _ and -"
+            )
+
+    @property
+    def digest(self) -> str:
+        """Name this commit."""
+        return digest(asdict(self))
+
+
+def parse(record: dict[str, Any], name: str, where: str) -> Entry:
+    """Return the entry in a log file called `name`.
+
+    Raises:
+        CorruptionError: the document is intact but is no entry of that name.
+    """
+    fields = {key: value for key, value in record.items() if key != "format"}
+    kinds = {"fragment": str, "data": str, "bytes": int, "rows": int, "keys": str, "status": dict, "writer": str}
+    fits = fields.keys() == kinds.keys() and all(type(fields[key]) is kind for key, kind in kinds.items())
+    # The hash becomes part of a path, so it may be nothing but a hash.
+    if not fits or not _SHA256.fullmatch(fields["data"]) or re.sub(r"(~\d+)?\.json$", "", name) != fields["fragment"]:
+        raise CorruptionError(f"{where} is damaged: it is no log entry of that name")
+    return Entry(**fields)
+
+
+class Log:
+    """The entries under `folder`, as far as they were read."""
+
+    def __init__(self, files: Files, folder: str):
+        self.files = files
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        """File name -> entry, in the order of fragment ids, which is the same for every reader."""
+        self.damaged: dict[str, str] = {}
+        """File name -> what is wrong with it."""
+
+    def refresh(self) -> bool:
+        """Read what other writers committed since; say whether anything changed. One listing, and the new entries.
+
+        Damaged entries are left out and logged, once each: their rows count as missing.
+        """
+        names = self.files.names(self.folder)
+        entries = {name: entry for name, entry in self.entries.items() if name in set(names)}
+        self.damaged = {name: what for name, what in self.damaged.items() if name in set(names)}
+        for name in names:
+            if name in entries or name in self.damaged or not name.endswith(".json"):
+                continue
+            path = f"{self.folder}/{name}"
+            try:
+                entries[name] = parse(read_record(self.files, path), name, self.files.name(path))
+            except FileNotFoundError:  # removed between the listing and now
+                continue
+            except CorruptionError as error:
+                self.damaged[name] = str(error)
+                _log.warning("%s; its rows count as missing", error)
+        changed = entries.keys() != self.entries.keys()
+        if changed:
+            self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].fragment, item[0])))
+        return changed
+
+    def find(self, fragment_id: str) -> Entry | None:
+        """Return the entry of a fragment as storage has it now, or None."""
+        record = find_record(self.files, self.folder, fragment_id)
+        return (
+            None if record is None else parse(record, fragment_id, self.files.name(f"{self.folder}/{fragment_id}.json"))
+        )
+
+    def commit(self, entry: Entry) -> bool:
+        """Make an entry visible; say whether it is ours that is kept.
+
+        Raises:
+            ConflictError: another writer committed other rows under the same fragment id.
+        """
+        record, ours = claim(self.files, self.folder, entry.fragment, asdict(entry))
+        self.check(entry, parse(record, entry.fragment, self.files.name(f"{self.folder}/{entry.fragment}.json")))
+        return ours
+
+    def check(self, entry: Entry, there: Entry) -> None:
+        """Refuse an entry where one of the same fragment id stands for other rows.
+
+        Raises:
+            ConflictError: it does.
+        """
+        if there.keys != entry.keys:
+            raise ConflictError(
+                f"{self.files.name(self.folder)}: fragment {entry.fragment} was committed with other rows "
+                f"({there.rows} by writer {there.writer}) than this process has ({entry.rows}); a fragment's id must "
+                "be a function of its row keys"
+            )

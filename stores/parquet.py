@@ -1,0 +1,316 @@
+"""A feature store of immutable Parquet files and a log of commits.
+
+    <kind>-<recipe digest>/
+      recipe.json            the recipe in clear, the layout, library versions
+      data/<sha256>.parquet  values of one fragment
+      log/<fragment id>.json proof that a fragment is committed: written last, so what it names is there and durable
+      derived/               caches that can be deleted at any time
+      tmp/                   files being written; whatever a crash leaves here is never read
+
+R rows, D numbers per vector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dataflex.errors import CorruptionError, CoverageError, DataflexError, MismatchError
+from dataflex.fingerprint import digest, keys_digest
+from dataflex.rows import KEY_DTYPE, Status
+from dataflex.stores.base import Layout, Values
+from dataflex.stores.encoded import Encoded
+from dataflex.stores.files import Files
+from dataflex.stores.fragment import Fragment, serialise
+from dataflex.stores.locations import Locations
+from dataflex.stores.log import Entry, Log
+from dataflex.stores.record import claim, find_record
+from dataflex.stores.rounding import decode
+from dataflex.stores.verify import CURE, Problem, problems, remove
+
+_WRITER = uuid.uuid4().hex
+
+
+class ParquetStore:
+    """Values of one feature under one recipe; got from `dataflex.stores.root.StoreRoot`.
+
+    Any number of processes may read and append at a time.
+
+    Args:
+        files: the root's files.
+        folder: this store's folder there.
+        document: what its recipe.json says.
+    """
+
+    def __init__(self, files: Files, folder: str, document: Mapping[str, Any]):
+        self.files = files
+        self.folder = folder
+        self.document = document
+        self.kind: str = document["kind"]
+        self.recipe: Mapping[str, Any] = document["recipe"]
+        self.layout = Layout(**document["layout"])
+        self._log = Log(files, f"{folder}/log")
+        self._keys: dict[str, np.ndarray] = {}
+        self._locations: Locations | None = None
+        self._verified: set[str] = set()
+
+    @property
+    def path(self) -> str:
+        """Where the store lies."""
+        return self.files.name(self.folder)
+
+    @property
+    def rows(self) -> int:
+        """Rows committed, counting a key once per fragment that holds it."""
+        self._refresh()
+        return sum(entry.rows for entry in self._log.entries.values())
+
+    @property
+    def bytes(self) -> int:
+        """Size of the committed data files."""
+        self._refresh()
+        return sum({entry.data: entry.bytes for entry in self._log.entries.values()}.values())
+
+    @property
+    def version(self) -> str:
+        """Name the set of commits: what is derived from a store is valid for one version."""
+        self._refresh()
+        return digest([entry.digest for entry in self._log.entries.values()])
+
+    def committed_fragments(self) -> list[str]:
+        """Return the ids of the fragments that are committed, sorted."""
+        self._refresh()
+        return sorted({entry.fragment for entry in self._log.entries.values()})
+
+    def append(self, fragment_id: str, values: Values) -> bool:
+        """Commit values, rounded to the storage type, entirely or not at all; durable on return.
+
+        Rows whose status is not OK are kept as zeros. A fragment that is committed already is left as it is.
+
+        Args:
+            fragment_id: a function of the row keys; up to 128 letters, digits, `_` and `-`.
+            values: R > 0 rows.
+
+        Returns:
+            Whether these values were kept. False where another writer was first: then read what is kept.
+
+        Raises:
+            ConflictError: another writer committed other rows under the same id.
+            MismatchError: the values do not fit the layout.
+            DataflexError: a row with status OK is not finite, there are no rows, or storage is full or read-only.
+        """
+        values.check(self.layout)
+        if not len(values):
+            raise DataflexError(f"fragment {fragment_id} for {self.path} has no rows")
+        data = serialise(self.layout, values)
+        entry = Entry(
+            fragment=fragment_id,
+            data=hashlib.sha256(data).hexdigest(),
+            bytes=data.size,
+            rows=len(values),
+            keys=keys_digest(values.keys),
+            status={status.name.lower(): int((values.status == status).sum()) for status in Status},
+            writer=_WRITER,
+        )
+        there = self._log.find(fragment_id)
+        if there is not None:
+            self._log.check(entry, there)
+            return there.writer == entry.writer and there.data == entry.data
+        with self.files.output(self._data(entry.data)) as file:
+            file.write(data)
+        return self._log.commit(entry)
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """Say for each of (R,) keys whether its value is committed; (R,) bool.
+
+        Raises:
+            CorruptionError: the row keys of a committed data file are missing or damaged.
+        """
+        return self._index(refresh=True)[1].find(_checked(keys)) >= 0
+
+    def read(self, keys: np.ndarray, columns: Sequence[str] | None = None, vectors: bool = True) -> Values:
+        """Return the values of (R,) keys, in that order and multiplicity; vectors decoded to float32.
+
+        Reads the row groups that hold a key asked for, one at a time.
+
+        Args:
+            keys: (R,) row keys.
+            columns: scalar columns wanted; all by default.
+            vectors: whether vectors are wanted.
+
+        Raises:
+            CoverageError: some keys are not in the store.
+            CorruptionError: a data file is missing or damaged.
+        """
+        keys = _checked(keys)
+        index = self._index(refresh=False)
+        found = index[1].find(keys)
+        if (found < 0).any():
+            index = self._index(refresh=True)
+            found = index[1].find(keys)
+            missing = len(np.unique(keys[found < 0].view("S16")))
+            if missing:
+                raise CoverageError(
+                    f"{missing} of {len(np.unique(keys.view('S16')))} rows are not in {self.path} (first missing key "
+                    f"{keys[found < 0][0].tobytes().hex()}); compute them with `dataflex featurize`"
+                )
+        columns = self._columns(columns)
+        width = self.layout.width if vectors else 0
+        status = np.empty(len(keys), np.uint8)
+        scalars = {name: np.empty(len(keys), self.layout.scalars[name]) for name in columns}
+        out = np.empty((len(keys), width), np.float32) if width else None
+        order = np.argsort(found, kind="stable")
+        for slots, part in self._groups(index, found[order], columns, vectors):
+            rows = order[slots]
+            status[rows] = part.status
+            for name in columns:
+                scalars[name][rows] = part.scalars[name]
+            if out is not None and part.codes is not None:
+                out[rows] = decode(part.codes, part.scale, self.layout.storage)
+        return Values(keys, status, scalars, out)
+
+    def scan(
+        self,
+        block_rows: int = 4096,
+        columns: Sequence[str] | None = None,
+        vectors: bool = True,
+        keys: np.ndarray | None = None,
+    ) -> Iterator[Values]:
+        """Yield every value once, in blocks of `block_rows` rows (the last may be shorter), in storage order.
+
+        Memory is bounded by a block and a row group. Rows of every status are included. What is committed while the
+        scan runs is not.
+
+        Args:
+            block_rows: rows per block.
+            columns: scalar columns wanted; all by default.
+            vectors: whether vectors are wanted.
+            keys: (R,) row keys to stay within; keys that are not in the store are passed over.
+
+        Raises:
+            CorruptionError: a data file is missing or damaged.
+        """
+        for block in self.encoded(block_rows, columns, vectors, keys):
+            yield block.decoded(self.layout.storage)
+
+    def encoded(
+        self,
+        block_rows: int = 4096,
+        columns: Sequence[str] | None = None,
+        vectors: bool = True,
+        keys: np.ndarray | None = None,
+    ) -> Iterator[Encoded]:
+        """Yield what `scan` does, as it is stored."""
+        index = self._index(refresh=True)
+        found = index[1].all() if keys is None else np.unique(index[1].find(_checked(keys)))
+        held: list[Encoded] = []
+        free = block_rows
+        for _, part in self._groups(index, np.sort(found[found >= 0]), self._columns(columns), vectors):
+            start = 0
+            while start < len(part.keys):
+                piece = part.take(slice(start, start + free))
+                held.append(piece)
+                start += len(piece.keys)
+                free -= len(piece.keys)
+                if not free:
+                    yield Encoded.concatenate(held)
+                    held, free = [], block_rows
+        if held:
+            yield Encoded.concatenate(held)
+
+    def verify(self) -> list[Problem]:
+        """Read every byte and return what is wrong, harmless leftovers included."""
+        return problems(self.files, self.folder, self.layout)
+
+    def repair(self) -> list[Problem]:
+        """Remove damaged files, so that the rows concerned count as missing; return what was wrong."""
+        found = self.verify()
+        remove(self.files, found)
+        if find_record(self.files, self.folder, "recipe") is None:
+            claim(self.files, self.folder, "recipe", {k: v for k, v in self.document.items() if k != "format"})
+        self._keys.clear()
+        self._verified.clear()
+        self._locations = None
+        self._refresh()
+        return found
+
+    def _refresh(self) -> None:
+        if self._log.refresh():
+            self._locations = None
+
+    def _index(self, refresh: bool) -> tuple[list[Entry], Locations]:
+        """Return the entries and the index over them: a snapshot that later commits do not change."""
+        if refresh or self._locations is None:
+            self._refresh()
+        entries = self._log.entries
+        if self._locations is None:
+            self._keys = {
+                name: self._keys[name] if name in self._keys else self._read_keys(entries[name]) for name in entries
+            }
+            self._locations = Locations(list(self._keys.values()))
+        return list(entries.values()), self._locations
+
+    def _read_keys(self, entry: Entry) -> np.ndarray:
+        with Fragment(self.files, self._data(entry.data), self.layout) as fragment:
+            keys = fragment.keys()
+            if len(keys) != entry.rows or keys_digest(keys) != entry.keys:
+                raise CorruptionError(f"{fragment.name} is damaged: its row keys are not those committed; {CURE}")
+            return keys
+
+    def _groups(
+        self, index: tuple[list[Entry], Locations], positions: np.ndarray, columns: Sequence[str], vectors: bool
+    ) -> Iterator[tuple[slice, Encoded]]:
+        """Yield the rows at sorted positions, row group by row group, each with the slots of `positions` it fills."""
+        entries, locations = index
+        bounds = np.searchsorted(positions, locations.offsets)
+        for number, entry in enumerate(entries):
+            low, high = bounds[number : number + 2]
+            if low == high:
+                continue
+            rows = positions[low:high] - locations.offsets[number]
+            with self._verified_fragment(entry) as fragment:
+                cuts = np.searchsorted(rows, fragment.starts)
+                for group, (start, stop) in enumerate(itertools.pairwise(cuts)):
+                    if start < stop:
+                        part = fragment.group(group, columns, vectors)
+                        wanted = rows[start:stop] - fragment.starts[group]
+                        whole = len(wanted) == len(part.keys) and bool((np.diff(wanted) == 1).all())
+                        yield slice(low + start, low + stop), part if whole else part.take(wanted)
+
+    def _verified_fragment(self, entry: Entry) -> Fragment:
+        """Open a data file for its values; its SHA-256 is checked on first use: page CRCs do not cover the footer."""
+        path = self._data(entry.data)
+        if entry.data not in self._verified:
+            try:
+                found = self.files.sha256(path)
+            except FileNotFoundError as error:
+                raise CorruptionError(
+                    f"{self.files.name(path)} is missing although it was committed; {CURE}"
+                ) from error
+            if found != entry.data:
+                raise CorruptionError(f"{self.files.name(path)} is damaged: its SHA-256 is {found[:12]}…; {CURE}")
+            self._verified.add(entry.data)
+        return Fragment(self.files, path, self.layout)
+
+    def _columns(self, columns: Sequence[str] | None) -> list[str]:
+        chosen = list(self.layout.scalars if columns is None else columns)
+        unknown = [name for name in chosen if name not in self.layout.scalars]
+        if unknown:
+            raise MismatchError(
+                f"{self.path} has no column {', '.join(unknown)}; it has {', '.join(self.layout.scalars)}"
+            )
+        return chosen
+
+    def _data(self, sha256: str) -> str:
+        return f"{self.folder}/data/{sha256}.parquet"
+
+
+def _checked(keys: np.ndarray) -> np.ndarray:
+    if keys.dtype != KEY_DTYPE or keys.ndim != 1:
+        raise MismatchError(f"row keys are {keys.dtype}{list(keys.shape)}, expected (R,) of {KEY_DTYPE}")
+    return np.ascontiguousarray(keys)

@@ -1,0 +1,100 @@
+"""Small JSON documents that prove their own integrity, and the claim of a name by the first who writes it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from typing import Any
+
+from dataflex.errors import CorruptionError, MismatchError
+from dataflex.fingerprint import digest
+from dataflex.stores.files import Files
+
+FORMAT = 1
+"""Version of everything that a store writes. Raise it when an older DataFlex could misread the new files."""
+
+_log = logging.getLogger(__name__)
+_LIMIT = 16 << 20  # bytes; a recipe with every tensor of a large model in it is far below
+
+
+def seal(body: dict[str, Any]) -> bytes:
+    """Serialise a document together with the format version and its own digest."""
+    document = {"format": FORMAT, **body}
+    document["digest"] = digest(document)
+    return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def unseal(data: bytes, where: str) -> dict[str, Any]:
+    """Return a sealed document.
+
+    Raises:
+        CorruptionError: it is not what `seal` wrote.
+        MismatchError: a newer DataFlex wrote it.
+    """
+    try:
+        document: dict[str, Any] = json.loads(data)
+        found = document.pop("digest")
+        intact = found == digest(document)
+        version = document["format"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptionError(f"{where} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
+    if not intact:
+        raise CorruptionError(f"{where} is damaged: its content does not match the digest in it")
+    if not isinstance(version, int) or version > FORMAT:
+        raise MismatchError(
+            f"{where} has format {version}; this DataFlex reads up to {FORMAT}: upgrade with `pip install -U dataflex`"
+        )
+    return document
+
+
+def read_record(files: Files, path: str) -> dict[str, Any]:
+    """Read a sealed document.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptionError: it is not what `seal` wrote.
+        MismatchError: a newer DataFlex wrote it.
+    """
+    data = files.read(path, _LIMIT + 1)
+    if len(data) > _LIMIT:
+        raise CorruptionError(f"{files.name(path)} is damaged: more than {_LIMIT} bytes")
+    return unseal(data, files.name(path))
+
+
+def claim(files: Files, folder: str, stem: str, body: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Put a document under `folder/stem.json` unless an intact one is there; return the one there, and if it is ours.
+
+    `body` must hold a value that no other writer has: the answer to a successful creation can get lost on the way, and
+    then our own document is in our way. A damaged document is left alone, and ours goes under `stem~1.json`: removing
+    it first would race with another writer who does the same.
+    """
+    data = seal(body)
+    for attempt in itertools.count():
+        path = f"{folder}/{stem}~{attempt}.json" if attempt else f"{folder}/{stem}.json"
+        if files.create(path, data):
+            return body, True
+        try:
+            found = read_record(files, path)
+        except CorruptionError:
+            continue
+        found.pop("format")
+        return found, found == body
+    raise AssertionError("unreachable")
+
+
+def find_record(files: Files, folder: str, stem: str) -> dict[str, Any] | None:
+    """Return the intact document that stands for `stem`, or None; damaged ones are logged.
+
+    Raises:
+        MismatchError: a newer DataFlex wrote it.
+    """
+    for attempt in itertools.count():
+        try:
+            return read_record(files, f"{folder}/{stem}~{attempt}.json" if attempt else f"{folder}/{stem}.json")
+        except FileNotFoundError:
+            if attempt:  # the first name may be free because what was damaged there has been removed
+                return None
+        except CorruptionError as error:
+            _log.warning("%s; left out", error)
+    raise AssertionError("unreachable")

@@ -1,0 +1,77 @@
+"""Files on an object store, through fsspec."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+import fsspec
+import pyarrow as pa
+
+from dataflex.errors import DataflexError
+from dataflex.stores.files import Files
+
+
+class RemoteFiles(Files):
+    """Files on an object store or anything else that fsspec knows, where a file written is there at once and whole."""
+
+    def __init__(self, url: str):
+        self.fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+        self.url = url.rstrip("/")
+        self._is_probed = False
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a file if there is none of that name; say whether it was written."""
+        if not self._is_probed:
+            self._probe(f"{path.partition('/')[0]}/tmp/{uuid.uuid4().hex}")
+            self._is_probed = True
+        return self._create(path, data)
+
+    @contextmanager
+    def output(self, path: str) -> Iterator[BinaryIO]:
+        """Give a binary file that is put at `path` when the block ends well."""
+        with tempfile.NamedTemporaryFile() as file:
+            yield file  # type: ignore[misc]
+            file.flush()
+            self.fs.put_file(file.name, f"{self._root}/{path}")
+
+    def open(self, path: str) -> pa.NativeFile:
+        """Open a file for random access."""
+        return pa.PythonFile(self.fs.open(f"{self._root}/{path}", "rb"), mode="r")
+
+    def names(self, folder: str) -> list[str]:
+        """List the names in a folder, sorted."""
+        self.fs.invalidate_cache(f"{self._root}/{folder}")
+        try:
+            return sorted(
+                entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(f"{self._root}/{folder}", detail=False)
+            )
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(f"{self._root}/{path}")
+
+    def _create(self, path: str, data: bytes) -> bool:
+        try:
+            self.fs.pipe_file(f"{self._root}/{path}", data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def _probe(self, path: str) -> None:
+        """Refuse a backend on which two writers could both create one file."""
+        # The inherited one looks first and writes then: it passes the probe, and lets two writers win.
+        inherited = getattr(self.fs.pipe_file, "__func__", None) is fsspec.AbstractFileSystem.pipe_file
+        first, second = self._create(path, b"1"), self._create(path, b"2")
+        self.remove(path)
+        if inherited or not first or second:
+            raise DataflexError(
+                f"{self.url} ({type(self.fs).__name__}) cannot create a file only if it is not there yet, which "
+                "commits need; use a local or shared folder, or an object store with conditional writes (S3, GCS)"
+            )

@@ -1,0 +1,134 @@
+"""A root: a folder or URL with one store per recipe, and the kept model states."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from dataflex.errors import CorruptionError, MismatchError
+from dataflex.fingerprint import canonical, difference, digest
+from dataflex.stores.base import Layout
+from dataflex.stores.files import Files, LocalFiles
+from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.record import claim, find_record
+from dataflex.stores.remote_files import RemoteFiles
+from dataflex.stores.states import StateStore
+
+_log = logging.getLogger(__name__)
+_LIBRARIES = ("dataflex", "llamafactory", "numpy", "peft", "pyarrow", "torch", "transformers")
+_NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{32}")
+
+
+def open_files(root: str | os.PathLike[str]) -> Files:
+    """Return the files under a local folder or an fsspec URL."""
+    url = os.fspath(root)
+    if url.startswith("file://"):
+        return LocalFiles(url.removeprefix("file://"))
+    return RemoteFiles(url) if "://" in url else LocalFiles(url)
+
+
+class StoreRoot:
+    """Stores under one root.
+
+    Args:
+        root: a local folder, an fsspec URL, or files opened already.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | Files):
+        self.files = root if isinstance(root, Files) else open_files(root)
+        self.states = StateStore(self.files)
+
+    def open(self, kind: str, recipe: Mapping[str, Any], layout: Layout) -> ParquetStore:
+        """Return the store of a recipe, created if there is none.
+
+        Raises:
+            MismatchError: the store there keeps other columns or another storage type, or a newer DataFlex wrote it.
+        """
+        folder = _folder(kind, recipe)
+        document = find_record(self.files, folder, "recipe")
+        if document is None:
+            body = {"kind": kind, "recipe": recipe, "layout": layout.plain(), "libraries": _libraries()}
+            document, _ = claim(self.files, folder, "recipe", json.loads(canonical(body)))
+        store = _store(self.files, folder, document)
+        if store.layout != layout:
+            fields = "; ".join(difference(layout.plain(), store.layout.plain()))
+            raise MismatchError(
+                f"{store.path} keeps other columns than this run asks for (store → run: {fields}); change the run "
+                "or use another root"
+            )
+        return store
+
+    def find(self, kind: str, recipe: Mapping[str, Any]) -> ParquetStore | None:
+        """Return the store of a recipe, or None; writes nothing.
+
+        Raises:
+            MismatchError: a newer DataFlex wrote it.
+        """
+        folder = _folder(kind, recipe)
+        document = find_record(self.files, folder, "recipe")
+        return None if document is None else _store(self.files, folder, document)
+
+    def stores(self) -> list[ParquetStore]:
+        """Return all stores, sorted by name; those whose recipe cannot be read are logged and left out."""
+        found = []
+        for folder in self.files.names(""):
+            try:
+                document = find_record(self.files, folder, "recipe") if _NAME.fullmatch(folder) else None
+                if document is not None:
+                    found.append(_store(self.files, folder, document))
+            except (CorruptionError, MismatchError) as error:
+                _log.warning("%s; left out", error)
+        return found
+
+    def nearest(self, kind: str, recipe: Mapping[str, Any]) -> tuple[ParquetStore, list[str]] | None:
+        """Return the store of this kind whose recipe differs least, and the fields that differ, `path: store → run`."""
+        found = [(store, difference(recipe, store.recipe)) for store in self.stores() if store.kind == kind]
+        return min(found, key=lambda pair: len(pair[1]), default=None)
+
+
+def open_store(path: str | os.PathLike[str]) -> ParquetStore:
+    """Return a store pinned by its own path; whether its recipe is the one wanted is the caller's question.
+
+    Raises:
+        MismatchError: there is no store, or a newer DataFlex wrote it.
+        CorruptionError: its recipe is damaged.
+    """
+    root, _, folder = os.fspath(path).rstrip("/").rpartition("/")
+    files = open_files(root or ".")
+    document = find_record(files, folder, "recipe")
+    if document is None:
+        raise MismatchError(f"{files.name(folder)} holds no intact recipe.json: it is no store")
+    return _store(files, folder, document, check_name=False)
+
+
+def _folder(kind: str, recipe: Mapping[str, Any]) -> str:
+    folder = f"{kind}-{digest(recipe)}"
+    if not _NAME.fullmatch(folder):
+        raise MismatchError(f"a store cannot be of kind {kind!r}: use small letters, digits and _")
+    return folder
+
+
+def _store(files: Files, folder: str, document: dict[str, Any], check_name: bool = True) -> ParquetStore:
+    where = files.name(f"{folder}/recipe.json")
+    try:
+        store = ParquetStore(files, folder, document)
+    except (KeyError, TypeError) as error:
+        raise CorruptionError(f"{where} is no recipe: {error!r}") from error
+    if check_name and folder != _folder(store.kind, store.recipe):
+        raise CorruptionError(f"{where} holds another recipe than its folder is named after; was the folder renamed?")
+    return store
+
+
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,477 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataflex.config import load, store_root
+from dataflex.config.llamafactory_keys import known_keys
+from dataflex.errors import ConfigError
+from dataflex.features.spec import EmbeddingSpec
+from dataflex.schedule import Schedule
+from dataflex.selectors.less import Less
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "nasty"
+
+RUN = """\
+model_name_or_path: model
+stage: sft
+do_train: true
+finetuning_type: lora
+dataset: pool
+eval_dataset: target
+template: qwen
+output_dir: out
+per_device_train_batch_size: 2
+learning_rate: 1e-4
+train_type: dynamic_select
+component_name: less
+warmup_step: 10
+update_step: 10
+update_times: 2
+"""
+
+COMPONENTS = """\
+selectors:
+  less:
+    name: less
+    params:
+      cache_dir: ${output_dir}/less
+      proj_dim: 512
+      seed: 7
+  random:
+    params:
+      replacment: true
+  static:
+    name: statik
+    params: {path: rows.json}
+"""
+
+PLUGIN = """\
+from dataflex import register_selector
+
+@register_selector("plugin_under_test")
+class Plain:
+    def __init__(self, dataset, accelerator, data_collator, cache_dir, depth, width=3): ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder with a model, two datasets, a components file and a plugin, which the test runs in."""
+    for name in ("ALLOW_EXTRA_ARGS", "USE_RAY", "USE_MCA", "USE_KT", "DATAFLEX_HOME", "HF_HOME", "HF_ASSETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    row = json.dumps([{"instruction": "a", "output": "b"}])
+    for name in ("pool", "target"):
+        (tmp_path / "data" / f"{name}.json").write_text(row)
+    info = {"pool": {"file_name": "pool.json"}, "target": {"file_name": "target.json"}, "hub": {"hf_hub_url": "a/b"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "components.yaml").write_text(COMPONENTS)
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(changes: str = "", without: tuple[str, ...] = ()) -> Path:
+    """Write the run file; a top-level key in `changes` takes the place of the one in RUN."""
+    replaced = {line.partition(":")[0] for line in changes.splitlines() if not line.startswith((" ", "#"))}
+    kept = [line for line in RUN.splitlines() if line.partition(":")[0] not in {*replaced, *without}]
+    path = Path("run.yaml")
+    path.write_text("\n".join([*kept, changes]))
+    return path
+
+
+def refusal(changes: str = "", overrides: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(write(changes, without), overrides)
+    return str(caught.value)
+
+
+def test_everything_read():
+    settings = load(write("components_cfg_file: components.yaml\ndataflex:\n  params: {seed: 8}\n  storage: int8"))
+    assert settings.train_type == "dynamic_select"
+    assert (settings.component_name, settings.component) == ("less", Less)
+    assert isinstance(settings.params, Less.Params)
+    assert (settings.params.proj_dim, settings.params.seed, settings.params.cache_dir) == (512, 8, "out/less")
+    assert [need.of for need in settings.needs] == ["train", "targets"]
+    assert settings.schedule == Schedule(10, 10, 2, 0, 1.0)
+    assert settings.schedule.total() == 30
+    assert settings.dataflex.storage == "int8"
+    assert settings.llamafactory["learning_rate"] == 1e-4
+    assert not {"train_type", "component_name", "warmup_step", "dataflex"} & settings.llamafactory.keys()
+    assert settings.store_root == str(Path("out/less").absolute())
+    with pytest.raises(ValueError, match="frozen"):
+        settings.train_type = "static"
+
+
+def test_overrides_win_and_reach_into_mappings():
+    overrides = ["dataflex.refresh.policy=rotating", "dataflex.refresh.max_age=4", "warmup_step=0", "learning_rate=1e-5"]
+    settings = load(write("dataflex:\n  refresh: {policy: static}\n  token_budget: 100"), overrides)
+    assert (settings.dataflex.refresh.policy, settings.dataflex.refresh.max_age) == ("rotating", 4)
+    assert settings.dataflex.token_budget == 100
+    assert settings.schedule.total() == 20
+    assert settings.llamafactory["learning_rate"] == 1e-5
+
+
+def test_json_run_file():
+    settings = load(write())
+    values = settings.llamafactory | {"train_type": "dynamic_select", "component_name": "random", "update_step": 3}
+    Path("run.json").write_text(json.dumps(values))
+    assert load("run.json").schedule.total() == 3
+
+
+def test_static_is_left_to_llamafactory():
+    settings = load(write("train_type: static\nstage: dpo\npacking: true\nmax_steps: 3\nuse_dora: true"))
+    assert settings.component is None
+    assert settings.needs == ()
+
+
+def test_random_computes_nothing_so_dora_and_quantisation_stay_allowed():
+    assert load(write("component_name: random\nuse_dora: true\nquantization_bit: 4\noptim: adafactor")).needs == ()
+
+
+def test_plain_selector_takes_constructor_arguments():
+    changes = "component_name: plugin_under_test\ndataflex:\n  plugins: [./plugin.py]\n  params: {depth: 2}"
+    settings = load(write(changes))
+    assert settings.params == {"depth": 2}
+    assert settings.component is not None
+    assert settings.component.__name__ == "Plain"
+    text = refusal(changes.replace("{depth: 2}", "{widht: 2, dataset: x}"))
+    assert "dataflex.params.widht: found an unknown parameter; expected one of cache_dir, depth, width" in text
+    assert "did you mean 'width'?" in text
+    assert "dataflex.params.dataset: found an unknown parameter" in text
+    assert "dataflex.params.depth: found nothing; expected a value, which Plain requires" in text
+
+
+def test_extra_features():
+    changes = "train_type: static\ndataflex:\n  features:\n    - {kind: embedding, pooling: last}\n    - {kind: loss}"
+    settings = load(write(changes))
+    assert settings.dataflex.features[0] == EmbeddingSpec(pooling="last")
+    assert "packing: found true" in refusal(changes + "\npacking: true")
+
+
+def test_components_file_is_found_beside_the_run_file(tmp_path, monkeypatch):
+    path = write("components_cfg_file: components.yaml").resolve()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree("data", "elsewhere/data")
+    shutil.copytree("model", "elsewhere/model")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load(path).params.proj_dim == 512
+
+
+def test_default_components_file_is_read_if_there_is_one():
+    assert load(write()).params.proj_dim == 8192
+    Path("configs").mkdir()
+    shutil.copy("components.yaml", "configs/components.yaml")
+    assert load(write()).params.proj_dim == 512
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # unknown keys
+        ("learning_rat: 1", ["run.yaml:16: learning_rat: found an unknown key", "did you mean 'learning_rate'?"]),
+        ("update_steps: 5", ["update_steps: found an unknown key", "did you mean 'update_step'?"]),
+        ("store: x", ["store: found an unknown key; expected it under dataflex: (dataflex.store)"]),
+        ("dataflex: {stroage: int8}", ["dataflex.stroage: found an unknown key; expected one of store, ", "'storage'?"]),
+        ("dataflex: {warmup_step: 3}", ["dataflex.warmup_step: ", "expected warmup_step at the top level"]),
+        ("dataflex: {refresh: {fraction: 0.2}}", ["dataflex.refresh.fraction: ", "did you mean 'refresh_fraction'?"]),
+        ("dataflex: {params: {proj_dims: 2}}", ["dataflex.params.proj_dims: ", "one of gradient_type, ", "'proj_dim'?"]),
+        ("true: 1", ["run.yaml:16: ", "found true; expected text as a key (quote it)"]),
+        # values of LLaMA-Factory's keys
+        ("learning_rate: '1e-4'", ["learning_rate: found '1e-4'; expected a number (without quotes)"]),
+        ("learning_rate: .nan", ["learning_rate: found nan; expected a finite number"]),
+        ("lora_rank: 8.5", ["lora_rank: found 8.5; expected a whole number"]),
+        ("lora_rank:", ["lora_rank: found nothing (null); expected a whole number (leave the key out"]),
+        ("save_strategy: no", ["save_strategy: found false; expected text (YAML reads unquoted yes, no,"]),
+        ("packing: 'true'", ["packing: found 'true'; expected true or false (without quotes)"]),
+        ("stage: stf", ["stage: found 'stf'; expected one of pt, sft, ", "did you mean 'sft'?"]),
+        ("gradient_accumulation_steps: 0", ["gradient_accumulation_steps: found 0; expected at least 1"]),
+        ("num_train_epochs: -1", ["num_train_epochs: found -1; expected more than 0"]),
+        ("hf_hub_token: 123", ["hf_hub_token: found a value (not shown); expected text"]),
+        # values of DataFlex's flat keys
+        ("train_type: dynamic_selct", ["train_type: found 'dynamic_selct'; expected static, dynamic", "'dynamic_select'?"]),
+        ("train_type: dynamic_mix", ["train_type: found 'dynamic_mix'; ", "not part of this version yet"]),
+        ("train_type: dynamic_weight", ["not part of this version yet"]),
+        ("warmup_step: -1", ["run.yaml:15: warmup_step: found -1; expected greater than or equal to 0"]),
+        ("update_step: 2.5", ["update_step: found 2.5; expected a whole number"]),
+        ("update_step: true", ["update_step: found true; expected a whole number"]),
+        ("train_step: '30'", ["train_step: found '30'; expected a whole number"]),
+        ("early_stopping_min_delta: -0.1", ["early_stopping_min_delta: found -0.1; expected greater than or equal to 0"]),
+        ("component_name: 3", ["component_name: found 3; expected text"]),
+        ("component_name: les", ["component_name: found 'les'; expected a selector (less,", "did you mean 'less'?"]),
+        ("component_name: no_such.module:X", ["component_name: importing no_such.module failed"]),
+        ("component_name: ./none.py:X", ["component_name: found no file", "none.py; expected a Python file"]),
+        ("component_name: dataflex.selectors.less:Les", ["found no Les in dataflex.selectors.less", "'Less'?"]),
+        # values of the dataflex mapping
+        ("dataflex: 3", ["dataflex: found 3; expected a mapping of keys to values"]),
+        ("dataflex: {refresh: {policy: sometimes}}", ["dataflex.refresh.policy: found 'sometimes'; expected full, "]),
+        ("dataflex: {refresh: {policy: full, max_age: 3}}", ["dataflex.refresh: ", "expected policy: rotating"]),
+        ("dataflex: {nonfinite_limit: 2}", ["dataflex.nonfinite_limit: found 2; expected less than or equal to 1"]),
+        ("dataflex: {nonfinite_limit: .nan}", ["dataflex.nonfinite_limit: found nan; expected a finite number"]),
+        ("dataflex: {storage: no}", ["dataflex.storage: found false; expected float32, float16 or int8"]),
+        ("dataflex: {plugins: [./none.py]}", ["dataflex.plugins.0: found './none.py'; expected a file"]),
+        ("dataflex: {store: '${oc.env:HOME}'}", ["dataflex.store: found '${oc.env:HOME}'; expected plain text"]),
+        ("dataflex: {params: [1]}", ["dataflex.params: found [1]; expected a mapping of keys to values"]),
+        ("dataflex: {params: {seed: '1'}}", ["dataflex.params.seed: found '1'; expected a whole number"]),
+        ("dataflex: {params: {gradient_type: adm}}", ["params.gradient_type: found 'adm'; expected adam or sgd", "'adam'?"]),
+        ("dataflex: {params: {checkpoints: [gone]}}", ["dataflex.params.checkpoints: found 'gone'; expected folders"]),
+        ("dataflex: {features: [{kind: embeding}]}", ["dataflex.features.0.kind: ", "expected loss, embedding, gradient"]),
+        (
+            "dataflex: {features: [{kind: gradient, projection: {dimm: 3}}]}",
+            ["dataflex.features.0.projection.dimm: found an unknown key; expected one of type, dim, seed", "'dim'?"],
+        ),
+        # the components file
+        ("components_cfg_file: gone.yaml", ["components_cfg_file: found 'gone.yaml'; expected a file", "Remove the key"]),
+        (
+            "components_cfg_file: components.yaml\ncomponent_name: random",
+            ["components.yaml:10: selectors.random.params.replacment: found an unknown key", "did you mean 'replacement'?"],
+        ),
+        (
+            "components_cfg_file: components.yaml\ncomponent_name: static",
+            ["components.yaml:12: selectors.static.name: found 'statik'; expected static, as the entry is called"],
+        ),
+        (
+            "components_cfg_file: components.yaml\ncomponent_name: dataflex.selectors.less:Less",
+            ["components.yaml:1: selectors: found less, random, static; expected an entry dataflex.selectors.less:Less"],
+        ),
+        # combinations
+        ("stage: dpo", ["stage: found 'dpo'; expected sft or pt. Other stages"]),
+        ("packing: true", ["packing: found true; expected it left out. A packed block"]),
+        ("neat_packing: true", ["neat_packing: found true; expected it left out. A packed block"]),
+        ("streaming: true", ["streaming: found true; expected it left out. Rows of a stream"]),
+        ("predict_with_generate: true", ["predict_with_generate: found true; ", "prompts without labels"]),
+        ("use_dora: true", ["use_dora: found true; expected it left out. There is no exact per-example gradient"]),
+        ("additional_target: embed_tokens", ["additional_target: found 'embed_tokens'; ", "no exact gradient"]),
+        ("finetuning_type: oft", ["finetuning_type: found 'oft'; expected lora, full or freeze"]),
+        ("use_galore: true\nfinetuning_type: full", ["use_galore: found true; ", "gradient_type: sgd, or AdamW"]),
+        ("use_muon: true", ["use_muon: found true; expected it left out. gradient_type: adam takes the moments"]),
+        ("optim: adafactor", ["optim: found 'adafactor'; expected one of adamw_torch, "]),
+        ("quantization_bit: 4", ["quantization_bit: found 4; ", "over a quantised base are not verified in this version"]),
+        ("use_unsloth: true", ["use_unsloth: found true; expected it left out. It replaces"]),
+        ("mixture_of_depths: convert", ["mixture_of_depths: found 'convert'; expected it left out"]),
+        ("max_steps: 30", ["max_steps: found 30; expected nothing. Set train_step: 30"]),
+        ("val_size: 0.1", ["val_size: found 0.1; expected nothing beside eval_dataset"]),
+        ("dataflex: {params: {projection: factorized}}", ["dataflex.params.projection: found factorized with Adam's"]),
+        # files
+        ("model_name_or_path: ./gone", ["model_name_or_path: found './gone'; expected a folder that exists"]),
+        ("model_name_or_path: data", ["model_name_or_path: found 'data'; expected a folder with config.json"]),
+        ("deepspeed: ds.json", ["deepspeed: found 'ds.json'; expected a JSON file that exists"]),
+        ("dataset: pol", ["dataset: found 'pol'; expected a dataset registered in data/dataset_info.json", "'pool'?"]),
+        ("dataset_dir: gone", ["dataset_dir: found no readable gone/dataset_info.json", "expected it to register pool"]),
+    ],
+)
+def test_one_problem_is_named(changes, expected):
+    text = refusal(changes)
+    assert text.startswith("1 problem in the configuration:\n  "), text
+    assert "run.yaml" in text or "components.yaml" in text
+    for fragment in expected:
+        assert fragment in text
+
+
+@pytest.mark.parametrize(
+    ("without", "expected"),
+    [
+        ("model_name_or_path", "model_name_or_path: found nothing; expected a model folder"),
+        ("dataset", "dataset: found nothing; expected names registered"),
+        ("template", "template: found nothing; expected the name of a chat template"),
+        ("output_dir", "output_dir: found nothing; expected a folder"),
+        ("do_train", "do_train: found nothing; expected true"),
+        ("component_name", "component_name: found nothing; expected a selector"),
+        ("eval_dataset", "eval_dataset: found nothing; expected registered names, or a val_size above 0"),
+    ],
+)
+def test_missing_key(without, expected):
+    text = refusal(without=(without,))
+    assert text.startswith("1 problem")
+    assert f"run.yaml: {expected}" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("dataflex.refresh.policy=static2", "command line: dataflex.refresh.policy: found 'static2'; expected full, "),
+        ("warmup_step", "command line: warmup_step: found 'warmup_step'; expected key=value"),
+        ("--warmup_step=3", "found '--warmup_step=3'; expected key=value"),
+        ("learning_rate=[", "command line: learning_rate: found text that is not YAML"),
+        ("a.b=1", "a: found an unknown key"),
+        ("dataflex.params.seed=!!python/name:os.system", "found the tag tag:yaml.org,2002:python/name:os.system"),
+    ],
+)
+def test_bad_override(override, expected):
+    assert expected in refusal(overrides=(override,))
+
+
+def test_all_problems_come_at_once():
+    text = refusal("stage: dpo\nlearning_rat: 1\nwarmup_step: -2\nlora_rank: x", overrides=("dataflex.storage=int4",))
+    assert text.startswith("5 problems in the configuration:")
+    assert len(text.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\nb: [", "run.yaml:2: found text that is not YAML"),
+        ("seed: 1\nseed: 2", "run.yaml:2: found text that is not YAML: found duplicate key seed"),
+        ("- 1", "found [1]; expected a mapping of keys to values"),
+        ("5", "run.yaml: found text that cannot be read"),
+        ("seed: 1\na: !!python/object/apply:os.system [x]", "run.yaml:2: found the tag tag:yaml.org,2002:python/object"),
+        ("a: &x [*x]", "found an alias that contains itself"),
+        ("a: '${'", "found text that cannot be read"),
+        ("[" * 5000, "nested too deeply"),
+        ("b\xe9".encode("latin-1"), "found bytes that are not UTF-8 at offset 1"),
+        (
+            "\n".join(["a0: &a0 [1,1,1,1,1,1,1,1,1]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]),
+            "found aliases that unfold to",
+        ),
+        ("#" * (2 << 20), "expected at most 1048576 bytes"),
+    ],
+)
+def test_unreadable_file(text, expected):
+    Path("run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match="1 problem") as caught:
+        load("run.yaml")
+    assert expected in str(caught.value)
+
+
+def test_missing_and_duplicate_json():
+    with pytest.raises(ConfigError, match="found no readable file"):
+        load("gone.yaml")
+    Path("run.json").write_text('{"seed": 1,\n "seed": 2}')
+    with pytest.raises(ConfigError, match="found duplicate key seed"):
+        load("run.json")
+    Path("run.json").write_text('{"seed": 1,\n "a"}')
+    with pytest.raises(ConfigError, match=r"run\.json:2: "):
+        load("run.json")
+
+
+@pytest.mark.parametrize("name", ["USE_RAY", "USE_MCA", "USE_KT"])
+def test_other_backends_are_refused(name, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert f"environment variable {name}: found 1; expected it unset" in refusal()
+
+
+def test_extra_arguments_pass_if_llamafactory_lets_them(monkeypatch):
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    settings = load(write("my_key: 3"))
+    assert settings.llamafactory["my_key"] == 3
+    assert "my_key: unknown" in settings.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "without", "note"),
+    [
+        ("warmup_steps: 5\nwarmup_step: 0", (), "warmup_steps: 5 warms up the learning rate"),
+        ("warmup_step: 0", (), "at LoRA's initialisation B is zero"),
+        ("freeze_gate: true", (), "only dynamic_mix reads freeze_gate"),
+        ("", ("train_type",), "train_type is static by default, so component_name, warmup_step"),
+        ("run_name: '${oc.env:USER}'", (), "run_name: '${oc.env:USER}' stays as it is"),
+        ("use_dft_loss: true", (), "gradients are of the plain mean cross-entropy"),
+    ],
+)
+def test_notes(changes, without, note):
+    assert any(note in text for text in load(write(changes, without)).notes)
+
+
+def test_remote_names_are_left_alone():
+    assert load(write("model_name_or_path: owner/model\ndataset: hub\neval_dataset: hub")).llamafactory["dataset"] == "hub"
+    assert load(write("dataset_dir: ONLINE\ndataset: a/b\neval_dataset: c"))
+
+
+def test_lists_and_null_where_llamafactory_takes_them():
+    settings = load(write("dataset: [pool, target]\nresume_from_checkpoint:\nreport_to: none"))
+    assert settings.llamafactory["dataset"] == ["pool", "target"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (3, "data/dataset_info.json: x: found 3; expected a mapping with file_name"),
+        ({}, "x.file_name: found nothing (null); expected a file, relative to data"),
+        ({"file_name": "gone.json"}, "x.file_name: found 'gone.json'; expected a file that exists; data/gone.json"),
+        ({"file_name": "pool.gz"}, "x.file_name: found files ending in gz at data/pool.gz"),
+        ({"file_name": "../model"}, "x.file_name: found"),
+        ({"file_name": "mixed"}, "x.file_name: found files of several types in data/mixed (csv, json)"),
+        ({"file_name": "empty"}, "x.file_name: found 'empty'; expected a folder with data files"),
+        ({"file_name": "pool.json", "formatting": "alpacca"}, "x.formatting: found 'alpacca'; expected one of alpaca, "),
+        ({"file_name": "pool.json", "columns": {"prompt": "q"}}, "x.columns.prompt: found 'q'; expected a key of the records"),
+        ({"file_name": "pool.json", "ranking": True}, "x.ranking: found true; expected no preference pairs"),
+    ],
+)
+def test_bad_registration(entry, expected):
+    for name in ("empty", "mixed"):
+        Path("data", name).mkdir()
+    for name in ("pool.gz", "mixed/a.csv", "mixed/b.json"):
+        Path("data", name).touch()
+    info = json.loads(Path("data/dataset_info.json").read_text())
+    Path("data/dataset_info.json").write_text(json.dumps(info | {"x": entry}))
+    if entry == {"file_name": "../model"}:
+        Path("model/merges").touch()
+    assert expected in refusal("dataset: x")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the nasty data sets are not here")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("missing_file", "missing_file.file_name: found 'no_such_file.json'"),
+        ("bad_column", "bad_column.columns.prompt: found 'question'; expected a key of the records"),
+        ("outside", "outside.file_name: "),
+        ("no_file_name", "no_file_name.file_name: found nothing (null)"),
+        ("directory", "directory.file_name: found files ending in"),
+        ("wrong_formatting", "wrong_formatting.formatting: found 'parquetish'; expected one of alpaca, sharegpt, openai"),
+    ],
+)
+def test_nasty_registrations(name, expected):
+    shutil.copytree(SHARED, "nasty")
+    shutil.copy("nasty/dataset_info_bad.json", "nasty/dataset_info.json")
+    text = refusal(f"dataset_dir: nasty\ndataset: {name}\neval_dataset: {name}")
+    assert text.startswith("1 problem")
+    assert f"nasty/dataset_info.json: {expected}" in text
+    shutil.copy("nasty/dataset_info_not_json.json", "nasty/dataset_info.json")
+    text = refusal("dataset_dir: nasty")
+    assert "nasty/dataset_info.json:1: found text that is not JSON" in text
+
+
+def test_store_root_order(monkeypatch):
+    for store, env, expected in [
+        (None, {"HF_HOME": "/h"}, "/h/assets/dataflex"),
+        (None, {"HF_HOME": "/h", "HF_ASSETS_CACHE": "/a"}, "/a/dataflex"),
+        (None, {"HF_ASSETS_CACHE": "/a", "DATAFLEX_HOME": "/d"}, "/d"),
+        ("s", {"DATAFLEX_HOME": "/d"}, str(Path("s").absolute())),
+        ("s3://bucket/x", {}, "s3://bucket/x"),
+    ]:
+        with monkeypatch.context() as patched:
+            for name, value in env.items():
+                patched.setenv(name, value)
+            assert store_root(store) == expected
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert store_root(None) == "/c/dataflex"
+
+
+def test_loading_imports_nothing_heavy():
+    code = (
+        "import sys; from dataflex.config import load; load(sys.argv[1]); "
+        "print([m for m in ('torch', 'transformers', 'llamafactory', 'pyarrow', 'datasets') if m in sys.modules])"
+    )
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    done = subprocess.run([sys.executable, "-c", code, write()], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_key_table_is_what_llamafactory_parses():
+    # Imports LLaMA-Factory (about 12 s): the one check that the table read from the sources is complete.
+    import dataclasses
+
+    from llamafactory.hparams.parser import _TRAIN_ARGS
+
+    assert set(known_keys()) == {f.name for cls in _TRAIN_ARGS for f in dataclasses.fields(cls) if f.init}

@@ -1,0 +1,355 @@
+"""Flipped bits, cut and lost files, crafted files: found every time, and cured by repair."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dataflex.errors import CorruptionError, DataflexError, MismatchError
+from dataflex.fingerprint import keys_digest
+from dataflex.rows import KEY_DTYPE
+from dataflex.stores.base import Layout, Values
+from dataflex.stores.fragment import schema, serialise
+from dataflex.stores.log import Entry
+from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.record import seal, unseal
+from dataflex.stores.root import StoreRoot
+
+LAYOUT = Layout({"norm": "float32", "tokens": "int64"}, 48, "int8")
+RECIPE = {"r": 1}
+
+
+def fragment(number: int) -> Values:
+    rng = np.random.default_rng(number)
+    keys = np.frombuffer(rng.bytes(16 * 40), KEY_DTYPE)
+    scalars = {"norm": rng.random(40, np.float32), "tokens": rng.integers(0, 9, 40)}
+    return Values(keys, np.zeros(40, np.uint8), scalars, rng.standard_normal((40, 48), np.float32))
+
+
+FRAGMENTS = [fragment(0), fragment(1)]
+KEYS = np.concatenate([values.keys for values in FRAGMENTS])
+
+
+def opened(folder: Path) -> ParquetStore:
+    return StoreRoot(folder).open("gradient", RECIPE, LAYOUT)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ParquetStore:
+    """Two fragments, 80 rows."""
+    made = opened(tmp_path)
+    for n, values in enumerate(FRAGMENTS):
+        made.append(f"f{n}", values)
+    return made
+
+
+def harm(store: ParquetStore) -> list[str]:
+    return [problem.path for problem in store.verify() if not problem.harmless]
+
+
+def data_file(store: ParquetStore, number: int = 0) -> Path:
+    entry = unseal(Path(store.path, "log", f"f{number}.json").read_bytes(), "it")
+    return Path(store.path, "data", f"{entry['data']}.parquet")
+
+
+def recompute(folder: Path) -> None:
+    """What featurize does: compute what is missing, then read all."""
+    store = opened(folder)
+    for n, values in enumerate(FRAGMENTS):
+        if not store.contains(values.keys).all():
+            store.append(f"f{n}", values)
+    found = store.read(KEYS)
+    np.testing.assert_array_equal(found.scalars["norm"], np.concatenate([v.scalars["norm"] for v in FRAGMENTS]))
+    assert harm(store) == []
+
+
+def test_every_flipped_bit_of_a_data_file_is_found(store: ParquetStore, tmp_path: Path):
+    path = data_file(store)
+    intact = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for bit in rng.integers(0, 8 * len(intact), 200):
+        data = bytearray(intact)
+        data[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(data)
+        fresh = opened(tmp_path)
+        with pytest.raises(CorruptionError, match=path.name):
+            fresh.read(KEYS)
+        with pytest.raises(CorruptionError):
+            list(opened(tmp_path).scan(16, vectors=False))
+        assert harm(fresh) == [str(path.relative_to(tmp_path))]
+    assert [problem.path for problem in opened(tmp_path).repair()] == [str(path.relative_to(tmp_path))]
+    recompute(tmp_path)
+
+
+def test_a_bit_that_flips_after_the_file_was_checked_is_found_too(store: ParquetStore):
+    path = data_file(store)
+    intact = path.read_bytes()
+    expected = store.read(KEYS)
+    assert expected.vectors is not None
+    start = intact.index(np.ascontiguousarray(np.frombuffer(intact, np.int8)[:0]).tobytes() + _codes(path))
+    rng = np.random.default_rng(1)
+    for bit in rng.integers(8 * start, 8 * (start + 40 * 48), 60):
+        data = bytearray(intact)
+        data[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(data)
+        with pytest.raises(CorruptionError, match="CRC"):
+            store.read(KEYS)
+    path.write_bytes(intact)
+    np.testing.assert_array_equal(store.read(KEYS).vectors, expected.vectors)
+
+
+def _codes(path: Path) -> bytes:
+    return b"".join(row.as_py() for row in pq.read_table(path).column("vector"))
+
+
+@pytest.mark.parametrize("share", [0, 1e-9, 0.5, 0.99])
+def test_a_cut_data_file_is_refused_and_only_it_is_computed_again(store: ParquetStore, tmp_path: Path, share: float):
+    path = data_file(store)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(np.ceil(len(data) * share))])
+    with pytest.raises(CorruptionError, match=path.name):
+        opened(tmp_path).contains(KEYS)
+    with pytest.raises(CorruptionError, match=path.name):
+        store.read(KEYS)
+    assert len(opened(tmp_path).repair()) == 1
+    assert opened(tmp_path).contains(KEYS).tolist() == [False] * 40 + [True] * 40
+    recompute(tmp_path)
+
+
+def test_each_file_lost_in_turn(store: ParquetStore, tmp_path: Path):
+    files = sorted(path.relative_to(store.path) for path in Path(store.path).rglob("*") if path.is_file())
+    assert {path.parts[0] for path in files} == {"recipe.json", "data", "log"}
+    for lost in files:
+        copy = tmp_path / "copy" / lost.name
+        shutil.copytree(tmp_path / Path(store.path).name, copy / Path(store.path).name)
+        (copy / Path(store.path).name / lost).unlink()
+        if lost.parts[0] == "recipe.json":
+            assert StoreRoot(copy).stores() == []
+        elif lost.parts[0] == "data":
+            with pytest.raises(CorruptionError, match="is missing although it was committed"):
+                opened(copy).contains(KEYS)
+            with pytest.raises(CorruptionError, match="is missing although it was committed"):
+                ParquetStore(store.files, store.folder, store.document)._verified_fragment(
+                    Entry("f9", "0" * 64, 1, 1, "", {}, "")
+                )
+            opened(copy).repair()
+        else:
+            assert opened(copy).contains(KEYS).sum() == 40
+            assert [problem.harmless for problem in opened(copy).verify()] == [True]
+        recompute(copy)
+
+
+def mutations(data: bytes) -> list[bytes]:
+    rng = np.random.default_rng(2)
+    flips = [data[:i] + bytes([data[i] ^ (1 << rng.integers(8))]) + data[i + 1 :] for i in range(len(data))]
+    cuts = [data[:n] for n in (0, 1, len(data) // 2, len(data) - 1)]
+    other = [b"[]", b"{}", b"null", b"[" * 100_000, b"\xff" * 50, b'{"digest": NaN}', b" " * (17 << 20), data + data]
+    return [*flips, *cuts, *other, seal({"kind": "gradient"}), seal({})]
+
+
+@pytest.mark.parametrize("name", ["log/f0.json", "recipe.json"])
+def test_damaged_documents_are_reported_and_cured(
+    store: ParquetStore, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+):
+    path = Path(store.path, name)
+    intact = path.read_bytes()
+    expected = store.read(KEYS)
+    found = 0
+    for data in mutations(intact):
+        path.write_bytes(data)
+        caplog.clear()
+        try:
+            fresh = opened(tmp_path)
+            kept = fresh.contains(KEYS)
+        except (CorruptionError, MismatchError) as error:
+            assert name == "recipe.json"
+            assert "recipe.json" in str(error)
+            found += 1
+            path.write_bytes(intact)
+            continue
+        extra = sorted(p.name for p in path.parent.glob("*~*"))
+        if not caplog.records:  # white space: the same document
+            assert unseal(data, "it") == unseal(intact, "it")
+            assert kept.all()
+            continue
+        found += 1
+        assert path.name in caplog.text
+        if name == "recipe.json":
+            assert extra == ["recipe~1.json"]
+            assert kept.all()
+        else:
+            assert kept.tolist() == [False] * 40 + [True] * 40
+            assert fresh.append("f0", FRAGMENTS[0])
+        np.testing.assert_array_equal(opened(tmp_path).read(KEYS).vectors, expected.vectors)
+        assert harm(fresh) == [f"{fresh.folder}/{name}"]
+        fresh.repair()
+        assert harm(opened(tmp_path)) == []
+        assert not path.exists()
+        for leftover in path.parent.glob("*~*"):
+            leftover.unlink()
+        path.write_bytes(intact)
+    assert found > 0.8 * len(intact)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(field=st.sampled_from(["fragment", "data", "bytes", "rows", "keys", "status", "writer", "more"]), value=json_values)
+def test_a_crafted_log_entry_is_left_out_or_harmless(store: ParquetStore, tmp_path: Path, field: str, value: object):
+    path = Path(store.path, "log", "f0.json")
+    intact = path.read_bytes()
+    entry = unseal(intact, "it")
+    entry[field] = value
+    try:
+        path.write_bytes(seal(entry))
+    except ValueError:  # NaN is no JSON
+        return
+    try:
+        fresh = opened(tmp_path)
+        assert fresh.contains(KEYS)[40:].all()
+        fresh.verify()
+    except CorruptionError:
+        pass
+    finally:
+        path.write_bytes(intact)
+    assert opened(tmp_path).read(KEYS).keys.tobytes() == KEYS.tobytes()
+
+
+def test_a_log_entry_cannot_point_outside(store: ParquetStore, tmp_path: Path):
+    path = Path(store.path, "log", "f0.json")
+    entry = unseal(path.read_bytes(), "it")
+    outside = tmp_path / "outside.parquet"
+    shutil.copy(data_file(store), outside)
+    for data in ("../../outside", str(outside.with_suffix("")), "0" * 63 + "/", "0" * 64 + "\0"):
+        path.write_bytes(seal({**entry, "data": data}))
+        assert opened(tmp_path).contains(KEYS).sum() == 40
+
+
+def planted(folder: Path, table: pa.Table, keys: np.ndarray, **options: object) -> ParquetStore:
+    """Commit a crafted file as a malicious writer would, with all digests right."""
+    store = opened(folder)
+    path = folder / "crafted.parquet"
+    metadata = options.pop("metadata", {"dataflex.format": "1", "dataflex.layout": _layout(store)})
+    with pq.ParquetWriter(path, table.schema, **options) as writer:  # type: ignore[arg-type]
+        writer.write_table(table)
+        writer.add_key_value_metadata(metadata)  # type: ignore[arg-type]
+    sha = store.files.sha256("crafted.parquet")
+    Path(store.path, "data").mkdir(exist_ok=True)
+    Path(store.path, "log").mkdir(exist_ok=True)
+    entry = Entry("bad", sha, path.stat().st_size, len(keys), keys_digest(keys), {"ok": len(keys)}, "me")
+    path.rename(Path(store.path, "data", f"{sha}.parquet"))
+    Path(store.path, "log", "bad.json").write_bytes(seal(asdict(entry)))
+    return opened(folder)
+
+
+def _layout(store: ParquetStore) -> str:
+    metadata = pq.read_metadata(pa.BufferReader(serialise(store.layout, FRAGMENTS[0]))).metadata
+    return metadata[b"dataflex.layout"].decode()
+
+
+PLAIN = {"compression": "NONE", "use_dictionary": False, "store_schema": False}
+
+
+def honest() -> pa.Table:
+    return pq.read_table(pa.BufferReader(serialise(LAYOUT, FRAGMENTS[0]))).cast(schema(LAYOUT))
+
+
+def test_the_crafting_itself_is_no_reason_for_refusal(tmp_path: Path):
+    assert planted(tmp_path, honest(), FRAGMENTS[0].keys, **PLAIN).contains(FRAGMENTS[0].keys).all()
+
+
+class Boom(pa.ExtensionType):
+    """An extension type that must not be rebuilt from a file."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.binary(16), "dataflex.test.boom")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: pa.DataType, serialized: bytes) -> Boom:
+        return cls()
+
+
+@pytest.mark.parametrize("crafted", ["extension", "names", "types", "nullable", "compressed", "dictionary", "metadata"])
+def test_crafted_parquet_is_refused_before_its_pages_are_read(tmp_path: Path, crafted: str):
+    table, options = honest(), dict(PLAIN)
+    if crafted == "extension":
+        table = table.set_column(0, pa.field("row_key", Boom(), False), pa.ExtensionArray.from_storage(Boom(), _first(table)))
+        options["store_schema"] = True
+        pa.register_extension_type(Boom())
+    elif crafted == "names":
+        table = table.rename_columns(["key", *table.column_names[1:]])
+    elif crafted == "types":
+        table = table.set_column(1, pa.field("status", pa.int64(), False), table.column(1).cast(pa.int64()))
+    elif crafted == "nullable":
+        table = table.cast(pa.schema([field.with_nullable(True) for field in table.schema]))
+    elif crafted == "compressed":
+        options["compression"] = "ZSTD"
+    elif crafted == "dictionary":
+        options["use_dictionary"] = True
+    else:
+        options["metadata"] = {"dataflex.format": "1"}
+    try:
+        crafted_store = planted(tmp_path, table, FRAGMENTS[0].keys, **options)
+        with pytest.raises(CorruptionError, match="no data file of this store|declares compressed columns or more data"):
+            crafted_store.contains(FRAGMENTS[0].keys)
+        assert harm(crafted_store) != []
+    finally:
+        if crafted == "extension":
+            pa.unregister_extension_type("dataflex.test.boom")
+
+
+def _first(table: pa.Table) -> pa.Array:
+    return table.column(0).combine_chunks()
+
+
+def test_a_data_file_of_a_newer_format_is_refused_with_a_hint(tmp_path: Path):
+    newer = {"dataflex.format": "2", "dataflex.layout": "anything"}
+    store = planted(tmp_path, honest(), FRAGMENTS[0].keys, **PLAIN, metadata=newer)
+    with pytest.raises(MismatchError, match="pip install -U dataflex"):
+        store.contains(FRAGMENTS[0].keys)
+
+
+def test_a_log_entry_that_lies_about_its_rows_is_found(store: ParquetStore, tmp_path: Path):
+    path = Path(store.path, "log", "f0.json")
+    entry = unseal(path.read_bytes(), "it")
+    path.write_bytes(seal({**entry, "status": {"ok": 39, "nonfinite": 1, "no_labels": 0}}))
+    assert len(harm(opened(tmp_path))) == 1
+    path.write_bytes(seal({**entry, "keys": keys_digest(FRAGMENTS[1].keys)}))
+    with pytest.raises(CorruptionError, match="row keys are not those committed"):
+        opened(tmp_path).contains(KEYS)
+    assert opened(tmp_path).repair()[0].path.startswith(store.folder)
+    recompute(tmp_path)
+
+
+def test_orphans_are_listed_as_harmless_and_left_alone(store: ParquetStore, tmp_path: Path):
+    orphan = Path(store.path, "data", "0" * 64 + ".parquet")
+    orphan.write_bytes(b"half a file of a crashed writer")
+    assert [(Path(p.path).name, p.harmless) for p in store.repair()] == [(orphan.name, True)]
+    assert orphan.exists()
+    logging.getLogger(__name__).debug("%s", store.verify()[0])
+    assert store.contains(KEYS).all()
+
+
+def test_an_error_of_the_disk_is_not_called_damage(store: ParquetStore):
+    with pytest.raises((OSError, DataflexError)) as caught:
+        Path(store.path, "log", "f0.json").unlink()
+        Path(store.path, "log", "f0.json").mkdir()
+        ParquetStore(store.files, store.folder, store.document).contains(KEYS)
+    assert not isinstance(caught.value, CorruptionError)
