@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from dataflex.errors import CorruptionError, DataflexError
 from dataflex.fingerprint import canonical
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.faiss_index import FaissIndex, Kind, Metric, build, load_faiss
-from dataflex.stores.files import LocalFiles
+from dataflex.stores.files import HashingWriter, LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import read_record, seal
 
@@ -72,7 +72,7 @@ def _save(store: ParquetStore, stem: str, built_from: dict[str, Any], index: Fai
     """Write the index and keys, then the signed record: any mixture that a crash leaves fails its checksums."""
     files, faiss = store.files, load_faiss()
     with files.output(f"{stem}.faiss") as file:
-        sink = _Hashing(file)
+        sink = HashingWriter(file)
         faiss.write_index(index.index, faiss.PyCallbackIOWriter(sink.write, 1 << 20))
     keys = index.keys.tobytes()
     with files.output(f"{stem}.keys") as file:
@@ -81,18 +81,6 @@ def _save(store: ParquetStore, stem: str, built_from: dict[str, Any], index: Fai
     record = {**built_from, **sums, "built": index.kind}
     with files.output(f"{stem}.json") as file:
         file.write(seal({**record, "signature": _signature(record)}))
-
-
-class _Hashing:
-    """A file that knows the SHA-256 of what was written to it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        return self.file.write(data)
 
 
 def _signature(record: dict[str, Any]) -> str:

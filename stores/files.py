@@ -61,6 +61,19 @@ class Files(ABC):
         return f"{self.url}/{path}"
 
 
+class HashingWriter:
+    """Passes on what is written to a file, and knows its SHA-256."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write to the file."""
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
 class LocalFiles(Files):
     """Files on a POSIX file system, shared between nodes or not.
 

@@ -162,9 +162,9 @@ class Fragment:
             )
         if written != _metadata(self.layout) or not found.remove_metadata().equals(schema(self.layout)):
             raise CorruptionError(
-                f"{self.name} is not a data file of this store: it holds {', '.join(found.names)[:500]} "
-                f"({written.get('dataflex.layout', 'no layout')[:500]}), expected "
-                f"{', '.join(schema(self.layout).names)} ({canonical(self.layout.plain()).decode()})"
+                f"{self.name} is not a data file of this store: it holds {_described(found)} "
+                f"({written.get('dataflex.layout', 'no layout')[:500]}), expected {_described(schema(self.layout))} "
+                f"({canonical(self.layout.plain()).decode()})"
             )
         for group in (metadata.row_group(i) for i in range(metadata.num_row_groups)):
             chunks = [group.column(i) for i in range(group.num_columns)]
@@ -184,6 +184,10 @@ class Fragment:
             if getattr(error, "errno", None):  # the file system's own complaint, not a wrong byte
                 raise
             raise CorruptionError(f"{self.name} is damaged: {str(error)[:300]}") from error
+
+
+def _described(fields: pa.Schema) -> str:
+    return ", ".join(str(field) for field in fields)[:1000]
 
 
 def _array(column: pa.ChunkedArray, dtype: np.dtype[Any]) -> np.ndarray:

@@ -11,12 +11,14 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataflex.errors import CorruptionError, DataflexError, MismatchError
-from dataflex.stores.files import Files, LocalFiles
+from dataflex.fingerprint import file_digest
+from dataflex.stores.files import Files, HashingWriter, LocalFiles
 from dataflex.stores.record import claim, find_record
 
 _LINEAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -48,23 +50,20 @@ class StateStore:
         names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
         if not names:
             raise DataflexError(f"{source} holds no file to keep")
+        unsafe = [name for name in names if not _is_safe(name)]
+        if unsafe:
+            raise DataflexError(f"{source / unsafe[0]} cannot be kept under that name: use letters, digits, _.+=@,()-")
         token = uuid.uuid4().hex
-        sums = {}
-        for name in names:
-            if not _is_safe(name):
-                raise DataflexError(
-                    f"{source / name} cannot be kept under that name: use letters, digits and _.+=@,()-"
-                )
-            path = f"{_folder(lineage)}/{token}/{name}"
-            with open(source / name, "rb") as file, self.files.output(path) as out:
-                shutil.copyfileobj(file, out, 1 << 20)
-            # Of what was read back, not of the source: the source may change while it is copied.
-            sums[name] = self.files.sha256(path)
+        paths = {name: f"{_folder(lineage)}/{token}/{name}" for name in names}
+        try:
+            sums = {name: self._copy(source / name, path) for name, path in paths.items()}
+        except (OSError, DataflexError):
+            self._discard(paths.values())
+            raise
         manifest = {"lineage": lineage, "folder": token, "files": sums, "info": dict(info)}
         _, ours = claim(self.files, _folder(lineage), "manifest", manifest)
         if not ours:
-            for name in names:
-                self.files.remove(f"{_folder(lineage)}/{token}/{name}")
+            self._discard(paths.values())
         return ours
 
     def find(self, lineage: str) -> dict[str, Any] | None:
@@ -90,23 +89,40 @@ class StateStore:
             raise CorruptionError(
                 f"the manifest of {self.files.name(where)} names files outside its folder: {unsafe[:3]}"
             )
-        cure = f"remove {self.files.name(_folder(lineage))} and run again to train to that state"
-        for name, expected in manifest["files"].items():
-            path = f"{where}/{name}"
-            try:
-                found = self.files.sha256(path)
-            except FileNotFoundError as error:
-                raise CorruptionError(f"{self.files.name(path)} is missing although it was kept; {cure}") from error
-            if found != expected:
-                raise CorruptionError(f"{self.files.name(path)} is damaged: its SHA-256 is {found[:12]}…; {cure}")
         if isinstance(self.files, LocalFiles):
-            return self.files.root / where
-        local = Path(tempfile.mkdtemp(prefix="dataflex-state-"))
-        for name in manifest["files"]:
-            (local / name).parent.mkdir(parents=True, exist_ok=True)
-            with self.files.open(f"{where}/{name}") as source, open(local / name, "wb") as file:
+            folder = self.files.root / where
+        else:
+            folder = self._download(where, manifest["files"])
+        fault = _fault(folder, manifest["files"])
+        if fault:
+            raise CorruptionError(
+                f"{self.files.name(where)}/{fault}; remove {self.files.name(_folder(lineage))} and run again to train to "
+                "that state"
+            )
+        return folder
+
+    def _download(self, where: str, names: Iterable[str]) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="dataflex-state-"))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with (
+                suppress(FileNotFoundError),
+                self.files.open(f"{where}/{name}") as source,
+                open(folder / name, "wb") as file,
+            ):
                 shutil.copyfileobj(source, file, 1 << 20)
-        return local
+        return folder
+
+    def _copy(self, source: Path, path: str) -> str:
+        """Copy a local file and return its SHA-256."""
+        with open(source, "rb") as file, self.files.output(path) as out:
+            hashing = HashingWriter(out)
+            shutil.copyfileobj(file, hashing, 1 << 20)
+            return hashing.sha256.hexdigest()
+
+    def _discard(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self.files.remove(path)
 
 
 def _folder(lineage: str) -> str:
@@ -118,3 +134,17 @@ def _folder(lineage: str) -> str:
 def _is_safe(name: str) -> bool:
     """Say whether a name stays inside its folder on every system."""
     return name == PurePosixPath(name).as_posix() and all(_PART.fullmatch(part) for part in name.split("/"))
+
+
+def _fault(folder: Path, sums: Mapping[str, str]) -> str | None:
+    """Say which file of a state is not what was kept, or None."""
+    for name, expected in sums.items():
+        try:
+            found = file_digest(folder / name)
+        except FileNotFoundError:
+            return f"{name} is missing although it was kept"
+        if found != expected:
+            return f"{name} is damaged: its SHA-256 is {found[:12]}…"
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    extra = sorted(there - sums.keys())  # a loader that is given the folder would read them
+    return f"{extra[0]} was not kept with this state" if extra else None

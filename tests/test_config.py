@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dataflex.config import load, store_root
+from dataflex.config.keys import DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import known_keys
 from dataflex.errors import ConfigError
 from dataflex.features.spec import EmbeddingSpec
@@ -96,42 +100,47 @@ def refusal(changes: str = "", overrides: tuple[str, ...] = (), without: tuple[s
 
 
 def test_everything_read():
-    settings = load(write("components_cfg_file: components.yaml\ndataflex:\n  params: {seed: 8}\n  storage: int8"))
-    assert settings.train_type == "dynamic_select"
-    assert (settings.component_name, settings.component) == ("less", Less)
-    assert isinstance(settings.params, Less.Params)
-    assert (settings.params.proj_dim, settings.params.seed, settings.params.cache_dir) == (512, 8, "out/less")
-    assert [need.of for need in settings.needs] == ["train", "targets"]
-    assert settings.schedule == Schedule(10, 10, 2, 0, 1.0)
-    assert settings.schedule.total() == 30
-    assert settings.dataflex.storage == "int8"
-    assert settings.llamafactory["learning_rate"] == 1e-4
-    assert not {"train_type", "component_name", "warmup_step", "dataflex"} & settings.llamafactory.keys()
-    assert settings.store_root == str(Path("out/less").absolute())
+    loaded = load(write("components_cfg_file: components.yaml\ndataflex:\n  params: {seed: 8}\n  storage: int8"))
+    assert loaded.train_type == "dynamic_select"
+    assert (loaded.component_name, loaded.component) == ("less", Less)
+    assert isinstance(loaded.params, Less.Params)
+    assert (loaded.params.proj_dim, loaded.params.seed, loaded.params.cache_dir) == (512, 8, "out/less")
+    assert [need.of for need in loaded.needs] == ["train", "targets"]
+    assert loaded.schedule == Schedule(10, 10, 2, 0, 1.0)
+    assert loaded.schedule.total() == 30
+    assert loaded.dataflex.storage == "int8"
+    assert loaded.llamafactory["learning_rate"] == 1e-4
+    assert not {"train_type", "component_name", "warmup_step", "dataflex"} & loaded.llamafactory.keys()
+    assert loaded.store_root == str(Path("out/less").absolute())
     with pytest.raises(ValueError, match="frozen"):
-        settings.train_type = "static"
+        loaded.train_type = "static"  # type: ignore[misc]
 
 
 def test_overrides_win_and_reach_into_mappings():
-    overrides = ["dataflex.refresh.policy=rotating", "dataflex.refresh.max_age=4", "warmup_step=0", "learning_rate=1e-5"]
-    settings = load(write("dataflex:\n  refresh: {policy: static}\n  token_budget: 100"), overrides)
-    assert (settings.dataflex.refresh.policy, settings.dataflex.refresh.max_age) == ("rotating", 4)
-    assert settings.dataflex.token_budget == 100
-    assert settings.schedule.total() == 20
-    assert settings.llamafactory["learning_rate"] == 1e-5
+    overrides = [
+        "dataflex.refresh.policy=rotating",
+        "dataflex.refresh.max_age=4",
+        "warmup_step=0",
+        "learning_rate=1e-5",
+    ]
+    loaded = load(write("dataflex:\n  refresh: {policy: static}\n  token_budget: 100"), overrides)
+    assert (loaded.dataflex.refresh.policy, loaded.dataflex.refresh.max_age) == ("rotating", 4)
+    assert loaded.dataflex.token_budget == 100
+    assert loaded.schedule.total() == 20
+    assert loaded.llamafactory["learning_rate"] == 1e-5
 
 
 def test_json_run_file():
-    settings = load(write())
-    values = settings.llamafactory | {"train_type": "dynamic_select", "component_name": "random", "update_step": 3}
+    loaded = load(write())
+    values = loaded.llamafactory | {"train_type": "dynamic_select", "component_name": "random", "update_step": 3}
     Path("run.json").write_text(json.dumps(values))
     assert load("run.json").schedule.total() == 3
 
 
 def test_static_is_left_to_llamafactory():
-    settings = load(write("train_type: static\nstage: dpo\npacking: true\nmax_steps: 3\nuse_dora: true"))
-    assert settings.component is None
-    assert settings.needs == ()
+    loaded = load(write("train_type: static\nstage: dpo\npacking: true\nmax_steps: 3\nuse_dora: true"))
+    assert loaded.component is None
+    assert loaded.needs == ()
 
 
 def test_random_computes_nothing_so_dora_and_quantisation_stay_allowed():
@@ -140,10 +149,10 @@ def test_random_computes_nothing_so_dora_and_quantisation_stay_allowed():
 
 def test_plain_selector_takes_constructor_arguments():
     changes = "component_name: plugin_under_test\ndataflex:\n  plugins: [./plugin.py]\n  params: {depth: 2}"
-    settings = load(write(changes))
-    assert settings.params == {"depth": 2}
-    assert settings.component is not None
-    assert settings.component.__name__ == "Plain"
+    loaded = load(write(changes))
+    assert loaded.params == {"depth": 2}
+    assert loaded.component is not None
+    assert loaded.component.__name__ == "Plain"
     text = refusal(changes.replace("{depth: 2}", "{widht: 2, dataset: x}"))
     assert "dataflex.params.widht: found an unknown parameter; expected one of cache_dir, depth, width" in text
     assert "did you mean 'width'?" in text
@@ -153,8 +162,8 @@ def test_plain_selector_takes_constructor_arguments():
 
 def test_extra_features():
     changes = "train_type: static\ndataflex:\n  features:\n    - {kind: embedding, pooling: last}\n    - {kind: loss}"
-    settings = load(write(changes))
-    assert settings.dataflex.features[0] == EmbeddingSpec(pooling="last")
+    loaded = load(write(changes))
+    assert loaded.dataflex.features[0] == EmbeddingSpec(pooling="last")
     assert "packing: found true" in refusal(changes + "\npacking: true")
 
 
@@ -181,11 +190,17 @@ def test_default_components_file_is_read_if_there_is_one():
         ("learning_rat: 1", ["run.yaml:16: learning_rat: found an unknown key", "did you mean 'learning_rate'?"]),
         ("update_steps: 5", ["update_steps: found an unknown key", "did you mean 'update_step'?"]),
         ("store: x", ["store: found an unknown key; expected it under dataflex: (dataflex.store)"]),
-        ("dataflex: {stroage: int8}", ["dataflex.stroage: found an unknown key; expected one of store, ", "'storage'?"]),
+        (
+            "dataflex: {stroage: int8}",
+            ["dataflex.stroage: found an unknown key; expected one of store, ", "'storage'?"],
+        ),
         ("dataflex: {warmup_step: 3}", ["dataflex.warmup_step: ", "expected warmup_step at the top level"]),
         ("dataflex: {refresh: {fraction: 0.2}}", ["dataflex.refresh.fraction: ", "did you mean 'refresh_fraction'?"]),
-        ("dataflex: {params: {proj_dims: 2}}", ["dataflex.params.proj_dims: ", "one of gradient_type, ", "'proj_dim'?"]),
-        ("true: 1", ["run.yaml:16: ", "found true; expected text as a key (quote it)"]),
+        (
+            "dataflex: {params: {proj_dims: 2}}",
+            ["dataflex.params.proj_dims: ", "one of gradient_type, ", "'proj_dim'?"],
+        ),
+        ("true: 1", ["run.yaml: True: found true; expected text as a key (quote it)"]),
         # values of LLaMA-Factory's keys
         ("learning_rate: '1e-4'", ["learning_rate: found '1e-4'; expected a number (without quotes)"]),
         ("learning_rate: .nan", ["learning_rate: found nan; expected a finite number"]),
@@ -198,14 +213,20 @@ def test_default_components_file_is_read_if_there_is_one():
         ("num_train_epochs: -1", ["num_train_epochs: found -1; expected more than 0"]),
         ("hf_hub_token: 123", ["hf_hub_token: found a value (not shown); expected text"]),
         # values of DataFlex's flat keys
-        ("train_type: dynamic_selct", ["train_type: found 'dynamic_selct'; expected static, dynamic", "'dynamic_select'?"]),
+        (
+            "train_type: dynamic_selct",
+            ["train_type: found 'dynamic_selct'; expected static, dynamic", "'dynamic_select'?"],
+        ),
         ("train_type: dynamic_mix", ["train_type: found 'dynamic_mix'; ", "not part of this version yet"]),
         ("train_type: dynamic_weight", ["not part of this version yet"]),
         ("warmup_step: -1", ["run.yaml:15: warmup_step: found -1; expected greater than or equal to 0"]),
         ("update_step: 2.5", ["update_step: found 2.5; expected a whole number"]),
         ("update_step: true", ["update_step: found true; expected a whole number"]),
         ("train_step: '30'", ["train_step: found '30'; expected a whole number"]),
-        ("early_stopping_min_delta: -0.1", ["early_stopping_min_delta: found -0.1; expected greater than or equal to 0"]),
+        (
+            "early_stopping_min_delta: -0.1",
+            ["early_stopping_min_delta: found -0.1; expected greater than or equal to 0"],
+        ),
         ("component_name: 3", ["component_name: found 3; expected text"]),
         ("component_name: les", ["component_name: found 'les'; expected a selector (less,", "did you mean 'less'?"]),
         ("component_name: no_such.module:X", ["component_name: importing no_such.module failed"]),
@@ -222,18 +243,30 @@ def test_default_components_file_is_read_if_there_is_one():
         ("dataflex: {store: '${oc.env:HOME}'}", ["dataflex.store: found '${oc.env:HOME}'; expected plain text"]),
         ("dataflex: {params: [1]}", ["dataflex.params: found [1]; expected a mapping of keys to values"]),
         ("dataflex: {params: {seed: '1'}}", ["dataflex.params.seed: found '1'; expected a whole number"]),
-        ("dataflex: {params: {gradient_type: adm}}", ["params.gradient_type: found 'adm'; expected adam or sgd", "'adam'?"]),
+        (
+            "dataflex: {params: {gradient_type: adm}}",
+            ["params.gradient_type: found 'adm'; expected adam or sgd", "'adam'?"],
+        ),
         ("dataflex: {params: {checkpoints: [gone]}}", ["dataflex.params.checkpoints: found 'gone'; expected folders"]),
-        ("dataflex: {features: [{kind: embeding}]}", ["dataflex.features.0.kind: ", "expected loss, embedding, gradient"]),
+        (
+            "dataflex: {features: [{kind: embeding}]}",
+            ["dataflex.features.0.kind: found 'embeding'; expected loss, embedding, gradient", "'embedding'?"],
+        ),
         (
             "dataflex: {features: [{kind: gradient, projection: {dimm: 3}}]}",
             ["dataflex.features.0.projection.dimm: found an unknown key; expected one of type, dim, seed", "'dim'?"],
         ),
         # the components file
-        ("components_cfg_file: gone.yaml", ["components_cfg_file: found 'gone.yaml'; expected a file", "Remove the key"]),
+        (
+            "components_cfg_file: gone.yaml",
+            ["components_cfg_file: found 'gone.yaml'; expected a file", "Remove the key"],
+        ),
         (
             "components_cfg_file: components.yaml\ncomponent_name: random",
-            ["components.yaml:10: selectors.random.params.replacment: found an unknown key", "did you mean 'replacement'?"],
+            [
+                "components.yaml:10: selectors.random.params.replacment: found an unknown key",
+                "did you mean 'replacement'?",
+            ],
         ),
         (
             "components_cfg_file: components.yaml\ncomponent_name: static",
@@ -241,7 +274,7 @@ def test_default_components_file_is_read_if_there_is_one():
         ),
         (
             "components_cfg_file: components.yaml\ncomponent_name: dataflex.selectors.less:Less",
-            ["components.yaml:1: selectors: found less, random, static; expected an entry dataflex.selectors.less:Less"],
+            ["components.yaml:1: selectors: found less, random, static; expected an entry dataflex.selectors.less:"],
         ),
         # combinations
         ("stage: dpo", ["stage: found 'dpo'; expected sft or pt. Other stages"]),
@@ -255,7 +288,10 @@ def test_default_components_file_is_read_if_there_is_one():
         ("use_galore: true\nfinetuning_type: full", ["use_galore: found true; ", "gradient_type: sgd, or AdamW"]),
         ("use_muon: true", ["use_muon: found true; expected it left out. gradient_type: adam takes the moments"]),
         ("optim: adafactor", ["optim: found 'adafactor'; expected one of adamw_torch, "]),
-        ("quantization_bit: 4", ["quantization_bit: found 4; ", "over a quantised base are not verified in this version"]),
+        (
+            "quantization_bit: 4",
+            ["quantization_bit: found 4; ", "over a quantised base are not verified in this version"],
+        ),
         ("use_unsloth: true", ["use_unsloth: found true; expected it left out. It replaces"]),
         ("mixture_of_depths: convert", ["mixture_of_depths: found 'convert'; expected it left out"]),
         ("max_steps: 30", ["max_steps: found 30; expected nothing. Set train_step: 30"]),
@@ -266,7 +302,10 @@ def test_default_components_file_is_read_if_there_is_one():
         ("model_name_or_path: data", ["model_name_or_path: found 'data'; expected a folder with config.json"]),
         ("deepspeed: ds.json", ["deepspeed: found 'ds.json'; expected a JSON file that exists"]),
         ("dataset: pol", ["dataset: found 'pol'; expected a dataset registered in data/dataset_info.json", "'pool'?"]),
-        ("dataset_dir: gone", ["dataset_dir: found no readable gone/dataset_info.json", "expected it to register pool"]),
+        (
+            "dataset_dir: gone",
+            ["dataset_dir: found no readable gone/dataset_info.json", "expected it to register pool"],
+        ),
     ],
 )
 def test_one_problem_is_named(changes, expected):
@@ -323,13 +362,18 @@ def test_all_problems_come_at_once():
         ("seed: 1\nseed: 2", "run.yaml:2: found text that is not YAML: found duplicate key seed"),
         ("- 1", "found [1]; expected a mapping of keys to values"),
         ("5", "run.yaml: found text that cannot be read"),
-        ("seed: 1\na: !!python/object/apply:os.system [x]", "run.yaml:2: found the tag tag:yaml.org,2002:python/object"),
+        (
+            "seed: 1\na: !!python/object/apply:os.system [x]",
+            "run.yaml:2: found the tag tag:yaml.org,2002:python/object",
+        ),
         ("a: &x [*x]", "found an alias that contains itself"),
         ("a: '${'", "found text that cannot be read"),
         ("[" * 5000, "nested too deeply"),
         ("b\xe9".encode("latin-1"), "found bytes that are not UTF-8 at offset 1"),
         (
-            "\n".join(["a0: &a0 [1,1,1,1,1,1,1,1,1]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]),
+            "\n".join(
+                ["a0: &a0 [1,1,1,1,1,1,1,1,1]", *(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+            ),
             "found aliases that unfold to",
         ),
         ("#" * (2 << 20), "expected at most 1048576 bytes"),
@@ -340,6 +384,29 @@ def test_unreadable_file(text, expected):
     with pytest.raises(ConfigError, match="1 problem") as caught:
         load("run.yaml")
     assert expected in str(caught.value)
+
+
+@given(
+    key=st.sampled_from([*known_keys(), "dataflex", "no_such_key"])
+    | st.sampled_from([*FlatKeys.model_fields, *(f"dataflex.{key}" for key in DataflexKeys.model_fields)])
+    | st.sampled_from(
+        [f"dataflex.{key}" for key in ("params", "params.seed", "refresh.policy", "features.projection")]
+    ),
+    value=st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=8)
+        | st.sampled_from(["less", "pool"]),
+        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+        max_leaves=3,
+    ),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_value_of_any_key_is_taken_or_refused(key, value):
+    with contextlib.suppress(ConfigError):
+        load(write(), [f"{key}={json.dumps(value)}"])
 
 
 def test_missing_and_duplicate_json():
@@ -361,9 +428,9 @@ def test_other_backends_are_refused(name, monkeypatch):
 
 def test_extra_arguments_pass_if_llamafactory_lets_them(monkeypatch):
     monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
-    settings = load(write("my_key: 3"))
-    assert settings.llamafactory["my_key"] == 3
-    assert "my_key: unknown" in settings.notes[0]
+    loaded = load(write("my_key: 3"))
+    assert loaded.llamafactory["my_key"] == 3
+    assert "my_key: unknown" in loaded.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -382,13 +449,15 @@ def test_notes(changes, without, note):
 
 
 def test_remote_names_are_left_alone():
-    assert load(write("model_name_or_path: owner/model\ndataset: hub\neval_dataset: hub")).llamafactory["dataset"] == "hub"
+    assert (
+        load(write("model_name_or_path: owner/model\ndataset: hub\neval_dataset: hub")).llamafactory["dataset"] == "hub"
+    )
     assert load(write("dataset_dir: ONLINE\ndataset: a/b\neval_dataset: c"))
 
 
 def test_lists_and_null_where_llamafactory_takes_them():
-    settings = load(write("dataset: [pool, target]\nresume_from_checkpoint:\nreport_to: none"))
-    assert settings.llamafactory["dataset"] == ["pool", "target"]
+    loaded = load(write("dataset: [pool, target]\nresume_from_checkpoint:\nreport_to: none"))
+    assert loaded.llamafactory["dataset"] == ["pool", "target"]
 
 
 @pytest.mark.parametrize(
@@ -401,8 +470,14 @@ def test_lists_and_null_where_llamafactory_takes_them():
         ({"file_name": "../model"}, "x.file_name: found"),
         ({"file_name": "mixed"}, "x.file_name: found files of several types in data/mixed (csv, json)"),
         ({"file_name": "empty"}, "x.file_name: found 'empty'; expected a folder with data files"),
-        ({"file_name": "pool.json", "formatting": "alpacca"}, "x.formatting: found 'alpacca'; expected one of alpaca, "),
-        ({"file_name": "pool.json", "columns": {"prompt": "q"}}, "x.columns.prompt: found 'q'; expected a key of the records"),
+        (
+            {"file_name": "pool.json", "formatting": "alpacca"},
+            "x.formatting: found 'alpacca'; expected one of alpaca, ",
+        ),
+        (
+            {"file_name": "pool.json", "columns": {"prompt": "q"}},
+            "x.columns.prompt: found 'q'; expected a key of the records",
+        ),
         ({"file_name": "pool.json", "ranking": True}, "x.ranking: found true; expected no preference pairs"),
     ],
 )
@@ -427,7 +502,10 @@ def test_bad_registration(entry, expected):
         ("outside", "outside.file_name: "),
         ("no_file_name", "no_file_name.file_name: found nothing (null)"),
         ("directory", "directory.file_name: found files ending in"),
-        ("wrong_formatting", "wrong_formatting.formatting: found 'parquetish'; expected one of alpaca, sharegpt, openai"),
+        (
+            "wrong_formatting",
+            "wrong_formatting.formatting: found 'parquetish'; expected one of alpaca, sharegpt, openai",
+        ),
     ],
 )
 def test_nasty_registrations(name, expected):

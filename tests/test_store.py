@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import pickle
@@ -61,7 +62,7 @@ def pick(values: Values, rows: list[int]) -> Values:
 
 @pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("url", ["folder", "a folder with 空格 and ünïcode", "memory://{}/deep", "file://{}"])
-def test_round_trip_keeps_order_and_multiplicity(tmp_path: Path, url: str, storage: str):
+def test_round_trip_keeps_order_and_multiplicity(tmp_path: Path, url: str, storage: str) -> None:
     root = StoreRoot(url.format(tmp_path) if ":" in url else tmp_path / url)
     store = root.open("gradient", RECIPE, Layout({dtype: dtype for dtype in SCALAR_DTYPES}, 24, storage))
     values = some(store.layout, keys(*range(0, 200, 2)))
@@ -76,7 +77,7 @@ def test_round_trip_keeps_order_and_multiplicity(tmp_path: Path, url: str, stora
     assert len(again.read(keys())) == 0
 
 
-def test_only_what_is_asked_for_is_read(tmp_path: Path):
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     store.append("a", some(LAYOUT, keys(1, 2)))
     found = store.read(keys(2), columns=["norm"], vectors=False)
@@ -87,7 +88,7 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path):
         store.contains(np.zeros(3, np.int64))
 
 
-def test_large_row_groups_and_small_fragments(tmp_path: Path):
+def test_large_row_groups_and_small_fragments(tmp_path: Path) -> None:
     layout = Layout({"n": "int64"}, 3, "float32")
     store = StoreRoot(tmp_path).open("loss", {"v": 1}, layout)
     rng = np.random.default_rng(1)
@@ -95,9 +96,11 @@ def test_large_row_groups_and_small_fragments(tmp_path: Path):
     number = np.arange(len(all_keys))
     vectors = rng.standard_normal((len(all_keys), 3), np.float32)
     bounds = [0, 9_000, 9_001, 9_500, 10_000]
-    for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         part = slice(start, stop)
-        store.append(f"f{i}", Values(all_keys[part], np.zeros(stop - start, np.uint8), {"n": number[part]}, vectors[part]))
+        store.append(
+            f"f{i}", Values(all_keys[part], np.zeros(stop - start, np.uint8), {"n": number[part]}, vectors[part])
+        )
     order = rng.integers(0, 10_000, 500)
     found = store.read(all_keys[order])
     assert found.scalars["n"].tolist() == order.tolist()
@@ -110,7 +113,7 @@ def test_large_row_groups_and_small_fragments(tmp_path: Path):
     assert np.concatenate([block.scalars["n"] for block in within]).tolist() == sorted(set(order.tolist()))
 
 
-def test_the_first_fragment_of_the_log_has_a_key(tmp_path: Path):
+def test_the_first_fragment_of_the_log_has_a_key(tmp_path: Path) -> None:
     root = StoreRoot(tmp_path)
     store = root.open("gradient", RECIPE, LAYOUT)
     late, early = some(LAYOUT, keys(1, 2, 2), seed=1), some(LAYOUT, keys(2, 3), seed=2)
@@ -127,7 +130,7 @@ def test_the_first_fragment_of_the_log_has_a_key(tmp_path: Path):
         assert sorted(k.tobytes() for k in scanned) == [k.tobytes() for k in keys(1, 2, 3)]
 
 
-def test_rows_that_are_not_ok_become_zeros(tmp_path: Path):
+def test_rows_that_are_not_ok_become_zeros(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     values = some(LAYOUT, keys(1, 2, 3))
     values.status[1:] = [Status.NONFINITE, Status.NO_LABELS]
@@ -142,7 +145,7 @@ def test_rows_that_are_not_ok_become_zeros(tmp_path: Path):
     assert len(next(store.scan())) == 3
 
 
-def test_values_that_do_not_fit_are_refused(tmp_path: Path):
+def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     good = some(LAYOUT, keys(1, 2))
     assert good.vectors is not None
@@ -177,12 +180,12 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path):
         {"storage": "int4"},
     ],
 )
-def test_layouts_that_no_store_can_have_are_refused(bad: dict[str, object]):
+def test_layouts_that_no_store_can_have_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(MismatchError):
         Layout(**bad)  # type: ignore[arg-type]
 
 
-def test_a_fragment_is_committed_once(tmp_path: Path):
+def test_a_fragment_is_committed_once(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     first, second = some(LAYOUT, keys(1, 2), seed=1), some(LAYOUT, keys(1, 2), seed=2)
     assert store.append("a", first)
@@ -194,7 +197,7 @@ def test_a_fragment_is_committed_once(tmp_path: Path):
     assert [problem for problem in store.verify() if not problem.harmless] == []
 
 
-def test_missing_rows_are_counted(tmp_path: Path):
+def test_missing_rows_are_counted(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     with pytest.raises(CoverageError, match="2 of 2 rows"):
         store.read(keys(1, 2))
@@ -203,7 +206,7 @@ def test_missing_rows_are_counted(tmp_path: Path):
         store.read(keys(1, 2, 3, 3))
 
 
-def test_a_reader_sees_what_another_writer_commits(tmp_path: Path):
+def test_a_reader_sees_what_another_writer_commits(tmp_path: Path) -> None:
     reader = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     assert not reader.contains(keys(1)).any()
     version = reader.version
@@ -212,7 +215,7 @@ def test_a_reader_sees_what_another_writer_commits(tmp_path: Path):
     assert reader.version != version
 
 
-def test_stores_are_found_by_recipe(tmp_path: Path):
+def test_stores_are_found_by_recipe(tmp_path: Path) -> None:
     root = StoreRoot(tmp_path)
     assert root.find("gradient", RECIPE) is None
     assert root.stores() == []
@@ -233,7 +236,7 @@ def test_stores_are_found_by_recipe(tmp_path: Path):
     assert store.bytes == sum(p.stat().st_size for p in tmp_path.glob("*/data/*"))
 
 
-def test_a_pinned_store_is_opened_under_any_name(tmp_path: Path):
+def test_a_pinned_store_is_opened_under_any_name(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     store.append("a", some(LAYOUT, keys(1)))
     os.rename(store.path, tmp_path / "my grads")
@@ -245,13 +248,13 @@ def test_a_pinned_store_is_opened_under_any_name(tmp_path: Path):
     assert StoreRoot(tmp_path).stores() == []
 
 
-def test_another_layout_is_refused_with_both_sides(tmp_path: Path):
+def test_another_layout_is_refused_with_both_sides(tmp_path: Path) -> None:
     StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     with pytest.raises(MismatchError, match="storage: float16 → int8"):
         StoreRoot(tmp_path).open("gradient", RECIPE, Layout(LAYOUT.scalars, 24, "int8"))
 
 
-def test_a_newer_format_is_refused_with_a_hint(tmp_path: Path):
+def test_a_newer_format_is_refused_with_a_hint(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     store.append("a", some(LAYOUT, keys(1)))
     for path in (Path(store.path, "log", "a.json"), Path(store.path, "recipe.json")):
@@ -268,7 +271,7 @@ class ReadOnly(LocalFiles):
         raise OSError(30, "Read-only file system")
 
 
-def test_a_read_only_store_is_readable_and_says_why_it_cannot_grow(tmp_path: Path):
+def test_a_read_only_store_is_readable_and_says_why_it_cannot_grow(tmp_path: Path) -> None:
     values = some(LAYOUT, keys(1, 2))
     StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT).append("a", values)
     link = tmp_path / "link"
@@ -296,7 +299,7 @@ class Bomb:
         return (open, (str(self.sentinel), "w"))
 
 
-def test_planted_pickles_are_never_opened(tmp_path: Path):
+def test_planted_pickles_are_never_opened(tmp_path: Path) -> None:
     files = Watched(tmp_path / "root")
     files.opened = []
     root = StoreRoot(files)
@@ -316,7 +319,7 @@ def test_planted_pickles_are_never_opened(tmp_path: Path):
     assert {Path(path).suffix for path in files.opened} == {".json", ".parquet"}
 
 
-def test_no_source_of_the_stores_can_run_foreign_code_or_imports_torch():
+def test_no_source_of_the_stores_can_run_foreign_code_or_imports_torch() -> None:
     banned = {"pickle", "torch", "marshal", "shelve", "yaml", "subprocess", "dill", "joblib"}
     for path in Path("stores").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -335,13 +338,13 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, check=False)
 
 
-def test_the_bare_package_name_is_refused():
+def test_the_bare_package_name_is_refused() -> None:
     done = run("import stores")
     assert "import dataflex.stores" in done.stderr
     assert done.returncode == 1
 
 
-def test_stores_depend_on_no_locale_time_zone_umask_and_import_no_torch(tmp_path: Path):
+def test_stores_depend_on_no_locale_time_zone_umask_and_import_no_torch(tmp_path: Path) -> None:
     values = some(LAYOUT, keys(1, 2))
     folder = tmp_path / "数据 и данные"
     StoreRoot(folder).open("gradient", RECIPE, LAYOUT).append("a", values)
@@ -367,7 +370,7 @@ print(json.dumps([found.vectors.tolist(), store.version]))
 
 @pytest.mark.parametrize(("storage", "tolerance"), [("float32", 0), ("float16", 2**-11), ("int8", 0.5 / 127)])
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1, 1e30])
-def test_rounding_is_relative_to_the_row(storage: str, tolerance: float, size: float):
+def test_rounding_is_relative_to_the_row(storage: str, tolerance: float, size: float) -> None:
     vectors = (np.random.default_rng(0).standard_normal((50, 33)) * size).astype(np.float32)
     vectors[0] = 0
     found = rounded(vectors, storage)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataflex.errors import CorruptionError, DataflexError, MismatchError
+from dataflex.errors import CorruptionError, MismatchError
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.base import Layout, Values
@@ -31,7 +30,7 @@ RECIPE = {"r": 1}
 def fragment(number: int) -> Values:
     rng = np.random.default_rng(number)
     keys = np.frombuffer(rng.bytes(16 * 40), KEY_DTYPE)
-    scalars = {"norm": rng.random(40, np.float32), "tokens": rng.integers(0, 9, 40)}
+    scalars: dict[str, np.ndarray] = {"norm": rng.random(40, np.float32), "tokens": rng.integers(0, 9, 40)}
     return Values(keys, np.zeros(40, np.uint8), scalars, rng.standard_normal((40, 48), np.float32))
 
 
@@ -72,7 +71,7 @@ def recompute(folder: Path) -> None:
     assert harm(store) == []
 
 
-def test_every_flipped_bit_of_a_data_file_is_found(store: ParquetStore, tmp_path: Path):
+def test_every_flipped_bit_of_a_data_file_is_found(store: ParquetStore, tmp_path: Path) -> None:
     path = data_file(store)
     intact = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -90,12 +89,12 @@ def test_every_flipped_bit_of_a_data_file_is_found(store: ParquetStore, tmp_path
     recompute(tmp_path)
 
 
-def test_a_bit_that_flips_after_the_file_was_checked_is_found_too(store: ParquetStore):
+def test_a_bit_that_flips_after_the_file_was_checked_is_found_too(store: ParquetStore) -> None:
     path = data_file(store)
     intact = path.read_bytes()
     expected = store.read(KEYS)
     assert expected.vectors is not None
-    start = intact.index(np.ascontiguousarray(np.frombuffer(intact, np.int8)[:0]).tobytes() + _codes(path))
+    start = intact.index(_codes(path))
     rng = np.random.default_rng(1)
     for bit in rng.integers(8 * start, 8 * (start + 40 * 48), 60):
         data = bytearray(intact)
@@ -112,7 +111,9 @@ def _codes(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("share", [0, 1e-9, 0.5, 0.99])
-def test_a_cut_data_file_is_refused_and_only_it_is_computed_again(store: ParquetStore, tmp_path: Path, share: float):
+def test_a_cut_data_file_is_refused_and_only_it_is_computed_again(
+    store: ParquetStore, tmp_path: Path, share: float
+) -> None:
     path = data_file(store)
     data = path.read_bytes()
     path.write_bytes(data[: int(np.ceil(len(data) * share))])
@@ -125,7 +126,7 @@ def test_a_cut_data_file_is_refused_and_only_it_is_computed_again(store: Parquet
     recompute(tmp_path)
 
 
-def test_each_file_lost_in_turn(store: ParquetStore, tmp_path: Path):
+def test_each_file_lost_in_turn(store: ParquetStore, tmp_path: Path) -> None:
     files = sorted(path.relative_to(store.path) for path in Path(store.path).rglob("*") if path.is_file())
     assert {path.parts[0] for path in files} == {"recipe.json", "data", "log"}
     for lost in files:
@@ -150,16 +151,17 @@ def test_each_file_lost_in_turn(store: ParquetStore, tmp_path: Path):
 
 def mutations(data: bytes) -> list[bytes]:
     rng = np.random.default_rng(2)
-    flips = [data[:i] + bytes([data[i] ^ (1 << rng.integers(8))]) + data[i + 1 :] for i in range(len(data))]
+    places = rng.choice(len(data), 60, replace=False)
+    flips = [data[:i] + bytes([data[i] ^ (1 << rng.integers(8))]) + data[i + 1 :] for i in places]
     cuts = [data[:n] for n in (0, 1, len(data) // 2, len(data) - 1)]
-    other = [b"[]", b"{}", b"null", b"[" * 100_000, b"\xff" * 50, b'{"digest": NaN}', b" " * (17 << 20), data + data]
-    return [*flips, *cuts, *other, seal({"kind": "gradient"}), seal({})]
+    other = [b"[]", b"{}", b"null", b"[" * 100_000, b"\xff" * 50, b'{"digest": NaN}', b" " * (17 << 20), data * 2]
+    return [*flips, *cuts, *other]
 
 
 @pytest.mark.parametrize("name", ["log/f0.json", "recipe.json"])
 def test_damaged_documents_are_reported_and_cured(
     store: ParquetStore, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-):
+) -> None:
     path = Path(store.path, name)
     intact = path.read_bytes()
     expected = store.read(KEYS)
@@ -170,12 +172,8 @@ def test_damaged_documents_are_reported_and_cured(
         try:
             fresh = opened(tmp_path)
             kept = fresh.contains(KEYS)
-        except (CorruptionError, MismatchError) as error:
-            assert name == "recipe.json"
-            assert "recipe.json" in str(error)
-            found += 1
-            path.write_bytes(intact)
-            continue
+        except MismatchError:  # a format number that grew
+            pytest.fail("the digest covers the format")
         extra = sorted(p.name for p in path.parent.glob("*~*"))
         if not caplog.records:  # white space: the same document
             assert unseal(data, "it") == unseal(intact, "it")
@@ -197,7 +195,22 @@ def test_damaged_documents_are_reported_and_cured(
         for leftover in path.parent.glob("*~*"):
             leftover.unlink()
         path.write_bytes(intact)
-    assert found > 0.8 * len(intact)
+    assert found > 60
+
+
+def test_intact_documents_of_another_kind_are_damage(store: ParquetStore, tmp_path: Path) -> None:
+    log, recipe = Path(store.path, "log", "f0.json"), Path(store.path, "recipe.json")
+    foreign = recipe.read_bytes()
+    for data in (foreign, seal({})):
+        log.write_bytes(data)
+        assert opened(tmp_path).contains(KEYS).sum() == 40
+        with pytest.raises(CorruptionError, match="no log entry of that name"):
+            opened(tmp_path).append("f0", FRAGMENTS[0])
+        assert len(opened(tmp_path).repair()) == 2  # and the data file it stood for is an orphan
+        recompute(tmp_path)
+    recipe.write_bytes(log.read_bytes())
+    with pytest.raises(CorruptionError, match="is no recipe"):
+        opened(tmp_path)
 
 
 json_values = st.recursive(
@@ -208,8 +221,12 @@ json_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(field=st.sampled_from(["fragment", "data", "bytes", "rows", "keys", "status", "writer", "more"]), value=json_values)
-def test_a_crafted_log_entry_is_left_out_or_harmless(store: ParquetStore, tmp_path: Path, field: str, value: object):
+@given(
+    field=st.sampled_from(["fragment", "data", "bytes", "rows", "keys", "status", "writer", "more"]), value=json_values
+)
+def test_a_crafted_log_entry_is_left_out_or_harmless(
+    store: ParquetStore, tmp_path: Path, field: str, value: object
+) -> None:
     path = Path(store.path, "log", "f0.json")
     intact = path.read_bytes()
     entry = unseal(intact, "it")
@@ -229,7 +246,7 @@ def test_a_crafted_log_entry_is_left_out_or_harmless(store: ParquetStore, tmp_pa
     assert opened(tmp_path).read(KEYS).keys.tobytes() == KEYS.tobytes()
 
 
-def test_a_log_entry_cannot_point_outside(store: ParquetStore, tmp_path: Path):
+def test_a_log_entry_cannot_point_outside(store: ParquetStore, tmp_path: Path) -> None:
     path = Path(store.path, "log", "f0.json")
     entry = unseal(path.read_bytes(), "it")
     outside = tmp_path / "outside.parquet"
@@ -268,11 +285,11 @@ def honest() -> pa.Table:
     return pq.read_table(pa.BufferReader(serialise(LAYOUT, FRAGMENTS[0]))).cast(schema(LAYOUT))
 
 
-def test_the_crafting_itself_is_no_reason_for_refusal(tmp_path: Path):
+def test_the_crafting_itself_is_no_reason_for_refusal(tmp_path: Path) -> None:
     assert planted(tmp_path, honest(), FRAGMENTS[0].keys, **PLAIN).contains(FRAGMENTS[0].keys).all()
 
 
-class Boom(pa.ExtensionType):
+class Boom(pa.ExtensionType):  # type: ignore[misc]
     """An extension type that must not be rebuilt from a file."""
 
     def __init__(self) -> None:
@@ -287,10 +304,12 @@ class Boom(pa.ExtensionType):
 
 
 @pytest.mark.parametrize("crafted", ["extension", "names", "types", "nullable", "compressed", "dictionary", "metadata"])
-def test_crafted_parquet_is_refused_before_its_pages_are_read(tmp_path: Path, crafted: str):
+def test_crafted_parquet_is_refused_before_its_pages_are_read(tmp_path: Path, crafted: str) -> None:
     table, options = honest(), dict(PLAIN)
     if crafted == "extension":
-        table = table.set_column(0, pa.field("row_key", Boom(), False), pa.ExtensionArray.from_storage(Boom(), _first(table)))
+        table = table.set_column(
+            0, pa.field("row_key", Boom(), False), pa.ExtensionArray.from_storage(Boom(), _first(table))
+        )
         options["store_schema"] = True
         pa.register_extension_type(Boom())
     elif crafted == "names":
@@ -307,7 +326,7 @@ def test_crafted_parquet_is_refused_before_its_pages_are_read(tmp_path: Path, cr
         options["metadata"] = {"dataflex.format": "1"}
     try:
         crafted_store = planted(tmp_path, table, FRAGMENTS[0].keys, **options)
-        with pytest.raises(CorruptionError, match="no data file of this store|declares compressed columns or more data"):
+        with pytest.raises(CorruptionError, match=r"not a data file|declares compressed columns"):
             crafted_store.contains(FRAGMENTS[0].keys)
         assert harm(crafted_store) != []
     finally:
@@ -319,14 +338,14 @@ def _first(table: pa.Table) -> pa.Array:
     return table.column(0).combine_chunks()
 
 
-def test_a_data_file_of_a_newer_format_is_refused_with_a_hint(tmp_path: Path):
+def test_a_data_file_of_a_newer_format_is_refused_with_a_hint(tmp_path: Path) -> None:
     newer = {"dataflex.format": "2", "dataflex.layout": "anything"}
     store = planted(tmp_path, honest(), FRAGMENTS[0].keys, **PLAIN, metadata=newer)
     with pytest.raises(MismatchError, match="pip install -U dataflex"):
         store.contains(FRAGMENTS[0].keys)
 
 
-def test_a_log_entry_that_lies_about_its_rows_is_found(store: ParquetStore, tmp_path: Path):
+def test_a_log_entry_that_lies_about_its_rows_is_found(store: ParquetStore, tmp_path: Path) -> None:
     path = Path(store.path, "log", "f0.json")
     entry = unseal(path.read_bytes(), "it")
     path.write_bytes(seal({**entry, "status": {"ok": 39, "nonfinite": 1, "no_labels": 0}}))
@@ -338,18 +357,16 @@ def test_a_log_entry_that_lies_about_its_rows_is_found(store: ParquetStore, tmp_
     recompute(tmp_path)
 
 
-def test_orphans_are_listed_as_harmless_and_left_alone(store: ParquetStore, tmp_path: Path):
+def test_orphans_are_listed_as_harmless_and_left_alone(store: ParquetStore, tmp_path: Path) -> None:
     orphan = Path(store.path, "data", "0" * 64 + ".parquet")
     orphan.write_bytes(b"half a file of a crashed writer")
     assert [(Path(p.path).name, p.harmless) for p in store.repair()] == [(orphan.name, True)]
     assert orphan.exists()
-    logging.getLogger(__name__).debug("%s", store.verify()[0])
     assert store.contains(KEYS).all()
 
 
-def test_an_error_of_the_disk_is_not_called_damage(store: ParquetStore):
-    with pytest.raises((OSError, DataflexError)) as caught:
-        Path(store.path, "log", "f0.json").unlink()
-        Path(store.path, "log", "f0.json").mkdir()
+def test_an_error_of_the_disk_is_not_called_damage(store: ParquetStore) -> None:
+    Path(store.path, "log", "f0.json").unlink()
+    Path(store.path, "log", "f0.json").mkdir()
+    with pytest.raises(OSError, match="directory"):
         ParquetStore(store.files, store.folder, store.document).contains(KEYS)
-    assert not isinstance(caught.value, CorruptionError)

@@ -156,11 +156,13 @@ def check_and_finish(folder: Path, fragments: int, told: bytes) -> None:
         expected = fragment(n)
         found = store.read(expected.keys)
         np.testing.assert_array_equal(found.scalars["norm"], expected.scalars["norm"])
+        assert found.vectors is not None
+        assert expected.vectors is not None
         np.testing.assert_allclose(found.vectors, expected.vectors, atol=2e-3)
     assert store.rows == 8 * fragments
 
 
-def test_a_crash_at_every_single_operation(tmp_path: Path):
+def test_a_crash_at_every_single_operation(tmp_path: Path) -> None:
     def write(files: LocalFiles, pipe: int) -> None:
         store = opened(files)
         for n in range(3):
@@ -178,22 +180,22 @@ def test_a_crash_at_every_single_operation(tmp_path: Path):
     assert 50 < n < 999
 
 
-def test_no_space_at_every_single_write(tmp_path: Path):
+def test_no_space_at_every_single_write(tmp_path: Path) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for n in range(1, 1000):
         folder = tmp_path / str(n)
         files = Faulty(folder, n, full, WRITES)
-        told = b""
+        told, refused = b"", ""
         try:
             store = opened(files)
             for number in range(2):
                 store.append(f"f{number}", fragment(number))
                 told += bytes([number])
         except DataflexError as error:
-            assert f"no space for {folder}" in str(error)
-            assert "bytes free" in str(error)
+            refused = str(error)
+        assert files.left > 0 or (f"no space for {folder}" in refused and "bytes free" in refused)
         left = list(folder.rglob("tmp/*")) if folder.exists() else []
         assert left == []
         check_and_finish(folder, 2, told)
@@ -202,7 +204,7 @@ def test_no_space_at_every_single_write(tmp_path: Path):
     assert 30 < n < 999
 
 
-def test_a_real_file_size_limit_is_explained(tmp_path: Path):
+def test_a_real_file_size_limit_is_explained(tmp_path: Path) -> None:
     def write(pipe: int) -> None:
         import resource
 
@@ -219,7 +221,7 @@ def test_a_real_file_size_limit_is_explained(tmp_path: Path):
     check_and_finish(tmp_path, 1, b"")
 
 
-def test_data_is_durable_before_the_log_names_it(tmp_path: Path):
+def test_data_is_durable_before_the_log_names_it(tmp_path: Path) -> None:
     files = Faulty(tmp_path, 0, lambda: None)
     store = opened(files)
     files.done.clear()
@@ -237,7 +239,7 @@ def test_data_is_durable_before_the_log_names_it(tmp_path: Path):
     ]
 
 
-def test_sigkill_at_random_moments(tmp_path: Path):
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     rng = np.random.default_rng(int(time.time()))
     fragments, kills, completions = 24, 0, 0
     deadline = time.monotonic() + 8
@@ -270,7 +272,7 @@ def test_sigkill_at_random_moments(tmp_path: Path):
 
 
 @pytest.mark.parametrize("writers", [2, 4])
-def test_writers_of_the_same_fragments_all_succeed(tmp_path: Path, writers: int):
+def test_writers_of_the_same_fragments_all_succeed(tmp_path: Path, writers: int) -> None:
     def write(pipe: int, seed: int) -> None:
         store = opened(tmp_path)
         for n in range(10):
@@ -300,14 +302,14 @@ class Late(LocalFiles):
 OTHER = fragment(1)
 
 
-def test_a_lost_race_with_other_rows_is_a_conflict(tmp_path: Path):
+def test_a_lost_race_with_other_rows_is_a_conflict(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(ConflictError, match="fragment f0 was committed with other rows"):
         opened(Late(tmp_path)).append("f0", fragment(0))
     assert opened(tmp_path).contains(OTHER.keys).all()
 
 
-class LostAnswer(MemoryFileSystem):
+class LostAnswer(MemoryFileSystem):  # type: ignore[misc]
     """An object store that creates the file, and whose answer gets lost: the client's own retry finds it taken."""
 
     cachable = False
@@ -320,7 +322,7 @@ class LostAnswer(MemoryFileSystem):
             super().pipe_file(path, value, mode=mode)
 
 
-class NotAtomic(MemoryFileSystem):
+class NotAtomic(MemoryFileSystem):  # type: ignore[misc]
     """An object store that does not know conditional writes."""
 
     cachable = False
@@ -329,7 +331,7 @@ class NotAtomic(MemoryFileSystem):
         super().pipe_file(path, value)
 
 
-class LooksFirst(MemoryFileSystem):
+class LooksFirst(MemoryFileSystem):  # type: ignore[misc]
     """A file system that inherits fsspec's look-then-write."""
 
     cachable = False
@@ -342,13 +344,13 @@ def remote(fs: fsspec.AbstractFileSystem, name: str) -> RemoteFiles:
     return files
 
 
-def test_a_lost_answer_is_told_from_another_writer():
+def test_a_lost_answer_is_told_from_another_writer() -> None:
     store = StoreRoot(remote(LostAnswer(), "lost")).open("gradient", {"r": 1}, LAYOUT)
     assert store.append("f0", fragment(0))
     assert store.rows == 8
 
 
 @pytest.mark.parametrize("fs", [NotAtomic(), LooksFirst()])
-def test_a_backend_without_atomic_creation_is_refused(fs: fsspec.AbstractFileSystem):
+def test_a_backend_without_atomic_creation_is_refused(fs: fsspec.AbstractFileSystem) -> None:
     with pytest.raises(DataflexError, match="only if it is not there yet"):
         StoreRoot(remote(fs, "unsafe")).open("gradient", {"r": 1}, LAYOUT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def component(
 def find_file(path: str, run_file: Path) -> Path | None:
     """Return an existing file: relative to the working folder, else to the run file's."""
     given = Path(path).expanduser()
-    return next((found for found in (given, run_file.parent / given) if found.is_file()), None)
+    return next((found for found in (given, run_file.parent / given) if os.path.isfile(found)), None)
 
 
 def replaced(value: Any, output_dir: Any, origin: Origin, path: str, problems: Problems) -> Any:

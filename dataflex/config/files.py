@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,13 @@ def check_files(values: Mapping[str, Any], origin: Origin, problems: Problems) -
     """
     for key, mark in (("model_name_or_path", "config.json"), ("adapter_name_or_path", "adapter_config.json")):
         for name in names(values.get(key)):
-            folder = Path(name).expanduser()
-            if folder.is_dir() and not (folder / mark).is_file():
+            folder = os.path.expanduser(name)
+            if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, mark)):
                 problems.add(origin, key, f"a folder with {mark}", name)
-            elif not folder.exists() and _is_path(name):
+            elif not os.path.exists(folder) and _is_path(name):
                 problems.add(origin, key, "a folder that exists, or a name on the Hub (owner/name)", name)
     deepspeed = values.get("deepspeed")
-    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not Path(deepspeed).is_file():
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not os.path.isfile(deepspeed):
         problems.add(origin, "deepspeed", "a JSON file that exists", deepspeed)
     _check_datasets(values, origin, problems)
 
@@ -60,7 +61,7 @@ def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problem
         text = f"found no readable {path} ({error.strerror}); expected it to register {wanted[0][1]}"
         problems.say(origin, "dataset_dir", text, "The path is relative to the working folder; the default is data")
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         problems.say(info, "", f"found text that is not JSON ({error}); expected an object of datasets", line=line)
         return
@@ -91,11 +92,12 @@ def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin,
         problems.add(info, f"{name}.file_name", expected, file_name)
         return
     path = info.file.parent / file_name
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    if path.is_dir() and not files:
-        problems.add(info, f"{name}.file_name", "a folder with data files", file_name)
+    is_folder = os.path.isdir(path)
+    files = sorted(path.iterdir()) if is_folder else [path]
     kinds = {file.suffix.removeprefix(".") for file in files}
-    if not path.exists():
+    if not files:
+        problems.add(info, f"{name}.file_name", "a folder with data files", file_name)
+    elif not os.path.exists(path):
         problems.add(info, f"{name}.file_name", f"a file that exists; {path} does not", file_name)
     elif bad := sorted(kinds - {*_EXTENSIONS}):
         what = f"files ending in {', '.join(bad)}" if bad != [""] else "a file without an extension"
@@ -103,7 +105,7 @@ def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin,
     elif len(kinds - {"json", "jsonl"}) + bool(kinds & {"json", "jsonl"}) > 1:
         text = f"found files of several types in {path} ({', '.join(sorted(kinds))}); expected one type"
         problems.say(info, f"{name}.file_name", text)
-    elif len(files) == 1:
+    elif not is_folder:
         _check_columns(name, entry, files[0], info, problems)
 
 
@@ -123,10 +125,10 @@ def _first_record(file: Path) -> dict[str, Any] | None:
     """Return the first record of a JSON or JSON Lines file, or None where that takes more than a look."""
     if file.suffix not in (".json", ".jsonl"):
         return None
-    with open(file, "rb") as stream:
-        text = stream.read(_PEEK).decode("utf-8-sig", errors="ignore").lstrip()
     try:
+        with open(file, "rb") as stream:
+            text = stream.read(_PEEK).decode("utf-8-sig", errors="ignore").lstrip()
         record, _ = json.JSONDecoder().raw_decode(text.removeprefix("[").lstrip())
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None  # what is wrong with the data is said when they are loaded
     return record if isinstance(record, dict) else None

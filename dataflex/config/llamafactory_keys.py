@@ -23,6 +23,18 @@ _SPLIT_BY_COMMAS = (
     *("additional_target", "galore_target", "apollo_target"),
 )
 """Text for which LLaMA-Factory takes a list as well."""
+_LEAST: dict[str, tuple[float, str]] = {
+    "per_device_train_batch_size": (1, "at least 1"),
+    "per_device_eval_batch_size": (1, "at least 1"),
+    "gradient_accumulation_steps": (1, "at least 1"),
+    "cutoff_len": (1, "at least 1 token"),
+    "lora_rank": (1, "at least 1"),
+    "max_samples": (1, "at least 1 row"),
+    "num_train_epochs": (1e-9, "more than 0"),
+    "learning_rate": (0, "at least 0"),
+    "val_size": (0, "a share below 1, or a number of rows"),
+}
+"""Bounds that LLaMA-Factory leaves unchecked: it would divide by zero, or train on nothing, much later."""
 _SIMPLE = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
 
 
@@ -72,7 +84,7 @@ def known_keys() -> dict[str, Key]:
 
 
 def fault(name: str, value: Any) -> str | None:
-    """Return what was expected of a known key's value, or None if its type is right."""
+    """Return what was expected of a known key's value, or None if its type and size are right."""
     key = known_keys()[name]
     if value is None:
         return None if "None" in key.types else f"{key.expected} (leave the key out for its default)"
@@ -85,7 +97,8 @@ def fault(name: str, value: Any) -> str | None:
     if key.choices and isinstance(value, str):
         return None if value in key.choices else key.expected
     if kind in accepted:
-        return None
+        least, expected = _LEAST.get(name, (0, ""))
+        return expected if expected and isinstance(value, int | float) and value < least else None
     if kind == "bool" and "str" in accepted | ({"str"} if key.choices else set()):
         return f"{key.expected} (YAML reads unquoted yes, no, on and off as true and false: quote it)"
     if kind == "str" and accepted & {"bool", "int", "float"} and "str" not in accepted:

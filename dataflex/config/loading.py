@@ -20,18 +20,6 @@ from dataflex.config.settings import Settings, store_root
 from dataflex.features.spec import GradientSpec
 from dataflex.schedule import Schedule
 
-_AT_LEAST: dict[str, tuple[float, str]] = {
-    "per_device_train_batch_size": (1, "at least 1"),
-    "per_device_eval_batch_size": (1, "at least 1"),
-    "gradient_accumulation_steps": (1, "at least 1"),
-    "cutoff_len": (1, "at least 1 token"),
-    "lora_rank": (1, "at least 1"),
-    "max_samples": (1, "at least 1 row"),
-    "num_train_epochs": (1e-9, "more than 0"),
-    "learning_rate": (0, "at least 0"),
-    "val_size": (0, "a share below 1, or a number of rows"),
-}
-
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
     """Read and check a run file.
@@ -103,13 +91,6 @@ class _Loading:
                 self.problems.add(self.origin, str(key), "text as a key (quote it)", key)
             elif key in known:
                 expected = fault(key, value)
-                if (
-                    expected is None
-                    and isinstance(value, int | float)
-                    and key in _AT_LEAST
-                    and value < _AT_LEAST[key][0]
-                ):
-                    expected = _AT_LEAST[key][1]
                 if expected is None:
                     right[key] = value
                 else:
@@ -178,7 +159,8 @@ class _Loading:
         if flat.train_type != "dynamic_select":
             return None
         if flat.component_name is None:
-            self.problems.add(self.origin, "component_name", "a selector, such as less or random, or module:Class")
+            if self.document.values.get("component_name") is None:
+                self.problems.add(self.origin, "component_name", "a selector, such as less or random, or module:Class")
             return None
         file = flat.components_cfg_file
         return component(flat.component_name, self.document, file, section.plugins, output_dir, self.problems)
@@ -215,6 +197,6 @@ class _Loading:
         if any(spec.direction == "adam" for spec in gradients):
             check.check_adam()
         for state in dict.fromkeys(need.state for need in needs if need.state is not None):
-            if not Path(state).is_dir():
+            if not os.path.isdir(state):
                 self.problems.add(self.origin, "dataflex.params.checkpoints", "folders that exist", state)
         self.notes += check.notes

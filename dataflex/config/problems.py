@@ -94,7 +94,10 @@ class Problems:
                 self.add_unknown(origin, path, "key", _siblings(model, location))
             else:
                 found = NOTHING if item["type"] == "missing" else item["input"]
-                known = re.findall(r"'([^']*)'", str(item.get("ctx", {})))
+                context = item.get("ctx", {})
+                if "expected_tags" in context:
+                    path, found = f"{path}.{context['discriminator'].strip(chr(39))}", context["tag"]
+                known = re.findall(r"'([^']*)'", str(context.get("expected", context.get("expected_tags"))))
                 self.add(origin, path, _expected(item), found, known)
             keys.add(key)
         return keys

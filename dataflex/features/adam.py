@@ -84,7 +84,9 @@ class Moments:
         """
         ids = [(i, group) for group in state_dict["param_groups"] for i in group["params"]]
         if len(ids) != len(names):
-            raise MismatchError(f"the saved optimizer has {len(ids)} parameters, the model has {len(names)} trainable ones")
+            raise MismatchError(
+                f"the saved optimizer has {len(ids)} parameters, the model has {len(names)} trainable ones"
+            )
         found = {}
         for name, (number, group) in zip(names, ids, strict=True):
             entry = _entry(state_dict["state"].get(number, {}), group, f"the saved optimizer for {name}")
@@ -102,7 +104,9 @@ class Moments:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
             scalars = json.loads(file.metadata()["scalars"])
-        return cls._of({n: (tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"], Scalars(**s)) for n, s in scalars.items()})
+        return cls._of(
+            {n: (tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"], Scalars(**s)) for n, s in scalars.items()}
+        )
 
     @classmethod
     def _of(cls, entries: Mapping[str, tuple[Tensor, Tensor, Scalars]]) -> Moments:

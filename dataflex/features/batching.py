@@ -55,9 +55,7 @@ class Batch:
     targets: Tensor
 
 
-def collate(
-    examples: Sequence[Mapping[str, Any]], pad_token_id: int, padding_side: str, device: torch.device
-) -> Batch:
+def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int, padding_side: str, device: torch.device) -> Batch:
     """Pad examples to the longest.
 
     Raises:

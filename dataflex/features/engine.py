@@ -59,7 +59,7 @@ class FeatureEngine:
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self._collate = partial(collate, pad_token_id=pad_token_id, padding_side=padding_side, device=self.device)
         self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
-        self._autocast = autocast
+        self.autocast = autocast
         self._projectors: dict[Projection, Projector] = {}
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._accepts = inspect.signature(base.forward).parameters
@@ -112,10 +112,14 @@ class FeatureEngine:
                 "projected; use sjlt"
             )
         if self.moments is None:
-            raise ConfigError("direction adam needs the moments of an optimizer; train a warm-up first, or use direction sgd")
+            raise ConfigError(
+                "direction adam needs the moments of an optimizer; train a warm-up first, or use direction sgd"
+            )
         missing = next((p.name for p in self.parameters if p.name not in self.moments.scalars), None)
         if missing:
-            raise ConfigError(f"no Adam moments for the trainable parameter {missing}; they were taken from another model")
+            raise ConfigError(
+                f"no Adam moments for the trainable parameter {missing}; they were taken from another model"
+            )
         if spec.adam_variant not in directions:
             moments = self.moments.to(self.device)
             directions[spec.adam_variant] = partial(adam_direction, moments, spec.adam_variant)
@@ -135,13 +139,15 @@ class FeatureEngine:
         with torch.set_grad_enabled(sketches is not None):
             if sketches:
                 sketches.start(len(batch.input_ids), self.device)
-            with self._autocast():
+            with self.autocast():
                 output = self.model(**inputs, use_cache=False, return_dict=True)
             for i, spec in enumerate(specs):
                 if isinstance(spec, EmbeddingSpec):
                     states = output.hidden_states
                     if not -len(states) <= spec.layer < len(states):
-                        raise ConfigError(f"embedding.layer is {spec.layer}; the model has hidden states 0 to {len(states) - 1}")
+                        raise ConfigError(
+                            f"embedding.layer is {spec.layer}; the model has hidden states 0 to {len(states) - 1}"
+                        )
                     vectors = pool(states[spec.layer].detach(), batch.attention_mask.bool(), spec)
                     results[i] = _vectors(vectors, torch.zeros_like(status))
             if len(results) < len(specs):

@@ -90,7 +90,9 @@ def trainable_parameters(model: nn.Module) -> list[Parameter]:
     keys = [p.key for p in found]
     twice = next((p.name for p in found if keys.count(p.key) > 1), None)
     if twice:
-        raise DataflexError(f"two trainable parameters differ only in wrapper or adapter name, one is {twice}; keep one adapter")
+        raise DataflexError(
+            f"two trainable parameters differ only in wrapper or adapter name, one is {twice}; keep one adapter"
+        )
     return found
 
 
@@ -103,7 +105,9 @@ def _refuse_coupled_rows(model: nn.Module) -> None:
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise DataflexError(f"{path} is a batch norm, which couples the examples of a batch; there is no exact gradient")
+            raise DataflexError(
+                f"{path} is a batch norm, which couples the examples of a batch; there is no exact gradient"
+            )
 
 
 def _refuse_unsupported(name: str, module: nn.Module) -> None:
@@ -115,7 +119,9 @@ def _refuse_unsupported(name: str, module: nn.Module) -> None:
             "per-example gradient; freeze it, or train a LoRA adapter on linear layers"
         )
     if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
-        raise DataflexError(f"{name}: an embedding with max_norm, scale_grad_by_freq or sparse gradients has no exact rule")
+        raise DataflexError(
+            f"{name}: an embedding with max_norm, scale_grad_by_freq or sparse gradients has no exact rule"
+        )
 
 
 def gradient_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> dict[str, Rows]:
@@ -166,13 +172,8 @@ def _module_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> 
         _, pullback = torch.func.vjp(run, {name: own[name] for name in names})
         return pullback(gy_row)[0]  # type: ignore[no-any-return]
 
-    grads = torch.func.vmap(one)(x, gy)
-
     def rows_of(gradient: Tensor) -> Rows:
-        matrix = gradient.reshape(len(gradient), own_rows(gradient), -1)
+        matrix = gradient.reshape(len(gradient), gradient.shape[1] if gradient.dim() > 1 else 1, -1)
         return lambda a, b: matrix[:, a:b].flatten(1)
 
-    def own_rows(gradient: Tensor) -> int:
-        return gradient.shape[1] if gradient.dim() > 1 else 1
-
-    return {name: rows_of(grads[name]) for name in names}
+    return {name: rows_of(gradient) for name, gradient in torch.func.vmap(one)(x, gy).items()}

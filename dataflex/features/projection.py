@@ -92,7 +92,8 @@ class Sjlt:
     def add(self, y: Tensor, name: str, start: int, values: Tensor) -> None:
         """Add a block; see `Projector`."""
         for band in self._table(name, values.device):
-            y.index_add_(1, band[start : start + values.shape[1]], values, alpha=1 / math.sqrt(self._sparsity))
+            columns = band[start : start + values.shape[1]].long()  # int32 indices are 3x slower here on a CPU
+            y.index_add_(1, columns, values, alpha=1 / math.sqrt(self._sparsity))
 
     def values(self, y: Tensor) -> Tensor:
         """Return (n, K)."""

@@ -51,7 +51,9 @@ class GradientSpec(_Frozen):
     """The projected gradient of one example's mean loss over the trainable parameters."""
 
     kind: Literal["gradient"] = "gradient"
-    direction: Literal["sgd", "adam"] = Field("sgd", description="sgd: the gradient; adam: the step Adam would take on it")
+    direction: Literal["sgd", "adam"] = Field(
+        "sgd", description="sgd: the gradient; adam: the step Adam would take on it"
+    )
     adam_variant: Literal["pytorch", "less_reference", "precond_only"] = Field(
         "pytorch", description="see dataflex.features.adam"
     )

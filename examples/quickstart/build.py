@@ -25,7 +25,7 @@ TARGET = "arithmetic"
 """The source that the demo trains towards."""
 
 PLAN: dict[str, Any] = {
-    "seed": 7,
+    "seed": 0,
     "rows": {"pool": 240, "target": 40, "test": 40},  # of every source
     "pretrain": {"rare": 12, "common": 420},  # rows of the demo's target source, and of every other one
     "model": {"vocabulary": 2048, "hidden": 160, "layers": 4, "steps": 200},

@@ -41,7 +41,7 @@ def run(arguments: tuple[str, str], number: int) -> float:
 
 
 def show(title: str, *lines: list[str]) -> None:
-    """Print lines of cells in columns, the first as their head; the first column to the left, the others to the right."""
+    """Print lines of cells in columns, the first as head; the first column to the left, others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print(f"\n{title}")
     for first, *others in (lines[0], ["-" * width for width in widths], *lines[1:]):

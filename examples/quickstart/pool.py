@@ -32,7 +32,7 @@ def split(source: str, seed: int, pool: int, target: int, test: int, pretrain: i
     Raises:
         ValueError: the source has fewer different questions than asked for.
     """
-    rows = []
+    rows: list[Row] = []
     wanted = pool + target + test + pretrain
     for instruction, given, output in _unique(_draw(source, seed)):
         name = f"{source}-{len(rows):04d}"

@@ -1,0 +1,44 @@
+# `make demo` and `make test` need Python 3.11 and nothing else: the environment is made once, from constraints.txt.
+# On a machine without an NVIDIA GPU, UV_TORCH_BACKEND=cpu saves the download of the CUDA libraries.
+
+PYTHON ?= python3.11
+PY := .venv/bin/python
+READY := .venv/ready
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export HF_HUB_OFFLINE := 1
+# Threads that wait by spinning make everything several times slower on a machine that has other things to do.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: install demo test check format bench clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@if command -v uv >/dev/null; then test -x $(PY) || uv venv --quiet --python $(PYTHON) .venv; \
+	else test -x $(PY) || $(PYTHON) -m venv .venv; $(PY) -m pip install --quiet uv; fi
+	uv pip install --python $(PY) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(PY) -m examples.quickstart.demo
+
+test: $(READY)
+	$(PY) -m pytest
+
+check: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	lint-imports
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(READY)
+	$(PY) -m benchmarks.featurize
+
+clean: # leaves .venv; remove that by hand
+	rm -rf .demo examples/quickstart/data examples/quickstart/model build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

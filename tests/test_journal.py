@@ -1,0 +1,121 @@
+"""The record of rounds, and what makes a checkpoint complete."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataflex.errors import CorruptionError, MismatchError
+from dataflex.rows import KEY_DTYPE
+from dataflex.schedule import Round
+from dataflex.trainers.checkpoints import incomplete_reason, mark_complete, newest_complete
+from dataflex.trainers.journal import Journal
+from dataflex.trainers.rounds import DecidedRound, micro_batches
+
+ROUND = Round(2, "update", 10, 2, 0, 2)
+KEYS = np.frombuffer(np.random.default_rng(0).bytes(16 * 9), dtype=KEY_DTYPE)
+
+
+def decided() -> DecidedRound:
+    rows = np.array([3, 1, 1, 8])
+    return DecidedRound(ROUND, rows, np.array([0.5, np.nan, -1.0, 2.0]), np.array([0, -1, 3, 0], np.int32), {"method": "x"})
+
+
+def test_a_round_comes_back_as_it_was(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "rounds")
+    assert journal.read(ROUND, KEYS) is None
+    journal.write(decided(), KEYS)
+    found = journal.read(ROUND, KEYS)
+    assert found is not None
+    assert found.rows.tolist() == [3, 1, 1, 8]
+    np.testing.assert_array_equal(found.scores, decided().scores)
+    assert found.ages.tolist() == [0, -1, 3, 0]
+    assert found.info == {"method": "x"}
+    assert [p.name for p in (tmp_path / "rounds").iterdir()] == ["round-00002.parquet"]
+
+
+def test_a_round_of_other_data_or_another_schedule_is_refused(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(decided(), KEYS)
+    with pytest.raises(MismatchError, match="not the rows of this training set"):
+        journal.read(ROUND, KEYS[::-1])
+    with pytest.raises(MismatchError, match="not the rows of this training set"):
+        journal.read(ROUND, KEYS[:5])
+    with pytest.raises(MismatchError, match="schedule"):
+        journal.read(Round(2, "update", 12, 2, 0, 2), KEYS)
+
+
+def test_a_damaged_round_is_never_used(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(decided(), KEYS)
+    path = journal.path(2)
+    whole = path.read_bytes()
+    for cut in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CorruptionError, match="round-00002"):
+            journal.read(ROUND, KEYS)
+
+
+def test_the_pool_keeps_what_cannot_be_chosen_apart(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    assert journal.read_pool(1) is None
+    journal.write_pool(1, np.array([1.5, -np.inf, np.nan]), np.array([0, 1, 1], np.int32))
+    found = journal.read_pool(1)
+    assert found is not None
+    assert found[0].tolist() == [1.5, -np.inf, -np.inf]
+    assert found[1].tolist() == [0, 1, 1]
+
+
+def test_rounds_travel_with_a_checkpoint(tmp_path: Path) -> None:
+    journal, copy = Journal(tmp_path / "a"), Journal(tmp_path / "b")
+    journal.write(decided(), KEYS)
+    journal.copy_to(tmp_path / "b", [1, 2])
+    journal.clear()
+    assert journal.numbers() == []
+    assert copy.numbers() == [2]
+    assert copy.read(ROUND, KEYS) is not None
+
+
+def make_checkpoint(folder: Path) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    for name in ("trainer_state.json", "optimizer.pt", "sub/rng.pth"):
+        (folder / name).write_bytes(os.urandom(10))
+    mark_complete(folder, {"global_step": 3})
+    return folder
+
+
+def test_a_checkpoint_lacking_any_file_is_incomplete(tmp_path: Path) -> None:
+    names = ["trainer_state.json", "optimizer.pt", "sub/rng.pth", "dataflex/complete.json"]
+    for number, name in enumerate(names):
+        folder = make_checkpoint(tmp_path / f"{number}")
+        assert incomplete_reason(folder) is None
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1])
+        assert incomplete_reason(folder) is not None
+        (folder / name).unlink()
+        assert Path(name).name in str(incomplete_reason(folder))
+
+
+def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    assert newest_complete(tmp_path) == (None, [])
+    for step in (3, 20, 100):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-final").mkdir()
+    found, skipped = newest_complete(tmp_path)
+    assert found == str(tmp_path / "checkpoint-20")
+    assert [Path(path).name for path, _ in skipped] == ["checkpoint-100"]
+    assert "optimizer.pt is missing" in skipped[0][1]
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1), (2, 1), (1, 1)])
+def test_the_rows_of_a_step_depend_on_the_global_batch_alone(world: int, accumulation: int) -> None:
+    rows, steps, batch = np.random.default_rng(1).permutation(48), 3, 16
+    dealt = [micro_batches(rows, steps, accumulation, world, rank) for rank in range(world)]
+    for step in range(steps):
+        mine = [part for rank in dealt for part in rank[step * accumulation : (step + 1) * accumulation]]
+        assert {len(part) for part in mine} == {batch // world // accumulation}
+        assert sorted(sum(mine, [])) == sorted(rows[step * batch : (step + 1) * batch].tolist())

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dataflex
+from dataflex.errors import ConfigError
+from dataflex.registry import SELECTORS, Registry, import_plugin
+
+
+@pytest.fixture
+def registry() -> Registry[object]:
+    return Registry("thing", "dataflex.tests", {"builtin": "collections:OrderedDict", "broken": "no_such_module:X"})
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """Another distribution with two entry points, one of which wants a built-in name."""
+    folder = tmp_path / "other-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Name: other\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text(
+        "[dataflex.tests]\ntheirs = collections:Counter\nbuiltin = collections:deque\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+
+
+def test_builtin_is_loaded_on_demand(registry):
+    assert registry.load("builtin").__name__ == "OrderedDict"
+    with pytest.raises(ConfigError, match="importing no_such_module failed"):
+        registry.load("broken")
+
+
+def test_decorator_registers_and_returns_the_class(registry):
+    @registry.register("mine")
+    class Mine: ...
+
+    assert registry.load("mine") is Mine
+    assert registry.places()["mine"] == f"{__name__}:{Mine.__qualname__}"
+
+
+def test_one_name_for_two_classes_names_both(registry):
+    @registry.register("mine")
+    class First: ...
+
+    with pytest.raises(ConfigError) as caught:
+
+        @registry.register("mine")
+        class Second: ...
+
+    assert "First" in str(caught.value)
+    assert "Second" in str(caught.value)
+    with pytest.raises(ConfigError, match="collections:OrderedDict"):
+        registry.register("builtin")(First)
+    registry.register("mine")(First)  # a module imported twice registers the same class again
+
+
+def test_module_and_class_is_a_name(registry):
+    assert registry.load("collections:Counter").__name__ == "Counter"
+    with pytest.raises(
+        ConfigError, match=r"found no Countr in collections; expected a class; did you mean 'Counter'\?"
+    ):
+        registry.load("collections:Countr")
+    with pytest.raises(ConfigError, match="found module at collections:abc; expected a class"):
+        registry.load("collections:abc")
+
+
+def test_entry_points_add_but_do_not_shadow(registry, installed, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert registry.places()["builtin"] == "collections:OrderedDict"
+    assert "entry point collections:deque is ignored, the name is taken by collections:OrderedDict" in caplog.text
+    assert registry.load("theirs").__name__ == "Counter"
+    assert registry.load("builtin").__name__ == "OrderedDict"
+
+
+def test_unknown_name_suggests_and_lists(registry):
+    with pytest.raises(ConfigError) as caught:
+        registry.load("biltin")
+    assert "found 'biltin'; expected a thing (broken, builtin) or module:Class; did you mean 'builtin'?" in str(
+        caught.value
+    )
+
+
+def test_plugins_are_imported_only_when_needed(registry, tmp_path, monkeypatch):
+    plugin = tmp_path / "my plugin.py"
+    plugin.write_text(
+        "from test_registry_target import REGISTRY\nREGISTRY.register('theirs')(type('Theirs', (), {}))\n"
+    )
+    target = type(sys)("test_registry_target")
+    target.REGISTRY = registry  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "test_registry_target", target)
+    registry.load("builtin", [str(plugin)])
+    assert "theirs" not in registry.places()
+    assert registry.load("theirs", [str(plugin)]).__name__ == "Theirs"
+    assert import_plugin(str(plugin)) is import_plugin(str(plugin))
+
+
+def test_plugin_that_fails_is_not_kept(tmp_path):
+    plugin = tmp_path / "bad.py"
+    plugin.write_text("import no_such_module")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
+            import_plugin(str(plugin))
+    with pytest.raises(ConfigError, match="found no file"):
+        import_plugin(str(tmp_path / "gone.py"))
+
+
+def test_selectors_load_apart():
+    assert {"static", "random", "less"} <= set(SELECTORS.places())
+    assert "custom" not in SELECTORS.places()
+    assert dataflex.register_selector.__self__ is SELECTORS  # type: ignore[attr-defined]
+    code = (
+        "import sys; from dataflex.registry import SELECTORS; SELECTORS.load('random'); "
+        "print([m for m in sys.modules if m in ('torch', 'transformers', 'dataflex.selectors.less')])"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,238 @@
+"""Training in rounds: hand-off from featurize, resumption, reuse, and what LLaMA-Factory offers besides."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dataflex.errors import CoverageError, DataflexError
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_training_from_a_featurized_state_is_training_through(workspace: Any) -> None:
+    """Same rows and bit-identical weights, with dropout, whether the warm-up ran before or in the run itself."""
+    keys: dict[str, Any] = {"dataflex": {"store": str(workspace.folder / "a"), "params": {"proj_dim": 256}}}
+    through = workspace.run("train", workspace.write("through", **keys))
+    assert through["started_from"] is None
+    keys["dataflex"]["store"] = str(workspace.folder / "b")
+    ahead = workspace.write("ahead", **keys)
+    featurized = workspace.run("featurize", ahead)
+    assert not (workspace.folder / "out" / "ahead" / "checkpoint-3").exists()
+    trained = workspace.run("train", ahead)
+    assert trained["started_from"]
+    assert trained["updates"][0]["computed"] == 0
+    # 61 distinct rows (one of the 62 left is a duplicate) and 8 target rows, at two updates.
+    assert (featurized["computed"], trained["computed"], through["computed"]) == (69, 69, 138)
+    assert workspace.rounds("ahead") == workspace.rounds("through")
+    assert [len(rows) for rows in workspace.rounds("ahead")] == [12, 8, 8]
+    assert_same(workspace.weights("ahead"), workspace.weights("through"))
+
+
+def test_a_second_run_over_the_same_states_computes_nothing(workspace: Any) -> None:
+    first, again = workspace.write("first"), workspace.write("again")
+    workspace.run("train", first)
+    summary = workspace.run("train", again)
+    assert (summary["computed"], summary["batches"], summary["tokens"]) == (0, 0, 0)
+    assert summary["reused"] == 138
+    assert workspace.rounds("first") == workspace.rounds("again")
+    assert_same(workspace.weights("first"), workspace.weights("again"))
+    workspace.run("train", again, "overwrite_output_dir=true", "dataflex.on_missing=error")
+    with pytest.raises(CoverageError, match=r"nearest differs in feature\.projection\.dim: 256 → 128"):
+        workspace.run("train", again, "overwrite_output_dir=true", "dataflex.on_missing=error", "dataflex.params.proj_dim=128")
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 6])
+def test_resuming_at_any_step_ends_as_the_uninterrupted_run(workspace: Any, step: int, whole: Path) -> None:
+    """In the warm-up, at its end, inside a round and at a boundary: the same rows, and weights equal to the bit."""
+    out = workspace.folder / "out" / "resumed"
+    shutil.copytree(whole / "out" / "whole", out)
+    for later in range(step + 1, 8):
+        shutil.rmtree(out / f"checkpoint-{later}")
+    for number in range(3):  # what a crash before the next round was decided leaves
+        begun = [0, 3, 5][number] < step
+        if not begun:
+            (out / "rounds" / f"round-0000{number}.parquet").unlink()
+    (out / "adapter_model.safetensors").unlink()
+    shutil.copytree(whole / "store", workspace.folder / "store")
+    workspace.run("train", workspace.write("resumed"))
+    before = type(workspace)(whole, workspace.tiny)
+    assert workspace.rounds("resumed") == before.rounds("whole")
+    assert_same(workspace.weights("resumed"), before.weights("whole"))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Any, tmp_path_factory: pytest.TempPathFactory, workspace_class: Any) -> Path:
+    """A finished run with a checkpoint after each of its seven steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    space = workspace_class(folder, tiny)
+    space.run("train", space.write("whole"))
+    return folder
+
+
+def test_an_incomplete_checkpoint_is_never_resumed_from(workspace: Any, whole: Path) -> None:
+    out = workspace.folder / "out" / "broken"
+    shutil.copytree(whole / "out" / "whole", out)
+    (out / "checkpoint-7" / "optimizer.pt").unlink()
+    state = out / "checkpoint-6" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:-5])
+    shutil.copytree(whole / "store", workspace.folder / "store")
+    run = workspace.write("broken")
+    with pytest.raises(DataflexError, match="trainer_state.json has"):
+        workspace.run("train", run, f"resume_from_checkpoint={out}/checkpoint-6")
+    workspace.run("train", run)
+    log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+    assert 6 in [entry["current_steps"] for entry in log]
+    assert_same(workspace.weights("broken"), type(workspace)(whole, workspace.tiny).weights("whole"))
+
+
+def test_checkpoints_carry_the_moments_by_name(workspace: Any, whole: Path) -> None:
+    from dataflex.features.adam import Moments
+
+    folder = whole / "out" / "whole" / "checkpoint-5"
+    moments = Moments.load(folder / "dataflex" / "moments.safetensors")
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    assert len(moments.scalars) == len(saved["state"])
+    assert {scalars.step for scalars in moments.scalars.values()} == {5}
+    total = sum(float(m.double().sum()) for m in moments.exp_avg.values())
+    assert total == pytest.approx(sum(float(s["exp_avg"].double().sum()) for s in saved["state"].values()))
+
+
+def test_evaluating_and_workers_do_not_change_what_is_trained(workspace: Any, whole: Path) -> None:
+    shutil.copytree(whole / "store", workspace.folder / "store")
+    changed = {"eval_strategy": "steps", "eval_steps": 1, "dataloader_num_workers": 2, "plot_loss": True}
+    workspace.run("train", workspace.write("changed", **changed))
+    before = type(workspace)(whole, workspace.tiny)
+    assert workspace.rounds("changed") == before.rounds("whole")
+    assert_same(workspace.weights("changed"), before.weights("whole"))
+    assert (workspace.folder / "out" / "changed" / "training_eval_loss.png").is_file()
+
+
+def test_the_reused_part_of_the_pool_has_a_known_age(workspace: Any) -> None:
+    """Rotating: a share of the pool is computed at an update. Static: nothing is, and the first values stay."""
+    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}}
+    refresh = {"policy": "rotating", "refresh_fraction": 0.25}
+    path = workspace.write("rotating", update_times=3, dataflex={**section, "refresh": refresh})
+    summary = workspace.run("train", path)
+    share = int(np.ceil(0.25 * 62))
+    assert summary["updates"][0]["computed"] == 69
+    for number in (2, 3):
+        pool = pq.read_table(workspace.folder / "out" / "rotating" / "rounds" / f"pool-0000{number}.parquet")
+        updated = pool["updated"].to_numpy()
+        assert (updated == number - 1).sum() == share
+        assert share - 1 <= summary["updates"][number - 1]["computed"] - 8 <= share  # the duplicate shares its value
+    ages = pq.read_table(workspace.folder / "out" / "rotating" / "rounds" / "round-00003.parquet")["age"].to_numpy()
+    assert set(ages.tolist()) <= {0, 1, 2}
+    path = workspace.write("static", update_times=3, dataflex={**section, "refresh": {"policy": "static"}})
+    summary = workspace.run("train", path)
+    assert [update["computed"] for update in summary["updates"]] == [0, 0, 0]
+    rows = workspace.rounds("static")
+    assert sorted(rows[1]) == sorted(rows[2]) == sorted(rows[3])
+
+
+def test_rotating_resumes_with_the_ages_it_had(workspace: Any) -> None:
+    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}}
+    section["refresh"] = {"policy": "rotating", "refresh_fraction": 0.3, "max_age": 2}  # type: ignore[assignment]
+    workspace.run("train", workspace.write("through", update_times=3, dataflex=section))
+    out = workspace.folder / "out"
+    shutil.copytree(out / "through", out / "resumed")
+    for step in range(7, 10):
+        shutil.rmtree(out / "resumed" / f"checkpoint-{step}")
+    for name in ("round-00003", "pool-00003"):
+        (out / "resumed" / "rounds" / f"{name}.parquet").unlink()
+    workspace.run("train", workspace.write("resumed", update_times=3, dataflex=section))
+    assert workspace.rounds("resumed") == workspace.rounds("through")
+    assert_same(workspace.weights("resumed"), workspace.weights("through"))
+
+
+CUSTOM = """
+from dataflex.selectors import Selector, register_selector
+
+
+@register_selector("custom")
+class CustomSelector(Selector):
+    def __init__(self, dataset, accelerator, data_collator, cache_dir):
+        super().__init__(dataset, accelerator, data_collator, cache_dir)
+        self.seen = []
+
+    def warmup(self, num_samples, replacement):
+        assert replacement is True
+        return [list(range(num_samples))]
+
+    def select(self, model, step_id: int, num_samples: int, **kwargs):
+        assert len(self.dataset[0]["input_ids"]) and self.accelerator.is_main_process
+        assert kwargs["update_times"] == 2 and kwargs["current_update_times"] in (1, 2)
+        assert kwargs["tokenizer"].pad_token_id is not None and kwargs["scheduler_state"] is not None
+        assert len(kwargs["optimizer_state"]) == sum(p.requires_grad for p in model.parameters())
+        model(**self.data_collator([self.dataset[0]])).loss.backward()
+        return list(range(step_id, step_id + num_samples))
+"""
+
+
+def test_a_selector_of_the_documented_kind_runs_as_it_is(workspace: Any) -> None:
+    (workspace.folder / "mine.py").write_text(CUSTOM)
+    section = {"store": str(workspace.folder / "store"), "plugins": [str(workspace.folder / "mine.py")]}
+    path = workspace.write("custom", component_name="custom", eval_dataset=None, disable_shuffling=True, dataflex=section)
+    workspace.run("train", path)
+    assert workspace.rounds("custom") == [list(range(12)), list(range(3, 11)), list(range(5, 13))]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"stage": "pt", "dataset": "text", "eval_dataset": "text_target", "cutoff_len": 32},
+        {"finetuning_type": "full", "learning_rate": 1e-4},
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+        {"bf16": True, "neftune_noise_alpha": 5, "disable_gradient_checkpointing": True},
+        {"warmup_step": None, "update_step": 2, "update_times": 1},
+        {"eval_dataset": "target_words,target_records", "eval_on_each_dataset": True, "use_rslora": True},
+        {"eval_dataset": None, "val_size": 0.1, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2},
+    ],
+    ids=["pt", "full", "freeze", "bf16", "no warm-up", "several targets", "val_size"],
+)
+def test_less_trains_in_every_setting(workspace: Any, keys: dict[str, Any]) -> None:
+    summary = workspace.run("train", workspace.write("run", save_strategy="no", **keys))
+    assert summary["computed"] > 0
+    assert summary["skipped"] == {}
+    last = sorted((workspace.folder / "out" / "run" / "rounds").glob("round-*.parquet"))[-1]
+    scores = pq.read_table(last)["score"].to_numpy()
+    assert np.isfinite(scores).all()
+    assert len(set(scores.tolist())) > 1
+
+
+def test_static_training_is_llamafactory_untouched(workspace: Any) -> None:
+    keys = {"component_name": None, "warmup_step": None, "update_step": None, "update_times": None, "max_steps": 2}
+    workspace.run("train", workspace.write("static", train_type="static", dataflex=None, **keys))
+    out = workspace.folder / "out" / "static"
+    assert (out / "adapter_model.safetensors").is_file()
+    assert not (out / "rounds").exists()
+
+
+def test_offline_less_over_checkpoints_equals_their_weighted_sum(workspace: Any, whole: Path) -> None:
+    """Given checkpoints, ours with named moments or a foreign one with optimizer.pt alone, choose the same rows."""
+    foreign = workspace.folder / "foreign"
+    for step in (3, 7):
+        shutil.copytree(whole / "out" / "whole" / f"checkpoint-{step}", foreign / f"checkpoint-{step}")
+        shutil.rmtree(foreign / f"checkpoint-{step}" / "dataflex")
+    params = {"proj_dim": 256, "checkpoints": [str(whole / "out" / "whole" / f"checkpoint-{s}") for s in (3, 7)]}
+    section = {"store": str(workspace.folder / "store"), "params": params}
+    first = workspace.run("train", workspace.write("ours", dataflex=section, save_strategy="no"))
+    assert [update["computed"] for update in first["updates"]] == [138, 0]
+    params = {**params, "checkpoints": [str(foreign / f"checkpoint-{s}") for s in (3, 7)]}
+    second = workspace.run("train", workspace.write("theirs", dataflex={**section, "params": params}, save_strategy="no"))
+    assert second["computed"] == 0
+    rows = workspace.rounds("ours")
+    assert rows == workspace.rounds("theirs")
+    assert sorted(rows[1]) == sorted(rows[2])
