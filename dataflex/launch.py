@@ -48,9 +48,12 @@ def command_line(
     Raises:
         ConfigError: a number is none, or several nodes have no common address.
     """
-    if any(name in env for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+    # Kubernetes sets RANK and WORLD_SIZE per node, for FORCE_TORCHRUN=1 NNODES=$WORLD_SIZE NODE_RANK=$RANK; what sets
+    # LOCAL_RANK has started the processes already.
+    is_forced = _is_on(env, "FORCE_TORCHRUN") or _is_on(env, "USE_MCA")
+    if "LOCAL_RANK" in env or (not is_forced and ("RANK" in env or "WORLD_SIZE" in env)):
         return None
-    is_forced = needs_processes or _is_on(env, "FORCE_TORCHRUN") or _is_on(env, "USE_MCA")
+    is_forced = is_forced or needs_processes
     if not is_forced and (_is_on(env, "USE_RAY") or _is_on(env, "USE_KT") or devices() < 2):
         return None
     nodes = _number(env, "NNODES", 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
@@ -33,7 +34,7 @@ class ModelState:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.model = trainer.model
-        self.is_zero3 = trainer.is_deepspeed_enabled and trainer.accelerator.deepspeed_config["zero_optimization"].get("stage") == 3
+        self.is_zero3 = is_deepspeed_zero3_enabled()
         if trainer.is_fsdp_enabled:
             raise ConfigError("fsdp: per-example features of a sharded model are not supported; use DDP or DeepSpeed")
         self._base = distributed.broadcast(self._base_identity() if distributed.is_main() else None)

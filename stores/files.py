@@ -12,9 +12,9 @@ import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -31,7 +31,7 @@ class Files(ABC):
         """Write a file if there is none of that name, atomically, durable on return; say whether it was written."""
 
     @abstractmethod
-    def output(self, path: str) -> Any:
+    def output(self, path: str) -> AbstractContextManager[BinaryIO]:
         """Give a binary file that is put at `path`, in place of any other, durable, when the `with` block ends well."""
 
     @abstractmethod

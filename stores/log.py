@@ -101,32 +101,29 @@ class Log:
             self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].fragment, item[0])))
         return changed
 
-    def find(self, fragment_id: str) -> Entry | None:
-        """Return the entry of a fragment as storage has it now, or None."""
-        record = find_record(self.files, self.folder, fragment_id)
-        return (
-            None if record is None else parse(record, fragment_id, self.files.name(f"{self.folder}/{fragment_id}.json"))
-        )
+    def find(self, entry: Entry) -> Entry | None:
+        """Return the entry that storage has now for the same fragment, or None.
 
-    def commit(self, entry: Entry) -> bool:
-        """Make an entry visible; say whether it is ours that is kept.
+        Raises:
+            ConflictError: it is of other rows.
+        """
+        record = find_record(self.files, self.folder, entry.fragment)
+        return None if record is None else self._same_rows(entry, record)
+
+    def commit(self, entry: Entry) -> Entry:
+        """Make an entry visible; return the one that is kept: ours, or another writer's who was first.
 
         Raises:
             ConflictError: another writer committed other rows under the same fragment id.
         """
-        record, ours = claim(self.files, self.folder, entry.fragment, asdict(entry))
-        self.check(entry, parse(record, entry.fragment, self.files.name(f"{self.folder}/{entry.fragment}.json")))
-        return ours
+        return self._same_rows(entry, claim(self.files, self.folder, entry.fragment, asdict(entry))[0])
 
-    def check(self, entry: Entry, there: Entry) -> None:
-        """Refuse an entry where one of the same fragment id stands for other rows.
-
-        Raises:
-            ConflictError: it does.
-        """
+    def _same_rows(self, entry: Entry, record: dict[str, Any]) -> Entry:
+        there = parse(record, entry.fragment, self.files.name(f"{self.folder}/{entry.fragment}.json"))
         if there.keys != entry.keys:
             raise ConflictError(
                 f"{self.files.name(self.folder)}: fragment {entry.fragment} was committed with other rows "
                 f"({there.rows} by writer {there.writer}) than this process has ({entry.rows}); a fragment's id must "
                 "be a function of its row keys"
             )
+        return there

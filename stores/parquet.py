@@ -13,25 +13,24 @@ R rows, D numbers per vector.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dataflex.errors import CorruptionError, CoverageError, DataflexError, MismatchError
+from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.base import Layout, Values
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
-from dataflex.stores.fragment import Fragment, serialise
-from dataflex.stores.locations import Locations
+from dataflex.stores.fragment import serialise
 from dataflex.stores.log import Entry, Log
 from dataflex.stores.record import claim, find_record
 from dataflex.stores.rounding import decode
-from dataflex.stores.verify import CURE, Problem, problems, remove
+from dataflex.stores.snapshot import Snapshot
+from dataflex.stores.verify import Problem, problems, remove
 
 _WRITER = uuid.uuid4().hex
 
@@ -55,9 +54,8 @@ class ParquetStore:
         self.recipe: Mapping[str, Any] = document["recipe"]
         self.layout = Layout(**document["layout"])
         self._log = Log(files, f"{folder}/log")
-        self._keys: dict[str, np.ndarray] = {}
-        self._locations: Locations | None = None
-        self._verified: set[str] = set()
+        self._snapshot: Snapshot | None = None
+        self._is_stale = False
 
     @property
     def path(self) -> str:
@@ -90,14 +88,14 @@ class ParquetStore:
     def append(self, fragment_id: str, values: Values) -> bool:
         """Commit values, rounded to the storage type, entirely or not at all; durable on return.
 
-        Rows whose status is not OK are kept as zeros. A fragment that is committed already is left as it is.
+        Rows whose status is not OK are kept as zeros. A fragment that is committed already stays as it is.
 
         Args:
             fragment_id: a function of the row keys; up to 128 letters, digits, `_` and `-`.
             values: R > 0 rows.
 
         Returns:
-            Whether these values were kept. False where another writer was first: then read what is kept.
+            Whether the values kept are these. False where another writer's were first and differ: then read those.
 
         Raises:
             ConflictError: another writer committed other rows under the same id.
@@ -117,13 +115,10 @@ class ParquetStore:
             status={status.name.lower(): int((values.status == status).sum()) for status in Status},
             writer=_WRITER,
         )
-        there = self._log.find(fragment_id)
-        if there is not None:
-            self._log.check(entry, there)
-            return there.writer == entry.writer and there.data == entry.data
-        with self.files.output(self._data(entry.data)) as file:
-            file.write(data)
-        return self._log.commit(entry)
+        if self._log.find(entry) is None:
+            with self.files.output(f"{self.folder}/data/{entry.data}.parquet") as file:
+                file.write(data)
+        return self._log.commit(entry).data == entry.data
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """Say for each of (R,) keys whether its value is committed; (R,) bool.
@@ -131,7 +126,7 @@ class ParquetStore:
         Raises:
             CorruptionError: the row keys of a committed data file are missing or damaged.
         """
-        return self._index(refresh=True)[1].find(_checked(keys)) >= 0
+        return self._current(refresh=True).locations.find(_checked(keys)) >= 0
 
     def read(self, keys: np.ndarray, columns: Sequence[str] | None = None, vectors: bool = True) -> Values:
         """Return the values of (R,) keys, in that order and multiplicity; vectors decoded to float32.
@@ -148,11 +143,11 @@ class ParquetStore:
             CorruptionError: a data file is missing or damaged.
         """
         keys = _checked(keys)
-        index = self._index(refresh=False)
-        found = index[1].find(keys)
+        snapshot = self._current(refresh=False)
+        found = snapshot.locations.find(keys)
         if (found < 0).any():
-            index = self._index(refresh=True)
-            found = index[1].find(keys)
+            snapshot = self._current(refresh=True)
+            found = snapshot.locations.find(keys)
             missing = len(np.unique(keys[found < 0].view("S16")))
             if missing:
                 raise CoverageError(
@@ -165,7 +160,7 @@ class ParquetStore:
         scalars = {name: np.empty(len(keys), self.layout.scalars[name]) for name in columns}
         out = np.empty((len(keys), width), np.float32) if width else None
         order = np.argsort(found, kind="stable")
-        for slots, part in self._groups(index, found[order], columns, vectors):
+        for slots, part in snapshot.groups(found[order], columns, vectors):
             rows = order[slots]
             status[rows] = part.status
             for name in columns:
@@ -206,11 +201,11 @@ class ParquetStore:
         keys: np.ndarray | None = None,
     ) -> Iterator[Encoded]:
         """Yield what `scan` does, as it is stored."""
-        index = self._index(refresh=True)
-        found = index[1].all() if keys is None else np.unique(index[1].find(_checked(keys)))
+        snapshot = self._current(refresh=True)
+        found = snapshot.locations.all() if keys is None else np.unique(snapshot.locations.find(_checked(keys)))
         held: list[Encoded] = []
         free = block_rows
-        for _, part in self._groups(index, np.sort(found[found >= 0]), self._columns(columns), vectors):
+        for _, part in snapshot.groups(np.sort(found[found >= 0]), self._columns(columns), vectors):
             start = 0
             while start < len(part.keys):
                 piece = part.take(slice(start, start + free))
@@ -233,69 +228,22 @@ class ParquetStore:
         remove(self.files, found)
         if find_record(self.files, self.folder, "recipe") is None:
             claim(self.files, self.folder, "recipe", {k: v for k, v in self.document.items() if k != "format"})
-        self._keys.clear()
-        self._verified.clear()
-        self._locations = None
-        self._refresh()
+        self._snapshot = None
         return found
 
     def _refresh(self) -> None:
         if self._log.refresh():
-            self._locations = None
+            self._is_stale = True
 
-    def _index(self, refresh: bool) -> tuple[list[Entry], Locations]:
-        """Return the entries and the index over them: a snapshot that later commits do not change."""
-        if refresh or self._locations is None:
+    def _current(self, refresh: bool) -> Snapshot:
+        """Return a snapshot of the commits known, after a look for new ones if `refresh`."""
+        if refresh or self._snapshot is None:
             self._refresh()
-        entries = self._log.entries
-        if self._locations is None:
-            self._keys = {
-                name: self._keys[name] if name in self._keys else self._read_keys(entries[name]) for name in entries
-            }
-            self._locations = Locations(list(self._keys.values()))
-        return list(entries.values()), self._locations
-
-    def _read_keys(self, entry: Entry) -> np.ndarray:
-        with Fragment(self.files, self._data(entry.data), self.layout) as fragment:
-            keys = fragment.keys()
-            if len(keys) != entry.rows or keys_digest(keys) != entry.keys:
-                raise CorruptionError(f"{fragment.name} is damaged: its row keys are not those committed; {CURE}")
-            return keys
-
-    def _groups(
-        self, index: tuple[list[Entry], Locations], positions: np.ndarray, columns: Sequence[str], vectors: bool
-    ) -> Iterator[tuple[slice, Encoded]]:
-        """Yield the rows at sorted positions, row group by row group, each with the slots of `positions` it fills."""
-        entries, locations = index
-        bounds = np.searchsorted(positions, locations.offsets)
-        for number, entry in enumerate(entries):
-            low, high = bounds[number : number + 2]
-            if low == high:
-                continue
-            rows = positions[low:high] - locations.offsets[number]
-            with self._verified_fragment(entry) as fragment:
-                cuts = np.searchsorted(rows, fragment.starts)
-                for group, (start, stop) in enumerate(itertools.pairwise(cuts)):
-                    if start < stop:
-                        part = fragment.group(group, columns, vectors)
-                        wanted = rows[start:stop] - fragment.starts[group]
-                        whole = len(wanted) == len(part.keys) and bool((np.diff(wanted) == 1).all())
-                        yield slice(low + start, low + stop), part if whole else part.take(wanted)
-
-    def _verified_fragment(self, entry: Entry) -> Fragment:
-        """Open a data file for its values; its SHA-256 is checked on first use: page CRCs do not cover the footer."""
-        path = self._data(entry.data)
-        if entry.data not in self._verified:
-            try:
-                found = self.files.sha256(path)
-            except FileNotFoundError as error:
-                raise CorruptionError(
-                    f"{self.files.name(path)} is missing although it was committed; {CURE}"
-                ) from error
-            if found != entry.data:
-                raise CorruptionError(f"{self.files.name(path)} is damaged: its SHA-256 is {found[:12]}…; {CURE}")
-            self._verified.add(entry.data)
-        return Fragment(self.files, path, self.layout)
+        if self._snapshot is None or self._is_stale:
+            data = f"{self.folder}/data"
+            self._snapshot = Snapshot(self.files, data, self.layout, self._log.entries, self._snapshot)
+            self._is_stale = False
+        return self._snapshot
 
     def _columns(self, columns: Sequence[str] | None) -> list[str]:
         chosen = list(self.layout.scalars if columns is None else columns)
@@ -305,9 +253,6 @@ class ParquetStore:
                 f"{self.path} has no column {', '.join(unknown)}; it has {', '.join(self.layout.scalars)}"
             )
         return chosen
-
-    def _data(self, sha256: str) -> str:
-        return f"{self.folder}/data/{sha256}.parquet"
 
 
 def _checked(keys: np.ndarray) -> np.ndarray:

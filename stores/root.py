@@ -117,7 +117,7 @@ def _store(files: Files, folder: str, document: dict[str, Any], check_name: bool
     where = files.name(f"{folder}/recipe.json")
     try:
         store = ParquetStore(files, folder, document)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{where} is no recipe: {error!r}") from error
     if check_name and folder != _folder(store.kind, store.recipe):
         raise CorruptionError(f"{where} holds another recipe than its folder is named after; was the folder renamed?")

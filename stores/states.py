@@ -44,7 +44,7 @@ class StateStore:
         Raises:
             DataflexError: the folder is empty, or holds a file whose name is not portable; storage is full.
         """
-        if find_record(self.files, _folder(lineage), "manifest") is not None:
+        if self._manifest(lineage) is not None:
             return False
         source = Path(folder)
         names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
@@ -68,7 +68,7 @@ class StateStore:
 
     def find(self, lineage: str) -> dict[str, Any] | None:
         """Return the info of a kept state, or None; a damaged manifest is logged and counts as none."""
-        manifest = find_record(self.files, _folder(lineage), "manifest")
+        manifest = self._manifest(lineage)
         return None if manifest is None else dict(manifest["info"])
 
     def fetch(self, lineage: str) -> Path:
@@ -80,15 +80,10 @@ class StateStore:
             MismatchError: there is no such state.
             CorruptionError: a file is missing or damaged, or the manifest names one outside the state's folder.
         """
-        manifest = find_record(self.files, _folder(lineage), "manifest")
+        manifest = self._manifest(lineage)
         if manifest is None:
             raise MismatchError(f"{self.files.name(_folder(lineage))} holds no kept state")
         where = f"{_folder(lineage)}/{manifest['folder']}"
-        unsafe = [name for name in manifest["files"] if not _is_safe(name)]
-        if unsafe or not re.fullmatch(r"[0-9a-f]{32}", manifest["folder"]):
-            raise CorruptionError(
-                f"the manifest of {self.files.name(where)} names files outside its folder: {unsafe[:3]}"
-            )
         if isinstance(self.files, LocalFiles):
             folder = self.files.root / where
         else:
@@ -96,10 +91,23 @@ class StateStore:
         fault = _fault(folder, manifest["files"])
         if fault:
             raise CorruptionError(
-                f"{self.files.name(where)}/{fault}; remove {self.files.name(_folder(lineage))} and run again to train to "
-                "that state"
+                f"{self.files.name(where)}/{fault}; remove {self.files.name(_folder(lineage))} and run again to train "
+                "to that state"
             )
         return folder
+
+    def _manifest(self, lineage: str) -> dict[str, Any] | None:
+        manifest = find_record(self.files, _folder(lineage), "manifest")
+        if manifest is None:
+            return None
+        where = self.files.name(_folder(lineage))
+        kinds = {"lineage": str, "folder": str, "files": dict, "info": dict}
+        if any(type(manifest.get(key)) is not kind for key, kind in kinds.items()):
+            raise CorruptionError(f"the manifest in {where} is no manifest of a state")
+        unsafe = [name for name in manifest["files"] if not _is_safe(name)]
+        if unsafe or not re.fullmatch(r"[0-9a-f]{32}", manifest["folder"]):
+            raise CorruptionError(f"the manifest in {where} names files outside its folder: {unsafe[:3]}")
+        return manifest
 
     def _download(self, where: str, names: Iterable[str]) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="dataflex-state-"))

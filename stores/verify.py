@@ -100,7 +100,7 @@ def _fault(files: Files, path: str, layout: Layout, entries: Sequence[Entry]) ->
             keys = fragment.keys()
             counts = np.zeros(256, np.int64)
             for group in range(len(fragment.starts) - 1):
-                counts += np.bincount(fragment.group(group, list(layout.scalars), True).status, minlength=256)
+                counts += np.bincount(fragment.group(group, list(layout.scalars), vectors=False).status, minlength=256)
     except FileNotFoundError:
         return f"{files.name(path)} is missing although it was committed"
     except CorruptionError as error:

@@ -180,8 +180,15 @@ def test_interrupt_exits_with_130(tmp_path):
     [
         ({}, 1, None),
         ({}, 0, None),
-        ({"RANK": "0", "FORCE_TORCHRUN": "1"}, 8, None),
+        ({"LOCAL_RANK": "0", "FORCE_TORCHRUN": "1"}, 8, None),
+        ({"RANK": "0"}, 8, None),
         ({"WORLD_SIZE": "2"}, 8, None),
+        (
+            {"FORCE_TORCHRUN": "1", "RANK": "1", "WORLD_SIZE": "2", "NNODES": "2", "NODE_RANK": "1"}
+            | {"MASTER_ADDR": "h", "MASTER_PORT": "7"},
+            4,
+            "--nproc-per-node 4 --nnodes 2 --node-rank 1 --master-addr h --master-port 7",
+        ),
         ({"USE_RAY": "1"}, 8, None),
         (
             {"MASTER_PORT": "29501"},

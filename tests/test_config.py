@@ -116,6 +116,39 @@ def test_everything_read():
         loaded.train_type = "static"  # type: ignore[misc]
 
 
+def test_documented_run_file_is_taken_as_it_is():
+    """Every key of the documented LESS example, with its values, but for model, data and output."""
+    documented = """\
+trust_remote_code: true
+lora_target: all
+lora_rank: 16
+lora_alpha: 8
+cutoff_len: 4096
+overwrite_cache: true
+preprocessing_num_workers: 16
+dataloader_num_workers: 0
+seed: 42
+logging_steps: 10
+save_steps: 100
+plot_loss: true
+save_only_model: false
+overwrite_output_dir: true
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 1
+learning_rate: 1.0e-4
+num_train_epochs: 1.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+components_cfg_file: components.yaml"""
+    loaded = load(write(documented))
+    assert loaded.notes == ()
+    assert loaded.schedule.total() == 30
+    assert loaded.llamafactory["warmup_ratio"] == 0.1
+
+
 def test_overrides_win_and_reach_into_mappings():
     overrides = [
         "dataflex.refresh.policy=rotating",

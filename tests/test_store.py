@@ -22,6 +22,7 @@ from dataflex.stores.record import FORMAT, seal, unseal
 from dataflex.stores.root import StoreRoot, open_store
 from dataflex.stores.rounding import encode, rounded
 
+REPOSITORY = Path(__file__).parent.parent
 RECIPE = {"feature": {"kind": "gradient", "projection": {"dim": 24}}, "base": "3f2a" * 8}
 LAYOUT = Layout({"norm": "float32", "tokens": "int32"}, 24, "float16")
 
@@ -191,6 +192,7 @@ def test_a_fragment_is_committed_once(tmp_path: Path) -> None:
     assert store.append("a", first)
     assert store.append("a", first)
     assert not store.append("a", second)
+    assert StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT).append("a", first)
     with pytest.raises(ConflictError, match="other rows"):
         store.append("a", some(LAYOUT, keys(1, 3)))
     equal(store.read(keys(1, 2)), first, "float16")
@@ -321,7 +323,7 @@ def test_planted_pickles_are_never_opened(tmp_path: Path) -> None:
 
 def test_no_source_of_the_stores_can_run_foreign_code_or_imports_torch() -> None:
     banned = {"pickle", "torch", "marshal", "shelve", "yaml", "subprocess", "dill", "joblib"}
-    for path in Path("stores").glob("*.py"):
+    for path in (REPOSITORY / "stores").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import):
                 assert not banned & {alias.name.split(".")[0] for alias in node.names}, path
@@ -334,7 +336,7 @@ def test_no_source_of_the_stores_can_run_foreign_code_or_imports_torch() -> None
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    full = {**os.environ, "PYTHONPATH": os.getcwd(), **env}
+    full = {**os.environ, "PYTHONPATH": str(REPOSITORY), **env}
     return subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, check=False)
 
 

@@ -43,7 +43,7 @@ class Mortal(LocalFiles):
 
     def _sync(self, file: BinaryIO) -> None:
         self.step()
-        super()._sync(file)
+        file.flush()
 
     def _link(self, temporary: Path, path: Path) -> bool:
         self.step()

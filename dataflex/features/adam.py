@@ -11,8 +11,8 @@ With g the example's gradient, m and v the moments after t steps, b1, b2 and eps
 is left out: it is the same for all examples.
 
 Source: Adam, arXiv 1412.6980, algorithm 1; LESS, arXiv 2402.04333, eq. 2, and its published code for `less_reference`
-(no bias correction, eps inside the root); Influence Distillation, arXiv 2505.19051, for `precond_only`, where the momentum
-that all examples share is dropped.
+(no bias correction, eps inside the root); Influence Distillation, arXiv 2505.19051, for `precond_only`, which drops the
+momentum that all examples share.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Moments:
 
         Args:
             state_dict: what `optimizer.pt` holds.
-            names: parameter names in the order of the optimizer's groups; Transformers puts those with weight decay first.
+            names: parameter names in the order of the optimizer's groups; Transformers begins with those that decay.
             shapes: the model's shape of each of these parameters.
 
         Raises:
@@ -102,7 +102,7 @@ class Moments:
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Read what `save` wrote."""
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
             scalars = json.loads(file.metadata()["scalars"])
         return cls._of(
             {n: (tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"], Scalars(**s)) for n, s in scalars.items()}
@@ -140,16 +140,17 @@ def _entry(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> tu
     if not plain or "betas" not in group or "eps" not in group:
         kept = ", ".join(sorted(state)) or "nothing"
         raise DataflexError(
-            f"{where} keeps {kept}; an Adam direction needs exp_avg and exp_avg_sq as tensors, and betas and eps. Train with "
-            "`optim: adamw_torch` (after its first step), or use `direction: sgd`"
+            f"{where} keeps {kept}; an Adam direction needs exp_avg and exp_avg_sq as tensors, and betas and eps. "
+            "Train at least one step with `optim: adamw_torch`, or use `direction: sgd`"
         )
     if group.get("amsgrad") or group.get("maximize"):
         raise DataflexError(f"{where} uses amsgrad or maximize, for which no direction is defined here")
     step = int(state.get("step", group.get("step", 0)))
     if step < 1:
         raise DataflexError(f"{where} has done no step, so its moments say nothing; train a warm-up first")
-    scalars = Scalars(step, *(float(b) for b in group["betas"]), float(group["eps"]))
-    return first.detach().float().clone(), second.detach().float().clone(), scalars
+    beta1, beta2 = group["betas"]
+    first, second = (state[key].detach().to(torch.float32, copy=True) for key in ("exp_avg", "exp_avg_sq"))
+    return first, second, Scalars(step, float(beta1), float(beta2), float(group["eps"]))
 
 
 def adam_direction(moments: Moments, variant: str, name: str, start: int, g: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def _parts(example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarr
         )
     if attention.max() > 1:
         raise DataflexError(
-            f"an example's attention_mask holds {attention.max()}: it is several packed sequences, whose boundaries the "
-            "feature engine cannot keep apart; set `neat_packing: false`"
+            f"an example's attention_mask holds {attention.max()}: it is several packed sequences, which the feature "
+            "engine cannot keep apart; set `neat_packing: false`"
         )
     return tokens, labels, attention

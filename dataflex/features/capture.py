@@ -1,9 +1,11 @@
 """Taps on modules: hand over a module's input and the gradient at its output, in the course of one backward pass.
 
-A tap is an identity on the module's output. It keeps the input with `save_for_backward`, so under gradient checkpointing
-the input is dropped and made again like any other saved tensor, and every tap depends on one scalar, the *anchor*. So
-`torch.autograd.grad(total, anchor)` computes exactly the activation gradients on the way to the taps: no gradient of a
-weight is formed, `.grad` is not touched, and no hook of DDP or an optimizer runs.
+A tap is an identity on the module's output. It keeps the input with `save_for_backward`, so gradient checkpointing
+drops it and makes it again like any other saved tensor; and it depends on one scalar that all taps share, the *anchor*.
+So `torch.autograd.grad(total, anchor)` computes exactly the activation gradients on the way to the taps: no gradient of
+a weight is formed, `.grad` is not touched, and no hook of DDP or an optimizer runs.
+
+Padding needs no care here: its targets are ignored and no real token attends to it, so the gradient there is exactly 0.
 """
 
 from __future__ import annotations
@@ -74,8 +76,8 @@ class Taps:
         inputs = [*args, *kwargs.values()]
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
             raise DataflexError(
-                f"{type(module).__name__} has trainable parameters but not one tensor in and one out, so there is no exact "
-                "rule for its per-example gradient; freeze it or train a LoRA adapter"
+                f"{type(module).__name__} has trainable parameters but not one tensor in and one out, so there is no "
+                "exact rule for its per-example gradient; freeze it or train a LoRA adapter"
             )
         if not self._backward:
             self.calls[module] = self.calls.get(module, 0) + 1

@@ -28,8 +28,8 @@ from dataflex.rows import Status
 class FeatureEngine:
     """Computes features of examples from a model that may be in the middle of its training.
 
-    Values are those of the model in eval mode; nothing of it is changed: not `.grad`, random states, or flags. The gradient
-    is that of each example's *mean* cross-entropy over its supervised tokens, in whatever batch it is computed.
+    Values are those of the model in eval mode, and nothing of it is changed: not `.grad`, random states, or flags. The
+    gradient is that of each example's *mean* cross-entropy over its supervised tokens, whatever batch it is in.
 
     Args:
         model: the bare module (PeftModel or PreTrainedModel), not a DDP wrapper or a DeepSpeed engine.
@@ -61,8 +61,8 @@ class FeatureEngine:
         self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
         self.autocast = autocast
         self._projectors: dict[Projection, Projector] = {}
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._accepts = inspect.signature(base.forward).parameters
+        get_base: Callable[[], nn.Module] = getattr(model, "get_base_model", lambda: model)
+        self._accepts = inspect.signature(get_base().forward).parameters
 
     @cached_property
     def parameters(self) -> list[Parameter]:
@@ -92,7 +92,7 @@ class FeatureEngine:
             if sketches:
                 stack.enter_context(sketches.taps.on(sketches.modules))
             for number in range(max(len(plan), min_batches, 1)):
-                rows = plan[number] if number < len(plan) else np.empty(0, dtype=np.int64)
+                rows = plan[number].tolist() if number < len(plan) else []
                 parts = self._run(self._collate([examples[i] for i in rows] or [self._dummy]), specs, sketches)
                 values = values or [_empty(part, len(examples)) for part in parts]
                 for whole, part in zip(values, parts, strict=True):
@@ -108,8 +108,8 @@ class FeatureEngine:
             return Target(None, projector)
         if spec.projection.type == "factorized":
             raise ConfigError(
-                "projection.type factorized with direction adam: the step is no outer product, so its factors cannot be "
-                "projected; use sjlt"
+                "projection.type factorized with direction adam: the step is no outer product, so it has no factors "
+                "to project; use sjlt"
             )
         if self.moments is None:
             raise ConfigError(
@@ -125,7 +125,7 @@ class FeatureEngine:
             directions[spec.adam_variant] = partial(adam_direction, moments, spec.adam_variant)
         return Target(directions[spec.adam_variant], projector)
 
-    def _run(self, batch: Batch, specs: Sequence[FeatureSpec], sketches: Sketches | None) -> list[FeatureValues]:
+    def _inputs(self, batch: Batch, specs: Sequence[FeatureSpec]) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "position_ids" in self._accepts:  # per row, so that a trained position embedding sees rows apart
             inputs["position_ids"] = batch.position_ids
@@ -133,6 +133,9 @@ class FeatureEngine:
             inputs["output_hidden_states"] = True
         if all(isinstance(spec, EmbeddingSpec) for spec in specs) and "logits_to_keep" in self._accepts:
             inputs["logits_to_keep"] = 1
+        return inputs
+
+    def _run(self, batch: Batch, specs: Sequence[FeatureSpec], sketches: Sketches | None) -> list[FeatureValues]:
         tokens = (batch.targets >= 0).sum(dim=1)
         status = torch.where(tokens > 0, Status.OK, Status.NO_LABELS).to(torch.uint8)
         results: dict[int, FeatureValues] = {}
@@ -140,7 +143,7 @@ class FeatureEngine:
             if sketches:
                 sketches.start(len(batch.input_ids), self.device)
             with self.autocast():
-                output = self.model(**inputs, use_cache=False, return_dict=True)
+                output = self.model(**self._inputs(batch, specs), use_cache=False, return_dict=True)
             for i, spec in enumerate(specs):
                 if isinstance(spec, EmbeddingSpec):
                     states = output.hidden_states
@@ -187,9 +190,9 @@ def _empty(part: FeatureValues, count: int) -> FeatureValues:
     return FeatureValues(np.zeros(count, dtype=np.uint8), scalars, vectors)
 
 
-def _place(part: FeatureValues, rows: np.ndarray, whole: FeatureValues) -> None:
+def _place(part: FeatureValues, rows: list[int], whole: FeatureValues) -> None:
     """Copy a batch's values to their rows; a dummy batch has none."""
-    if not len(rows):
+    if not rows:
         return
     whole.status[rows] = part.status
     for name, column in part.scalars.items():

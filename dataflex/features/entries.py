@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dataflex.fingerprint import canonical
 
+CHUNK = 1 << 22
+"""Entries to make at a time: 32 MiB of words."""
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
 _ADAPTER = re.compile(r"\.(lora_[AB]|modules_to_save)\.[^.]+(?=\.|$)")
 

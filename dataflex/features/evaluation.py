@@ -17,8 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Switch off dropout, NEFTune and whatever else acts in training, but keep gradient checkpointing where it is on.
 
-    Parameters do not require gradients meanwhile, so that no kernel forms one. Mode flags, `requires_grad`, checkpointing
-    functions and random states are as before afterwards.
+    Parameters do not require gradients meanwhile, so that no kernel forms one. Afterwards mode flags, `requires_grad`,
+    checkpointing functions and random states are as before.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -32,7 +32,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
             for layer in layers:
                 layer.training = True  # Transformers checkpoints in training mode only; the children stay in eval mode
-                layer._gradient_checkpointing_func = _checkpoint
+                layer._gradient_checkpointing_func = _checkpoint  # type: ignore[assignment]
             yield
         finally:
             for layer, function in zip(layers, functions, strict=True):

@@ -1,10 +1,9 @@
 """Per-example gradients of every trainable parameter out of one batched backward pass, reduced as they come.
 
-For a linear layer y = x W^T + b, with gy the gradient of the batch's summed losses at y, no row of the batch influences
-another, so row n's own gradients are G[n] = sum_t gy[n, t] x[n, t]^T and sum_t gy[n, t]. LoRA's A and B are linear layers.
+Let y = x W^T + b be a linear layer and gy the gradient of the batch's summed losses at y. No row of the batch influences
+another, so row n's own gradients are G[n] = sum_t gy[n, t] x[n, t]^T and sum_t gy[n, t]. LoRA's A and B are linear.
 
-A parameter's G is formed in blocks of its rows, made an Adam direction if asked, added into the sketches, and freed: memory
-is bounded by the block, whatever the number of parameters.
+Here G is only described, by what gives any rows of it; `sketch` forms it in blocks, so that memory stays bounded.
 
 Shapes: B rows of the batch, T tokens, I/O layer in/out; a parameter is seen as a matrix, `rows` x `cols`.
 """
@@ -100,8 +99,8 @@ def _refuse_coupled_rows(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "output_router_logits", False):
         raise DataflexError(
-            "config.output_router_logits is on: the router's auxiliary loss couples the examples of a batch, so no example has "
-            "a gradient of its own; unset `moe_aux_loss_coef`"
+            "config.output_router_logits is on: the router's auxiliary loss couples the examples of a batch, so none "
+            "has a gradient of its own; unset `moe_aux_loss_coef`"
         )
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -115,8 +114,8 @@ def _refuse_unsupported(name: str, module: nn.Module) -> None:
         raise DataflexError(f"{name}: DoRA has no exact per-example rule here; set `use_dora: false`")
     if next(module.children(), None) is not None or isinstance(module, nn.ParameterList | nn.ParameterDict):
         raise DataflexError(
-            f"{name} belongs to {type(module).__name__}, which is not a single layer, so there is no exact rule for its "
-            "per-example gradient; freeze it, or train a LoRA adapter on linear layers"
+            f"{name} belongs to {type(module).__name__}, which is not a single layer, so there is no exact rule for "
+            "its per-example gradient; freeze it, or train a LoRA adapter on linear layers"
         )
     if isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
         raise DataflexError(
@@ -153,15 +152,15 @@ def _embedding_rows(module: nn.Embedding, ids: Tensor, gy: Tensor) -> Rows:
         inside = (flat >= a) & (flat < b)
         if module.padding_idx is not None:
             inside &= flat != module.padding_idx
-        row, _ = at = inside.nonzero(as_tuple=True)
+        row = inside.nonzero()[:, 0]
         out = values.new_zeros(n * (b - a), width)
-        return out.index_add_(0, row * (b - a) + flat[at] - a, values[at]).view(n, -1)
+        return out.index_add_(0, row * (b - a) + flat[inside] - a, values[inside]).view(n, -1)
 
     return rows
 
 
 def _module_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> dict[str, Rows]:
-    """Differentiate a small module, such as a norm, once per row; in float32."""
+    """Differentiate a small module, such as a norm, for each row; in float32."""
     own = {name: wide(parameter.detach()) for name, parameter in module.named_parameters()}
     x, gy = wide(x), wide(gy)
 

@@ -15,7 +15,7 @@ from dataflex.features.spec import GradientSpec, Projection
 
 
 def single_gradient(engine: FeatureEngine, example: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return one example's gradient by parameter name: batch of one, the model's own loss, plain autograd, eval mode."""
+    """Return one example's gradient by parameter name: alone, by the model's own loss and autograd, in eval mode."""
     named = dict(engine.model.named_parameters())
     parameters = [named[p.name] for p in engine.parameters]
     labels = torch.tensor([list(example["labels"])], device=engine.device)

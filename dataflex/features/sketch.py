@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from dataflex.errors import DataflexError
 from dataflex.features.capture import Taps
+from dataflex.features.factorized import Factorized
 from dataflex.features.gradient import Linear, Parameter, Rows, gradient_rows
-from dataflex.features.projection import Factorized, Projector
+from dataflex.features.projection import Projector
 
 Direction = Callable[[str, int, Tensor], Tensor]
-"""(parameter, start, g) -> the direction for elements [start, start + m) of the parameter; g (B, m) is left as it is."""
+"""(parameter, start, g) -> the direction for elements [start, start + m) of a parameter; g (B, m) is not changed."""
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of G held at a time, over all rows of the batch: 4 MB float32 on a CPU, about its cache; 256 MB on a GPU."""
@@ -31,8 +32,9 @@ class Target:
 class Sketches:
     """Receives (module, input, output gradient) of one batch and keeps (B, K) per target.
 
-    A parameter that several modules share, or whose module runs several times, is put aside until all its uses are there,
-    because an Adam direction needs the sum.
+    A parameter's gradient is formed in blocks of its rows, made an Adam direction if asked, added into the sketches and
+    freed. Where several modules share a parameter, or its module runs several times, it waits until all its uses are
+    there, because an Adam direction needs their sum.
     """
 
     def __init__(self, parameters: Sequence[Parameter], targets: Sequence[Target]) -> None:
@@ -65,8 +67,8 @@ class Sketches:
         for parameter in self._parameters:
             if not self._expected(parameter):
                 raise DataflexError(
-                    f"{parameter.name} is trainable, but its module did not run on this data, so no gradient can be read from "
-                    "it; freeze it"
+                    f"{parameter.name} is trainable, but its module did not run on this data, so no gradient can be "
+                    "read from it; freeze it"
                 )
         self.taps.backward(total)
         for parameter in self._parameters:  # uses whose output never reached the loss have no gradient
@@ -80,8 +82,8 @@ class Sketches:
     def _receive(self, module: nn.Module, x: Tensor, gy: Tensor) -> None:
         if x.shape[0] != self._n or gy.shape[0] != self._n:
             raise DataflexError(
-                f"a {type(module).__name__} with trainable parameters was given {tuple(x.shape)} for a batch of {self._n} rows: "
-                "they cannot be told apart; freeze it"
+                f"a {type(module).__name__} with trainable parameters was given {tuple(x.shape)} for a batch of "
+                f"{self._n} rows: they cannot be told apart; freeze it"
             )
         owned = self._owned[module]
         self.taps.paused = True

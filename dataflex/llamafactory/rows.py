@@ -154,15 +154,19 @@ def _indexed(raw: dict[str, Dataset], names: Sequence[str]) -> Iterator[None]:
     """
     load, align, cloud = loader.load_dataset, loader.align_dataset, loader.read_cloud_json
     pending = iter(names)
+    whole: list[Dataset] = []  # as loaded, before sampling
 
     def numbered(*args: Any, **kwargs: Any) -> Dataset:
         dataset = load(*args, **kwargs)
         if len(dataset) == 0:
             raise DataflexError(f"{kwargs.get('data_files') or kwargs.get('path')}: found 0 rows; expected at least one")
+        whole.append(dataset)
         return dataset.add_column(_INDEX, np.arange(len(dataset)))
 
     def numbered_cloud(path: str) -> list[Any]:
-        return [record | {_INDEX: i} for i, record in enumerate(cloud(path))]
+        records = cloud(path)
+        whole.append(Dataset.from_list(records))
+        return [record | {_INDEX: i} for i, record in enumerate(records)]
 
     def aligned(dataset: Dataset, attr: Any, data_args: Any, training_args: Any) -> Dataset:
         name = next(pending)
@@ -175,7 +179,7 @@ def _indexed(raw: dict[str, Dataset], names: Sequence[str]) -> Iterator[None]:
                     f"dataset {name}: found rows with {kind} (column {column!r}); expected text only, since per-example "
                     "features of multimodal rows are not supported. Leave the column out of dataset_info.json's columns."
                 )
-        raw[name] = dataset.remove_columns([_INDEX])
+        raw[name] = whole.pop()
         index = _column(dataset, _INDEX)
         return align(dataset, attr, data_args, training_args).add_column(_INDEX, index)
 

@@ -51,8 +51,11 @@ def show(title: str, *lines: list[str]) -> None:
 
 def report(seconds: list[float]) -> None:
     """Print what was selected, what it did to the loss, and what was computed and reused."""
-    from examples.quickstart import measure  # torch and transformers, after the runs
+    from transformers.utils.logging import disable_progress_bar  # imported after the runs: 10 s
 
+    from examples.quickstart import measure
+
+    disable_progress_bar()
     pool = json.loads((build.FOLDER / "data" / "pool.json").read_text("utf-8"))
     test = json.loads((build.FOLDER / "data" / f"test_{build.TARGET}.json").read_text("utf-8"))
     share = sum(row["source"] == build.TARGET for row in pool) / len(pool)

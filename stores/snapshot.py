@@ -1,0 +1,97 @@
+"""The commits that one read sees: an index over them, and their rows, row group by row group. R rows asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dataflex.errors import CorruptionError
+from dataflex.fingerprint import keys_digest
+from dataflex.stores.base import Layout
+from dataflex.stores.encoded import Encoded
+from dataflex.stores.files import Files
+from dataflex.stores.fragment import Fragment
+from dataflex.stores.locations import Locations
+from dataflex.stores.log import Entry
+from dataflex.stores.verify import CURE
+
+
+class Snapshot:
+    """What was committed at one moment; later commits do not change it.
+
+    Args:
+        files: the root's files.
+        folder: of the data files.
+        layout: of the store.
+        entries: log file name -> entry, in the order of the log.
+        earlier: an earlier snapshot of the same store: what is known of the data files is taken over.
+
+    Raises:
+        CorruptionError: the row keys of a data file are missing or damaged.
+    """
+
+    def __init__(
+        self, files: Files, folder: str, layout: Layout, entries: Mapping[str, Entry], earlier: Snapshot | None = None
+    ):
+        self.files = files
+        self.folder = folder
+        self.layout = layout
+        self.entries = entries
+        self._keys: dict[str, np.ndarray] = {}
+        known = {} if earlier is None else earlier._keys
+        self._checked: set[str] = set() if earlier is None else earlier._checked
+        for name, entry in entries.items():
+            self._keys[name] = known[name] if name in known else self._read_keys(entry)
+        self.locations = Locations(list(self._keys.values()))
+
+    def groups(self, positions: np.ndarray, columns: Sequence[str], vectors: bool) -> Iterator[tuple[slice, Encoded]]:
+        """Yield the rows at sorted positions, each row group once, with the slots of `positions` that they fill.
+
+        Args:
+            positions: (R,) of `Locations.find`, ascending; repeated positions give repeated rows.
+            columns: scalar columns wanted.
+            vectors: whether vectors are wanted.
+
+        Raises:
+            CorruptionError: a data file is missing or damaged.
+        """
+        bounds = itertools.pairwise(np.searchsorted(positions, self.locations.offsets))
+        for entry, offset, (low, high) in zip(self.entries.values(), self.locations.offsets, bounds, strict=False):
+            if low == high:
+                continue
+            rows = positions[low:high] - offset
+            with self._open(entry) as fragment:
+                cuts = itertools.pairwise(np.searchsorted(rows, fragment.starts))
+                for group, (start, stop) in enumerate(cuts):
+                    if start < stop:
+                        part = fragment.group(group, columns, vectors)
+                        wanted = rows[start:stop] - fragment.starts[group]
+                        is_whole = len(wanted) == len(part.keys) and bool((np.diff(wanted) == 1).all())
+                        yield slice(low + start, low + stop), part if is_whole else part.take(wanted)
+
+    def _path(self, entry: Entry) -> str:
+        return f"{self.folder}/{entry.data}.parquet"
+
+    def _read_keys(self, entry: Entry) -> np.ndarray:
+        with Fragment(self.files, self._path(entry), self.layout) as fragment:
+            keys = fragment.keys()
+            if len(keys) != entry.rows or keys_digest(keys) != entry.keys:
+                raise CorruptionError(f"{fragment.name} is damaged: its row keys are not those committed; {CURE}")
+            return keys
+
+    def _open(self, entry: Entry) -> Fragment:
+        """Open a data file for its values; its SHA-256 is checked on first use: page CRCs do not cover the footer."""
+        path = self._path(entry)
+        if entry.data not in self._checked:
+            try:
+                found = self.files.sha256(path)
+            except FileNotFoundError as error:
+                raise CorruptionError(
+                    f"{self.files.name(path)} is missing although it was committed; {CURE}"
+                ) from error
+            if found != entry.data:
+                raise CorruptionError(f"{self.files.name(path)} is damaged: its SHA-256 is {found[:12]}…; {CURE}")
+            self._checked.add(entry.data)
+        return Fragment(self.files, path, self.layout)

@@ -1,0 +1,146 @@
+"""Two processes over gloo: the same features and rows as one, resumption, DeepSpeed, and being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex.stores.root import StoreRoot
+
+
+def environment(**more: str) -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    python = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PATH": path, "PYTHONPATH": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
+    command = [sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides]
+    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+
+
+def values(store: Path) -> dict[tuple[str, bytes], np.ndarray]:
+    """Return every vector under a root by feature and row key."""
+    found = {}
+    for each in StoreRoot(store).stores():
+        assert each.verify() == []
+        for block in each.scan(columns=[]):
+            assert block.vectors is not None
+            kind = json.dumps(each.recipe["feature"], sort_keys=True)
+            found |= {(kind, k.tobytes()): v for k, v in zip(block.keys, block.vectors, strict=True)}
+    return found
+
+
+def test_two_processes_featurize_as_one_and_either_finishes_the_others_work(workspace: Any) -> None:
+    """Features at given checkpoints, where the state is the same whatever the processes."""
+    made = workspace.write("made", component_name="random", lora_dropout=0.0, update_times=1, dataflex=None)
+    workspace.run("train", made)
+    params = {"proj_dim": 256, "checkpoints": [str(workspace.folder / "out" / "made" / "checkpoint-5")]}
+    runs = {}
+    for name in ("one", "two"):
+        section = {"store": str(workspace.folder / name), "params": params, "fragment_rows": 64, "storage": "float32"}
+        runs[name] = workspace.write(name, dataflex=section)
+    workspace.run("featurize", runs["one"])
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "dataflex.cli"]
+    command = [sys.executable, *launcher, "featurize", str(runs["two"])]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = values(workspace.folder / "one"), values(workspace.folder / "two")
+    assert one.keys() == two.keys()
+    assert len(one) == 61 + 8
+    for key in one:
+        np.testing.assert_allclose(two[key], one[key], atol=1e-5 * np.abs(one[key]).max())
+    # Half of a store made by two processes is finished by one.
+    gradient = max(StoreRoot(workspace.folder / "two").stores(), key=lambda store: store.rows)
+    lost = sorted((Path(gradient.path) / "log").glob("*.json"))[0]
+    lost.unlink()
+    summary = workspace.run("featurize", runs["two"])
+    assert 0 < summary["computed"] < 61
+    assert values(workspace.folder / "two").keys() == one.keys()
+
+
+def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: Any) -> None:
+    path = workspace.write("two", per_device_train_batch_size=1, lora_dropout=0.1)
+    dataflex("train", path, **TWO)
+    out = workspace.folder / "out"
+    assert [len(rows) for rows in workspace.rounds("two")] == [12, 8, 8]
+    shutil.copytree(out / "two", out / "resumed")
+    for step in (5, 6, 7):
+        shutil.rmtree(out / "resumed" / f"checkpoint-{step}")
+    (out / "resumed" / "rounds" / "round-00002.parquet").unlink()
+    dataflex("train", workspace.write("resumed", per_device_train_batch_size=1, lora_dropout=0.1), **TWO)
+    assert workspace.rounds("resumed") == workspace.rounds("two")
+    before, after = workspace.weights("two"), workspace.weights("resumed")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # One process with the same global batch warms up on the same rows.
+    workspace.run("train", workspace.write("one", per_device_train_batch_size=2, lora_dropout=0.1))
+    assert workspace.rounds("one")[0] == workspace.rounds("two")[0]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage: int) -> None:
+    """Each row's own gradient, not the mean over ranks: equal to one process's at the state that DeepSpeed reached."""
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    (workspace.folder / "ds.json").write_text(json.dumps(config))
+    section = {"store": str(workspace.folder / "sharded"), "params": {"proj_dim": 256}, "storage": "float32"}
+    keys = {"deepspeed": str(workspace.folder / "ds.json"), "use_cpu": None, "dataflex": section, "lora_dropout": 0.0}
+    run = workspace.write("sharded", per_device_train_batch_size=1, **keys)
+    dataflex("train", run, "update_times=1", **TWO, DS_ACCELERATOR="cpu")
+    checkpoint = workspace.folder / "out" / "sharded" / "checkpoint-3"
+    section = {**section, "store": str(workspace.folder / "alone")}
+    section["params"] = {"proj_dim": 256, "checkpoints": [str(checkpoint)]}  # type: ignore[assignment]
+    workspace.run("featurize", workspace.write("alone", lora_dropout=0.0, dataflex=section))
+    sharded, alone = values(workspace.folder / "sharded"), values(workspace.folder / "alone")
+    assert sharded.keys() == alone.keys()
+    for key, expected in alone.items():
+        np.testing.assert_allclose(sharded[key], expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_featurize_is_finished_by_the_next(workspace: Any) -> None:
+    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 64}
+    section |= {"features": [{"kind": "loss"}, {"kind": "embedding"}]}
+    path = workspace.write("killed", dataflex=section)
+    command = [sys.executable, "-m", "dataflex.cli", "featurize", str(path)]
+    begun = time.monotonic()
+    subprocess.run(command, env=environment(), capture_output=True, timeout=200, check=True)
+    seconds = time.monotonic() - begun
+    whole = values(workspace.folder / "store")
+    shutil.rmtree(workspace.folder / "store")
+    draw = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(seconds * draw.uniform(0.6, 0.98))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    workspace.run("featurize", path)
+    again = values(workspace.folder / "store")
+    assert again.keys() == whole.keys()
+    for key in whole:
+        np.testing.assert_allclose(again[key], whole[key], atol=2e-3 * max(np.abs(whole[key]).max(), 1e-6))
