@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Protocol
@@ -43,6 +43,7 @@ class Rows:
         truncated: (R,) bool, rows that `cutoff_len` shortened.
         names: dataset names as the run file lists them.
         dropped: (dataset, index) of each record that LLaMA-Factory's processor refused.
+        text: row -> (prompt, response), for encoders that read text.
     """
 
     examples: Examples
@@ -54,6 +55,7 @@ class Rows:
     truncated: np.ndarray
     names: Sequence[str]
     dropped: Sequence[tuple[int, int]]
+    text: Callable[[int], tuple[str, str]]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -62,7 +64,7 @@ class Rows:
         """Return some of the rows, in the order given, renumbered from 0."""
         fields = ("keys", "dataset", "index", "length", "supervised", "truncated")
         arrays = {name: getattr(self, name)[rows] for name in fields}
-        return replace(self, examples=_Taken(self.examples, rows), **arrays)
+        return replace(self, examples=_Taken(self.examples, rows), text=lambda row: self.text(int(rows[row])), **arrays)
 
 
 @dataclass(frozen=True)

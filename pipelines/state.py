@@ -41,14 +41,18 @@ class ModelState:
         self._checkpoint: str | None = None
         self._cache: dict[tuple[Any, ...], Any] = {}
 
-    def recipe(self, spec: Any, storage: str) -> dict[str, Any]:
+    @property
+    def position(self) -> tuple[str | None, int]:
+        """Which state the model is in, for as long as this object lives."""
+        return self._checkpoint, self.trainer.state.global_step
+
+    def recipe(self, spec: Any) -> dict[str, Any]:
         """Return everything but the row that determines a feature's values. Collective under ZeRO-3."""
         is_gradient = isinstance(spec, GradientSpec)
         recipe: dict[str, Any] = {
-            "feature": spec.recipe() if is_gradient else spec.model_dump(),
+            "feature": spec.recipe() if is_gradient else spec.model_dump(exclude={"embedding_model_name_or_path"}),
             "model": {"base": self._base, "adapter": self.weights(forward_only=not is_gradient)},
             "numerics": self._numerics(),
-            "storage": storage,
         }
         if is_gradient and spec.direction == "adam":
             recipe["optimizer"] = self.optimizer_identity()
@@ -60,7 +64,7 @@ class ModelState:
 
     def weights(self, forward_only: bool = False) -> dict[str, Any] | str:
         """Return the identity of the trainable weights; "none" where an adapter does not act on the forward pass yet."""
-        key = ("weights", forward_only, self._checkpoint, self.trainer.state.global_step)
+        key = ("weights", forward_only, *self.position)
         if key not in self._cache:
             with self._gathered():
                 tensors = dict(self.trainable())
@@ -70,7 +74,7 @@ class ModelState:
 
     def optimizer_identity(self) -> dict[str, Any]:
         """Return the identity of Adam's moments, step, betas and epsilon."""
-        key = ("moments", self._checkpoint, self.trainer.state.global_step)
+        key = ("moments", *self.position)
         if key not in self._cache:
             self._cache[key] = {"adam": self.moments().digest()}
         return self._cache[key]  # type: ignore[no-any-return]
@@ -138,8 +142,8 @@ class ModelState:
             adapters = adapters[:-1]  # the last one goes on being trained: it is among the trainable weights
         options = {name: getattr(args, name, None) for name in _MODEL_OPTIONS}
         return {
-            "weights": model_digest(_folder(args.model_name_or_path)),
-            "merged": [model_digest(_folder(path)) for path in adapters],
+            "weights": model_digest(model_folder(args.model_name_or_path)),
+            "merged": [model_digest(model_folder(path)) for path in adapters],
             "options": {name: _plain(value) for name, value in options.items() if value},
         }
 
@@ -249,7 +253,7 @@ class ModelState:
         return Moments.from_optimizer_pt(state, list(ordered), ordered)
 
 
-def _folder(name_or_path: str) -> Path:
+def model_folder(name_or_path: str) -> Path:
     """Return the local folder of a model or adapter, a Hub name resolved to its downloaded snapshot."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)

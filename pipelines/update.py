@@ -12,9 +12,9 @@ import numpy as np
 from dataflex import distributed
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.features.spec import FeatureSpec
-from dataflex.pipelines.access import Snapshot
-from dataflex.pipelines.refresh import Mixed, due
+from dataflex.pipelines.refresh import due
 from dataflex.pipelines.run import Run
+from dataflex.pipelines.views import Mixed, Snapshot
 from dataflex.schedule import Round
 from dataflex.selectors.base import Context, Need, Selection, View, generator, stream
 from dataflex.stores.parquet import ParquetStore
@@ -45,7 +45,7 @@ def decide(run: Run, round: Round) -> DecidedRound:
         "computed": tally.computed - before[0],
         "reused": tally.reused - before[1],
         "seconds": round_seconds(time.monotonic() - begun),
-        "recipes": [run.state.recipe(need.spec, run.settings.dataflex.storage) for need in run.live_needs],
+        "recipes": [run.access.recipe(need.spec) for need in run.live_needs],
     }
     return DecidedRound(round, selection.rows[order], scores[order], ages[order].astype(np.int32), info)
 
@@ -127,22 +127,22 @@ class UpdateFeatures:
                 )
             rows = self.run.rows if target is None else self.run.targets[target]
             (store,) = self.run.access.ensure([spec], rows, state)
-            self._views[asked] = self.run.access.view(rows, store)
+            self._views[asked] = self.run.access.view(spec, rows, store)
         return self._views[asked]
 
     def _target(self, need: Need, name: str) -> View:
         access, rows = self.run.access, self.run.targets[name]
         if need.state is None and self._policy.policy == "static" and self.update > 0:
-            return access.view(rows, self._earlier(0, need), self.update)
+            return access.view(need.spec, rows, self._earlier(0, need), self.update)
         (store,) = access.ensure([need.spec], rows, need.state)
-        return access.view(rows, store)
+        return access.view(need.spec, rows, store)
 
     def _train(self, need: Need) -> View:
         """Give the training rows' values, of this update or joined from several."""
         run = self.run
         if need.state is not None or (self.updated == self.update).all():
             (store,) = run.access.ensure([need.spec], run.rows, need.state)
-            return run.access.view(run.rows, store)
+            return run.access.view(need.spec, run.rows, store)
         parts: list[tuple[np.ndarray, Snapshot]] = []
         for update in np.unique(self.updated).tolist():
             at = np.flatnonzero(self.updated == update)
@@ -152,7 +152,7 @@ class UpdateFeatures:
             else:
                 store = self._earlier(update, need)
                 run.access.tally.reused += len(np.unique(some.keys))
-            parts.append((at, run.access.view(some, store, self.update - update)))
+            parts.append((at, run.access.view(need.spec, some, store, self.update - update)))
         return Mixed.of(parts, len(run.rows))
 
     def _earlier(self, update: int, need: Need) -> ParquetStore:

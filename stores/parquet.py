@@ -115,10 +115,12 @@ class ParquetStore:
             status={status.name.lower(): int((values.status == status).sum()) for status in Status},
             writer=_WRITER,
         )
-        if self._log.find(entry) is None:
+        kept = self._log.find(entry)
+        if kept is None:
             with self.files.output(f"{self.folder}/data/{entry.data}.parquet") as file:
                 file.write(data)
-        return self._log.commit(entry).data == entry.data
+            kept = self._log.commit(entry)
+        return kept.data == entry.data
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """Say for each of (R,) keys whether its value is committed; (R,) bool.

@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from dataflex.errors import CorruptionError, MismatchError
-from dataflex.fingerprint import digest
+from dataflex.fingerprint import canonical, digest
 from dataflex.stores.files import Files
 
 FORMAT = 1
@@ -69,6 +69,7 @@ def claim(files: Files, folder: str, stem: str, body: dict[str, Any]) -> tuple[d
     then our own document is in our way. A damaged document is left alone, and ours goes under `stem~1.json`: removing
     it first would race with another writer who does the same.
     """
+    body = json.loads(canonical(body))  # a tuple would come back as a list
     data = seal(body)
     for attempt in itertools.count():
         path = f"{folder}/{stem}~{attempt}.json" if attempt else f"{folder}/{stem}.json"

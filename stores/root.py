@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -11,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dataflex.errors import CorruptionError, MismatchError
-from dataflex.fingerprint import canonical, difference, digest
+from dataflex.fingerprint import difference, digest
 from dataflex.stores.base import Layout
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.parquet import ParquetStore
@@ -53,7 +52,7 @@ class StoreRoot:
         document = find_record(self.files, folder, "recipe")
         if document is None:
             body = {"kind": kind, "recipe": recipe, "layout": layout.plain(), "libraries": _libraries()}
-            document, _ = claim(self.files, folder, "recipe", json.loads(canonical(body)))
+            document, _ = claim(self.files, folder, "recipe", body)
         store = _store(self.files, folder, document)
         if store.layout != layout:
             fields = "; ".join(difference(layout.plain(), store.layout.plain()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ from dataflex.features.reference import gradient_error
 from dataflex.features.spec import FeatureValues, GradientSpec, Projection
 
 VOCAB = 61
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -46,8 +48,8 @@ SMALL = {
 WHOLE = GradientSpec(projection=Projection(type="identity"))
 
 
-def lora(model: nn.Module, **config: object) -> nn.Module:
-    settings = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear", **config}
+def lora(model: Any, **config: Any) -> Any:
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear", **config}
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first, which would hide mistakes in A
@@ -55,24 +57,26 @@ def lora(model: nn.Module, **config: object) -> nn.Module:
     return model
 
 
-def llama(**config: object) -> LlamaForCausalLM:
+def llama(**config: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SMALL, **config))
 
 
 def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=24, n_layer=2, n_head=4))
+    config: dict[str, Any] = {"vocab_size": VOCAB, "n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**config))
 
 
 def opt() -> OPTForCausalLM:
-    config = {"hidden_size": 24, "word_embed_proj_dim": 24, "ffn_dim": 40, "num_attention_heads": 4}
-    return OPTForCausalLM(OPTConfig(vocab_size=VOCAB, num_hidden_layers=2, max_position_embeddings=32, **config))
+    config: dict[str, Any] = {"vocab_size": VOCAB, "num_hidden_layers": 2, "max_position_embeddings": 32}
+    config |= {"hidden_size": 24, "word_embed_proj_dim": 24, "ffn_dim": 40, "num_attention_heads": 4}
+    return OPTForCausalLM(OPTConfig(**config))
 
 
-def mixtral(**config: object) -> MixtralForCausalLM:
-    return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4, **config))
+def mixtral(**config: Any) -> MixtralForCausalLM:
+    return MixtralForCausalLM(MixtralConfig(**SMALL, **{"num_local_experts": 4, **config}))
 
 
-def bias_only(model: nn.Module) -> nn.Module:
+def bias_only(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
     return model
@@ -109,12 +113,12 @@ def examples() -> list[dict[str, list[int]]]:
     return rows
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Any:
     torch.manual_seed(0)
     return MODELS[name]().eval()
 
 
-def expected(model: nn.Module, examples: list[dict[str, list[int]]]) -> np.ndarray:
+def expected(model: Any, examples: list[dict[str, list[int]]]) -> np.ndarray:
     """Return each example's gradient, parameters sorted by name: one example, the model's own loss, `backward`."""
     rows = []
     for example in examples:
@@ -130,7 +134,7 @@ def _without_adapter(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".default", "").replace(".base_layer", "")
 
 
-def gradients(model: nn.Module, examples: list[dict[str, list[int]]], **settings: object) -> np.ndarray:
+def gradients(model: Any, examples: list[dict[str, list[int]]], **settings: Any) -> np.ndarray:
     (values,) = FeatureEngine(model, pad_token_id=0, **settings).compute(examples, [WHOLE])
     return vectors(values)
 
@@ -179,12 +183,12 @@ def test_padding_contributes_exactly_nothing(examples: list[dict[str, list[int]]
         np.testing.assert_array_equal(found[0], found[1])
 
 
-def plain_checkpointing(model: nn.Module, use_reentrant: bool) -> None:
+def plain_checkpointing(model: Any, use_reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
 
 
-def llamafactory_checkpointing(model: nn.Module) -> None:
+def llamafactory_checkpointing(model: Any) -> None:
     from llamafactory.model.model_utils.checkpointing import _gradient_checkpointing_enable
 
     base = model.get_base_model()
@@ -199,10 +203,10 @@ def llamafactory_checkpointing(model: nn.Module) -> None:
     [partial(plain_checkpointing, use_reentrant=True), partial(plain_checkpointing, use_reentrant=False)],
     ids=["reentrant", "non_reentrant"],
 )
-def test_gradient_checkpointing(name: str, enable: object, examples: list[dict[str, list[int]]]) -> None:
+def test_gradient_checkpointing(name: str, enable: Callable[[Any], None], examples: list[dict[str, list[int]]]) -> None:
     model = build(name)
     wanted = gradients(model, examples)
-    enable(model)  # type: ignore[operator]
+    enable(model)
     _check_checkpointed(model, wanted, examples)
 
 
@@ -213,7 +217,7 @@ def test_checkpointing_of_llamafactory(examples: list[dict[str, list[int]]]) -> 
     _check_checkpointed(model, wanted, examples)
 
 
-def _check_checkpointed(model: nn.Module, wanted: np.ndarray, examples: list[dict[str, list[int]]]) -> None:
+def _check_checkpointed(model: Any, wanted: np.ndarray, examples: list[dict[str, list[int]]]) -> None:
     model.train()
     layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
     functions = [layer._gradient_checkpointing_func for layer in layers]
@@ -308,7 +312,7 @@ class Bypass(nn.Linear):
 
 
 class Scaled(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.inner, self.scale = model, nn.Parameter(torch.ones(()))
         self.config = model.config
@@ -317,13 +321,13 @@ class Scaled(nn.Module):
         return self.inner(**inputs)
 
 
-def batch_norm() -> nn.Module:
+def batch_norm() -> Any:
     model = lora(llama())
     model.get_base_model().model.extra = nn.BatchNorm1d(3)
     return model
 
 
-def unused() -> nn.Module:
+def unused() -> Any:
     model = lora(llama())
     model.get_base_model().model.extra = nn.Linear(2, 2)
     return model
@@ -343,7 +347,9 @@ def unused() -> nn.Module:
         (lambda: lora(opt(), target_modules=["fc1"]), r"given \(136, 4\) for a batch of 8 rows"),
     ],
 )
-def test_refuses_what_has_no_exact_rule(make: object, message: str, examples: list[dict[str, list[int]]]) -> None:
-    model = make()  # type: ignore[operator]
+def test_refuses_what_has_no_exact_rule(
+    make: Callable[[], Any], message: str, examples: list[dict[str, list[int]]]
+) -> None:
+    model = make()
     with pytest.raises(DataflexError, match=message):
         gradients(model, examples)

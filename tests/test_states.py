@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,7 +32,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("url", ["{}/root 根", "memory://states"])
-def test_put_find_fetch(tmp_path: Path, checkpoint: Path, url: str) -> None:
+def test_put_find_fetch(tmp_path: Path, checkpoint: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     states = StoreRoot(url.format(tmp_path)).states
     assert states.find(LINEAGE) is None
     with pytest.raises(MismatchError, match="holds no kept state"):

@@ -131,6 +131,16 @@ def test_the_first_fragment_of_the_log_has_a_key(tmp_path: Path) -> None:
         assert sorted(k.tobytes() for k in scanned) == [k.tobytes() for k in keys(1, 2, 3)]
 
 
+def test_of_many_equal_keys_the_first_row_counts(tmp_path: Path) -> None:
+    layout = Layout({"n": "int64"})
+    store = StoreRoot(tmp_path).open("loss", RECIPE, layout)
+    for i in range(3):
+        row_keys = keys(*np.random.default_rng(i).integers(0, 5, 300).tolist())
+        store.append(f"f{i}", Values(row_keys, np.zeros(300, np.uint8), {"n": np.arange(300) + 1000 * i}))
+    first = np.random.default_rng(0).integers(0, 5, 300).tolist()
+    assert store.read(keys(*range(5))).scalars["n"].tolist() == [first.index(n) for n in range(5)]
+
+
 def test_rows_that_are_not_ok_become_zeros(tmp_path: Path) -> None:
     store = StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT)
     values = some(LAYOUT, keys(1, 2, 3))

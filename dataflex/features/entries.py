@@ -20,7 +20,7 @@ from dataflex.fingerprint import canonical
 CHUNK = 1 << 22
 """Entries to make at a time: 32 MiB of words."""
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
-_ADAPTER = re.compile(r"\.(lora_[AB]|modules_to_save)\.[^.]+(?=\.|$)")
+_ADAPTER = re.compile(r"\.(lora_[AB]|modules_to_save)\.[^.]+(?=\.)")
 
 
 def canonical_name(name: str) -> str:

@@ -168,7 +168,7 @@ def _module_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> 
         def run(chosen: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(module, own | chosen, (x_row[None],))[0].to(gy_row.dtype)
 
-        _, pullback = torch.func.vjp(run, {name: own[name] for name in names})
+        pullback = torch.func.vjp(run, {name: own[name] for name in names})[1]
         return pullback(gy_row)[0]  # type: ignore[no-any-return]
 
     def rows_of(gradient: Tensor) -> Rows:

@@ -45,6 +45,11 @@ class EmbeddingSpec(_Frozen):
         "mean", description="mean over tokens; last token; or weights t / sum(t), as RDS+ (arXiv 2503.01807)"
     )
     layer: int = Field(-1, description="hidden state to pool: 0 is the embedding layer, -1 the last (after its norm)")
+    embedding_model_name_or_path: str | None = Field(
+        None,
+        description="another model that reads the rows' text: sentence-transformers (its own pooling) or a causal LM; "
+        "default: the run's model",
+    )
 
 
 class GradientSpec(_Frozen):

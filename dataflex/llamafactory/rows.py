@@ -24,6 +24,7 @@ from llamafactory.extras.misc import has_tokenized_data
 
 from dataflex.errors import DataflexError
 from dataflex.fingerprint import row_key
+from dataflex.llamafactory.texts import DecodedTexts, RecordTexts
 from dataflex.rows import KEY_DTYPE, Rows
 
 log = logging.getLogger(__name__)
@@ -124,9 +125,14 @@ def load_rows(
     notes = {key: _notes(part, names + targets) for key, part in processed.items()}
     fed = {key: part.remove_columns([c for c in _NOTES if c in part.column_names]) for key, part in processed.items()}
     for key, part in (train_dict | eval_dict).items():
-        notes[key] = replace(notes[key], examples=TokenRows(fed[key], tokenizer.pad_token_id))
-        if not packed:
-            notes[key] = replace(notes[key], dropped=_dropped(part, processed[key]))
+        examples = TokenRows(fed[key], tokenizer.pad_token_id)
+        if packed:
+            notes[key] = replace(notes[key], examples=examples, text=DecodedTexts(examples, tokenizer))
+            continue
+        before, after = _origins(part), _origins(processed[key])
+        kept = set(after)
+        dropped = tuple(dict.fromkeys(origin for origin in before if origin not in kept))
+        notes[key] = replace(notes[key], examples=examples, dropped=dropped, text=RecordTexts(part, before, after))
     if data_args.tokenized_path is not None and training_args.should_save:
         DatasetDict(fed).save_to_disk(data_args.tokenized_path)
     module = get_dataset_module(DatasetDict(fed))
@@ -311,6 +317,7 @@ def _notes(dataset: Dataset, names: Sequence[str]) -> Rows:
         _column(dataset, _TRUNCATED).astype(bool),
         tuple(names),
         (),
+        lambda row: ("", ""),
     )
 
 
@@ -321,14 +328,9 @@ def _column(dataset: Dataset, name: str) -> np.ndarray:
     return np.asarray(table[name].to_numpy())
 
 
-def _dropped(before: Dataset, after: Dataset) -> tuple[tuple[int, int], ...]:
-    """Name the records that the processor refused."""
-
-    def origins(dataset: Dataset) -> list[tuple[int, int]]:
-        return list(zip(_column(dataset, _DATASET).tolist(), _column(dataset, _INDEX).tolist(), strict=True))
-
-    kept = set(origins(after))
-    return tuple(dict.fromkeys(origin for origin in origins(before) if origin not in kept))
+def _origins(dataset: Dataset) -> list[tuple[int, int]]:
+    """Return (dataset, index) of each row."""
+    return list(zip(_column(dataset, _DATASET).tolist(), _column(dataset, _INDEX).tolist(), strict=True))
 
 
 def _from_disk(data_args: Any, training_args: Any, tokenizer: Any) -> RowSets:
@@ -352,6 +354,7 @@ def _from_disk(data_args: Any, training_args: Any, tokenizer: Any) -> RowSets:
             np.zeros(len(rows), bool),
             (name,),
             (),
+            DecodedTexts(rows, tokenizer),
         )
 
     train = known(module["train_dataset"], str(data_args.tokenized_path))

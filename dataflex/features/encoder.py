@@ -1,0 +1,95 @@
+"""Embeddings by another model than the run's: it reads text, with a tokenizer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataflex.errors import ConfigError
+from dataflex.features.engine import FeatureEngine
+from dataflex.features.spec import EmbeddingSpec, FeatureValues
+from dataflex.fingerprint import digest, file_digest
+from dataflex.rows import Status
+
+
+class TextEncoder:
+    """Embeds "prompt, newline, response".
+
+    A folder with `modules.json` is a sentence-transformers model, which pools as it was trained to; `pooling` and
+    `layer` of the specification act on a causal LM alone.
+
+    Args:
+        folder: the model's folder.
+        device: where it runs.
+        token_budget: tokens of a batch, padding included.
+
+    Raises:
+        ConfigError: sentence-transformers is needed and not installed.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, token_budget: int):
+        self._sentences: Any = None
+        if (folder / "modules.json").is_file():
+            self._sentences = _sentence_transformer(folder, device)
+            return
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        self._limit = min(int(limit), int(self._tokenizer.model_max_length))
+        self._engine = FeatureEngine(model, pad_token_id=self._tokenizer.pad_token_id or 0, token_budget=token_budget)
+
+    def compute(self, texts: Sequence[tuple[str, str]], specs: Sequence[EmbeddingSpec]) -> list[FeatureValues]:
+        """Return the embeddings of texts (prompt, response), one result for each specification.
+
+        A text without a token gets a zero vector and is not usable.
+        """
+        joined = ["\n".join(part for part in text if part) for text in texts]
+        if self._sentences is not None:
+            return [_values(np.asarray(self._sentences.encode(joined, show_progress_bar=False), np.float32)) for _ in specs]
+        encoded = self._tokenizer(joined, truncation=True, max_length=self._limit)["input_ids"]
+        empty = np.array([not ids for ids in encoded])
+        examples = [{"input_ids": ids or [0], "labels": [-100] * max(1, len(ids))} for ids in encoded]
+        out = self._engine.compute(examples, specs)
+        for values in out:
+            assert values.vectors is not None
+            values.status[empty] = Status.NO_LABELS
+            values.vectors[empty] = values.scalars["norm"][empty, None] = 0.0
+        return out
+
+    @property
+    def width(self) -> int:
+        """Numbers per embedding."""
+        if self._sentences is not None:
+            return int(self._sentences.get_embedding_dimension())
+        return int(self._engine.model.config.hidden_size)
+
+
+def encoder_identity(folder: Path) -> dict[str, str]:
+    """Name an encoder by all its files, the tokenizer's included, for here the text is what the key knows."""
+    skip = (".md", ".gitattributes")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in skip and not p.name.startswith("."))
+    return {"files": digest({p.relative_to(folder).as_posix(): file_digest(p) for p in files}), "text": "prompt\nresponse"}
+
+
+def _sentence_transformer(folder: Path, device: torch.device) -> Any:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ConfigError(
+            f"embedding_model_name_or_path: {folder} is a sentence-transformers model and the package is not installed; "
+            "pip install sentence-transformers"
+        ) from error
+    return SentenceTransformer(str(folder), device=str(device))
+
+
+def _values(vectors: np.ndarray) -> FeatureValues:
+    finite = np.isfinite(vectors).all(axis=1)
+    vectors = np.where(finite[:, None], vectors, 0.0).astype(np.float32)
+    status = np.where(finite, Status.OK, Status.NONFINITE).astype(np.uint8)
+    return FeatureValues(status, {"norm": np.linalg.norm(vectors, axis=1).astype(np.float32)}, vectors)

@@ -1,0 +1,117 @@
+"""Missing rows are dealt to the ranks in fragments; each fragment is committed as soon as it is done.
+
+Fragments are ranges of the sorted keys that are missing, so any number of processes, together or not, may do any of
+them: a fragment that another writer has committed meanwhile is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import DataflexError
+from dataflex.features.batching import count_batches
+from dataflex.features.spec import FeatureSpec
+from dataflex.fingerprint import keys_digest
+from dataflex.pipelines.progress import Progress
+from dataflex.pipelines.sources import Source
+from dataflex.rows import Rows, Status
+from dataflex.stores.base import Layout, Values
+from dataflex.stores.parquet import ParquetStore
+
+_SMALLEST = 64  # rows; below, a fragment's files and batches cost more than what a crash would lose
+
+
+@dataclass
+class Tally:
+    """What one rank did in a stage. Rows are distinct rows, summed over features."""
+
+    computed: int = 0
+    reused: int = 0
+    tokens: int = 0
+    batches: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Features that are missing for the same rows.
+
+    Attributes:
+        source: computes them.
+        specs: the features.
+        stores: the store of each.
+        rows: the dataset.
+        keys: (R,) distinct keys, sorted.
+        at: (R,) the row of each.
+        token_budget: tokens of a batch.
+        fragment_rows: rows of a fragment, at most.
+        nonfinite_limit: share of the rows that may be NaN or infinite.
+    """
+
+    source: Source
+    specs: Sequence[FeatureSpec]
+    stores: Sequence[ParquetStore]
+    rows: Rows
+    keys: np.ndarray
+    at: np.ndarray
+    token_budget: int
+    fragment_rows: int
+    nonfinite_limit: float
+
+    def run(self, tally: Tally) -> None:
+        """Do this rank's share. Collective if the source is.
+
+        Raises:
+            DataflexError: more rows than `nonfinite_limit` allows are not finite.
+        """
+        world, rank = distributed.world(), distributed.rank()
+        size = min(self.fragment_rows, max(_SMALLEST, -(-len(self.at) // (4 * world))))
+        pieces = [slice(start, start + size) for start in range(0, len(self.at), size)]
+        lengths = self.rows.length[self.at]
+        kinds = " and ".join(dict.fromkeys(spec.kind for spec in self.specs))
+        with Progress(f"computing {kinds}", len(self.at), int(lengths.sum())) as progress:
+            for wave in range(0, len(pieces), world):
+                dealt = pieces[wave : wave + world]
+                # Ranks that share every layer must run as many batches as the busiest of them.
+                least = max(count_batches(lengths[p], self.token_budget) for p in dealt) if self.source.is_collective else 0
+                if rank < len(dealt):
+                    self._fragment(dealt[rank], least, tally)
+                    progress.advance(len(lengths[dealt[rank]]), int(lengths[dealt[rank]].sum()))
+                elif least:
+                    self.source.compute(self.rows, self.at[:0], self.specs, least)
+
+    def _fragment(self, piece: slice, least: int, tally: Tally) -> None:
+        keys, at = self.keys[piece], self.at[piece]
+        name = keys_digest(keys)
+        if not self.source.is_collective and all(name in store.committed_fragments() for store in self.stores):
+            tally.reused += len(at) * len(self.specs)
+            return
+        found = self.source.compute(self.rows, at, self.specs, least)
+        for store, values in zip(self.stores, found, strict=True):
+            store.append(name, Values(keys, values.status, values.scalars, values.vectors))
+            tally.bytes += len(keys) * _row_bytes(store.layout)
+            for status in (Status.NO_LABELS, Status.NONFINITE):
+                if count := int((values.status == status).sum()):
+                    tally.skipped[status.name.lower()] = tally.skipped.get(status.name.lower(), 0) + count
+        lengths = self.rows.length[at]
+        tally.computed += len(at) * len(self.specs)
+        tally.tokens += int(lengths.sum())
+        tally.batches += max(least, count_batches(lengths, self.token_budget))
+        bad = tally.skipped.get("nonfinite", 0)
+        if bad > self.nonfinite_limit * len(self.keys):
+            raise DataflexError(
+                f"{bad} of {len(self.keys)} rows gave NaN or infinity; dataflex.nonfinite_limit allows a share of "
+                f"{self.nonfinite_limit}. Check the learning rate, the dtype (bf16 rather than fp16) and the data."
+            )
+
+
+def _row_bytes(layout: Layout) -> int:
+    """Return the bytes of one stored row: key, status, scalars, vector."""
+    scalars = sum(np.dtype(kind).itemsize for kind in layout.scalars.values())
+    return 17 + scalars + layout.width * np.dtype(layout.storage).itemsize

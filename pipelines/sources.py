@@ -1,0 +1,122 @@
+"""Where values come from: the run's own model, or another encoder that reads the rows' text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dataflex.features.encoder import TextEncoder, encoder_identity
+from dataflex.features.engine import FeatureEngine
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec
+from dataflex.fingerprint import text_key
+from dataflex.pipelines.state import ModelState, model_folder
+from dataflex.rows import KEY_DTYPE, Rows
+
+
+class Source(Protocol):
+    """Computes features of rows."""
+
+    is_collective: bool
+    """Whether every rank must take part in every batch."""
+
+    def keys(self, rows: Rows) -> np.ndarray:
+        """Return the key of each row as this source sees it, (R,)."""
+        ...
+
+    def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
+        """Return everything but the row that determines a value."""
+        ...
+
+    def width(self, spec: FeatureSpec) -> int:
+        """Return the numbers of a vector; 0 for a feature without."""
+        ...
+
+    def compute(self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int) -> list[FeatureValues]:
+        """Return the values of rows `at`, one result for each feature."""
+        ...
+
+
+class ModelSource:
+    """The model in the trainer's hands, at the state it is in when asked.
+
+    Args:
+        state: names that state.
+        token_budget: tokens of a batch.
+    """
+
+    def __init__(self, state: ModelState, token_budget: int):
+        self._state = state
+        self._token_budget = token_budget
+        self._engine: tuple[Any, FeatureEngine] | None = None
+        self.is_collective = state.is_zero3
+
+    def keys(self, rows: Rows) -> np.ndarray:
+        """Return the keys of the tokens."""
+        return rows.keys
+
+    def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
+        """Return the feature, the model's state, and the numerics. Collective under ZeRO-3."""
+        return self._state.recipe(spec)
+
+    def width(self, spec: FeatureSpec) -> int:
+        """Return D."""
+        if isinstance(spec, EmbeddingSpec):
+            return int(self._state.model.config.hidden_size)
+        if not isinstance(spec, GradientSpec):
+            return 0
+        return sum(p.numel() for _, p in self._state.trainable()) if spec.projection.type == "identity" else spec.projection.dim
+
+    def compute(self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int) -> list[FeatureValues]:
+        """Run the engine; it is kept for as long as the state is the same."""
+        adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
+        asked = (self._state.position, adam)
+        if self._engine is None or self._engine[0] != asked:
+            trainer = self._state.trainer
+            engine = FeatureEngine(
+                trainer.model,
+                pad_token_id=trainer.processing_class.pad_token_id or 0,
+                token_budget=self._token_budget,
+                autocast=trainer.accelerator.autocast,
+                moments=self._state.moments() if adam else None,
+            )
+            self._engine = asked, engine
+        return self._engine[1].compute([rows.examples[int(row)] for row in at], specs, min_batches=min_batches)
+
+
+class EncoderSource:
+    """Another model; it is loaded when the first row is missing."""
+
+    is_collective = False
+
+    def __init__(self, name_or_path: str, state: ModelState, token_budget: int):
+        self._folder: Path = model_folder(name_or_path)
+        self._device = state.trainer.args.device
+        self._token_budget = token_budget
+        self._loaded: TextEncoder | None = None
+        self._identity = encoder_identity(self._folder)
+
+    @property
+    def _encoder(self) -> TextEncoder:
+        if self._loaded is None:
+            self._loaded = TextEncoder(self._folder, self._device, self._token_budget)
+        return self._loaded
+
+    def keys(self, rows: Rows) -> np.ndarray:
+        """Return the keys of the texts."""
+        return np.frombuffer(b"".join(text_key(*rows.text(row)) for row in range(len(rows))), dtype=KEY_DTYPE)
+
+    def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
+        """Return the feature and the encoder's files; what the encoder is called does not matter."""
+        return {"feature": spec.model_dump(exclude={"embedding_model_name_or_path"}), "encoder": self._identity}
+
+    def width(self, spec: FeatureSpec) -> int:
+        """Return D."""
+        return self._encoder.width
+
+    def compute(self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int) -> list[FeatureValues]:
+        """Embed the rows' texts."""
+        embeddings = [spec for spec in specs if isinstance(spec, EmbeddingSpec)]
+        return self._encoder.compute([rows.text(int(row)) for row in at], embeddings)

@@ -1,0 +1,86 @@
+"""Values of one feature, read from stores in bounded memory: what a selector is given (`dataflex.selectors.base.View`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dataflex.rows import Status
+from dataflex.stores.parquet import ParquetStore
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A feature of R rows that one store has.
+
+    Attributes:
+        store: has every row.
+        keys: (R,) the key of each row in this store.
+        status: (R,) uint8.
+        ages: (R,) int32.
+    """
+
+    store: ParquetStore
+    keys: np.ndarray
+    status: np.ndarray
+    ages: np.ndarray
+
+    @classmethod
+    def of(cls, store: ParquetStore, keys: np.ndarray, age: int = 0) -> Snapshot:
+        """Return a view of rows that were computed `age` updates ago.
+
+        Raises:
+            CoverageError: some are missing.
+        """
+        status = store.read(keys, columns=[], vectors=False).status
+        return cls(store, keys, status, np.full(len(keys), age, dtype=np.int32))
+
+    def scalar(self, name: str) -> np.ndarray:
+        """Return a scalar column, (R,)."""
+        return self.store.read(self.keys, columns=[name], vectors=False).scalars[name]
+
+    def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (rows, vectors) of usable rows in one pass over the store; identical rows come together."""
+        usable = np.flatnonzero(self.status == Status.OK)
+        order = usable[np.argsort(self.keys[usable], kind="stable")]
+        wanted = self.keys[order]
+        for values in self.store.scan(size, columns=[], vectors=True, keys=np.unique(wanted)):
+            assert values.vectors is not None
+            first = np.searchsorted(wanted, values.keys, side="left")
+            count = np.searchsorted(wanted, values.keys, side="right") - first
+            source = np.repeat(np.arange(len(values.keys)), count)
+            target = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)])
+            yield order[target], values.vectors[source]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A feature whose rows come from several stores, each part with its own age."""
+
+    parts: list[tuple[np.ndarray, Snapshot]]
+    status: np.ndarray
+    ages: np.ndarray
+
+    @classmethod
+    def of(cls, parts: list[tuple[np.ndarray, Snapshot]], size: int) -> Mixed:
+        """Join views of disjoint rows that together are all `size` rows."""
+        status, ages = np.zeros(size, dtype=np.uint8), np.zeros(size, dtype=np.int32)
+        for rows, view in parts:
+            status[rows], ages[rows] = view.status, view.ages
+        return cls(parts, status, ages)
+
+    def scalar(self, name: str) -> np.ndarray:
+        """Return a scalar column, (R,)."""
+        columns = [(rows, view.scalar(name)) for rows, view in self.parts]
+        out = np.zeros(len(self.status), dtype=columns[0][1].dtype)
+        for rows, values in columns:
+            out[rows] = values
+        return out
+
+    def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (rows, vectors) of usable rows, part by part."""
+        for rows, view in self.parts:
+            for inner, vectors in view.blocks(size):
+                yield rows[inner], vectors

@@ -1,0 +1,81 @@
+"""Embeddings by another model than the run's, keyed by text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dataflex.fingerprint import text_key
+from dataflex.stores.faiss_cache import load_or_build
+from dataflex.stores.root import StoreRoot
+
+
+@pytest.fixture(scope="module")
+def sentence_model(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers folder around the tiny model."""
+    from sentence_transformers import SentenceTransformer, models
+
+    folder = tmp_path_factory.mktemp("sentences") / "encoder"
+    transformer = models.Transformer(str(tiny.model), max_seq_length=64)
+    pooling = models.Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    SentenceTransformer(modules=[transformer, pooling], device="cpu").save(str(folder))
+    return folder
+
+
+def featurize(workspace: Any, name: str, spec: dict[str, Any], **keys: Any) -> Any:
+    section = {"store": str(workspace.folder / "store"), "storage": "float32", "features": [{"kind": "embedding", **spec}]}
+    keys = {"component_name": "random", "eval_dataset": None, **keys}
+    summary = workspace.run("featurize", workspace.write(name, dataflex=section, **keys))
+    stores = StoreRoot(workspace.folder / "store").stores()
+    return summary, stores
+
+
+def test_a_causal_encoder_embeds_the_text_as_transformers_does(workspace: Any, tiny: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = {"embedding_model_name_or_path": str(tiny.model), "layer": 1}
+    summary, (store,) = featurize(workspace, "one", spec)
+    pool = json.loads((Path(tiny.dataset_dir) / "pool.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.model), AutoTokenizer.from_pretrained(tiny.model)
+    for record in pool[:3]:
+        prompt = "\n".join(part for part in (record["instruction"], record["input"]) if part)
+        ids = tokenizer(f"{prompt}\n{record['output']}", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = model(ids, output_hidden_states=True).hidden_states[1][0].mean(dim=0).numpy()
+        key = np.frombuffer(text_key(prompt, record["output"]), dtype="V16")
+        np.testing.assert_allclose(store.read(key).vectors[0], expected, rtol=1e-4, atol=1e-6)
+    assert summary["computed"] == 61
+    # Another template, cutoff or run model: the same texts, so nothing is computed.
+    again, stores = featurize(workspace, "two", spec, cutoff_len=40, template="default", lora_rank=8)
+    assert (again["computed"], len(stores)) == (0, 1)
+    index = load_or_build(store)
+    query = store.read(store_keys(store)[:4])
+    scores, keys = index.search(query.vectors, 1)
+    assert keys[:, 0].tolist() == query.keys.tolist()
+    np.testing.assert_allclose(scores[:, 0], 1.0, rtol=1e-5)
+
+
+def store_keys(store: Any) -> np.ndarray:
+    return np.concatenate([block.keys for block in store.scan(vectors=False)])
+
+
+def test_a_sentence_transformer_pools_as_it_was_trained_to(workspace: Any, tiny: Any, sentence_model: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    _, (store,) = featurize(workspace, "one", {"embedding_model_name_or_path": str(sentence_model)})
+    record = json.loads((Path(tiny.dataset_dir) / "pool.json").read_text())[0]
+    prompt = "\n".join(part for part in (record["instruction"], record["input"]) if part)
+    expected = SentenceTransformer(str(sentence_model), device="cpu").encode([f"{prompt}\n{record['output']}"])[0]
+    key = np.frombuffer(text_key(prompt, record["output"]), dtype="V16")
+    np.testing.assert_allclose(store.read(key).vectors[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_and_rows_without_records_are_read_back_from_their_tokens(workspace: Any, tiny: Any) -> None:
+    keys = {"stage": "pt", "dataset": "text", "template": "default", "cutoff_len": 32}
+    summary, (store,) = featurize(workspace, "pt", {"embedding_model_name_or_path": str(tiny.model)}, **keys)
+    assert 0 < summary["computed"] == store.rows <= summary["rows"]
