@@ -1,8 +1,8 @@
 """CPU-seconds per example for losses, embeddings and projected gradients, against what they are measured by.
 
-The floor is a plain batched forward and backward pass of the frozen base model: activation gradients down to the embedding,
-no gradient of any weight. The loop is what LESS-style tools do: one example at a time through autograd, then a dense
-Rademacher projection in groups of 16; it is timed on a few rows, and its figures are per row of those.
+The floor is a plain batched forward and backward pass of the frozen base model: activation gradients down to the
+embedding, no gradient of any weight. The loop is what LESS-style tools do: one example at a time through autograd, then
+a dense Rademacher projection in groups of 16; it is timed on a few rows, and its figures are per row of those.
 
 python -m benchmarks.featurize --lengths 16 48 128 256
 """
@@ -27,7 +27,6 @@ from dataflex.features.adam import Moments
 from dataflex.features.batching import collate, plan_batches
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.projection import build_projector
-from dataflex.features.reference import single_gradient
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec, LossSpec, Projection
 from dataflex.fingerprint import IGNORE_INDEX, digest, row_key
 from dataflex.rows import KEY_DTYPE
@@ -48,6 +47,7 @@ class Bench:
     rows: list[Example]
 
     def batches(self) -> list[list[Example]]:
+        """Return the rows as the engine groups them."""
         plan = plan_batches([len(row["input_ids"]) for row in self.rows], self.engine.token_budget)
         return [[self.rows[i] for i in batch] for batch in plan]
 
@@ -67,6 +67,7 @@ class Bench:
         self.engine.model.zero_grad()
 
     def features(self, *specs: FeatureSpec, stored: bool = False) -> None:
+        """Compute features, and write them into new stores as float16."""
         found = self.engine.compute(self.rows, specs)
         if not stored:
             return
@@ -81,16 +82,19 @@ class Bench:
 
     def loop(self, count: int) -> tuple[float, float]:
         """Return CPU-seconds per row of the gradients one by one, and of their dense projection."""
+        named = dict(self.engine.model.named_parameters())
         parameters = self.engine.parameters
         dense = build_projector(Projection(type="rademacher"), {p.key: p.size for p in parameters})
-        begun = time.process_time()
-        gradients = [single_gradient(self.engine, row) for row in self.rows[:count]]
+        begun, gradients = time.process_time(), []
+        for row in self.rows[:count]:
+            loss = self.engine.model(**_inputs([row]), use_cache=False).loss
+            gradients.append(torch.autograd.grad(loss, [named[p.name] for p in parameters]))
         between = time.process_time()
         for start in range(0, count, 16):
             group = gradients[start : start + 16]
             y = dense.zeros(len(group), CPU)
-            for p in parameters:
-                dense.add(y, p.key, 0, torch.stack([g[p.name].reshape(-1) for g in group]))
+            for p, parts in zip(parameters, zip(*group, strict=True), strict=True):
+                dense.add(y, p.key, 0, torch.stack([part.reshape(-1) for part in parts]))
         return (between - begun) / count, (time.process_time() - between) / count
 
 

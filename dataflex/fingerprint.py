@@ -101,7 +101,9 @@ def _is_weight(name: str) -> bool:
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in ("_name_or_path", "base_model_name_or_path", "transformers_version")}
+    return {
+        k: v for k, v in config.items() if k not in ("_name_or_path", "base_model_name_or_path", "transformers_version")
+    }
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Any]]) -> str:

@@ -80,8 +80,8 @@ class FeatureAccess:
         self.tally.reused += int((~absent).sum())
         if absent.any() and self._section.on_missing == "error":
             raise CoverageError(
-                f"features of {int(absent.any(axis=0).sum())} rows are missing under {self.url}; run `dataflex featurize` "
-                "with this run file, or set dataflex.on_missing: compute"
+                f"features of {int(absent.any(axis=0).sum())} rows are missing under {self.url}; run "
+                "`dataflex featurize` with this run file, or set dataflex.on_missing: compute"
             )
         for pattern in sorted({tuple(column) for column in absent.T if column.any()}):
             wanted = np.flatnonzero((absent.T == pattern).all(axis=1))

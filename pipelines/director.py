@@ -61,7 +61,9 @@ class RoundDirector:
         else:
             self.warm.keep(round)
             decided = update.decide(self.run, round)
-            self.updates.append({"round": round.number, **{k: decided.info[k] for k in ("computed", "reused", "seconds")}})
+            self.updates.append(
+                {"round": round.number, **{k: decided.info[k] for k in ("computed", "reused", "seconds")}}
+            )
         decided = distributed.broadcast(decided)
         if distributed.is_main():
             self.run.journal.write(decided, self.run.rows.keys)
@@ -96,7 +98,7 @@ class RoundDirector:
         write_summary(path, self.stage, self.run, time.monotonic() - self._begun, about)
 
     def _recorded(self, round: Round) -> DecidedRound | None:
-        """Return a journaled round: always if it was begun before the current step, else only if it was decided alike."""
+        """Return a journaled round: always if it was begun, else only if it was decided alike."""
         found = self.run.journal.read(round, self.run.rows.keys)
         begun = round.first_step < self.run.trainer.state.global_step
         if found is None and begun:
@@ -108,7 +110,8 @@ def _line(decided: DecidedRound, rows: Rows) -> str:
     """Describe a round in one line."""
     round, info = decided.round, decided.info
     what = f"update {round.update}" if round.kind == "update" else "warm-up"
-    text = f"round {round.number} ({what}, steps {round.first_step + 1}-{round.first_step + round.steps}): {len(decided.rows)} rows"
+    steps = f"steps {round.first_step + 1}-{round.first_step + round.steps}"
+    text = f"round {round.number} ({what}, {steps}): {len(decided.rows)} rows"
     counts = np.bincount(rows.dataset[decided.rows], minlength=int(rows.dataset.max()) + 1)
     if (counts > 0).sum() > 1:
         text += " (" + ", ".join(f"{rows.names[i]} {count}" for i, count in enumerate(counts) if count) + ")"

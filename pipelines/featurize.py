@@ -1,4 +1,4 @@
-"""`dataflex featurize`: compute, ahead of training, the features that the run's method will ask for at its first update."""
+"""`dataflex featurize`: compute ahead what the run's method will ask for at its first update."""
 
 from __future__ import annotations
 
@@ -51,8 +51,7 @@ def run_until_update(settings: Any, director: RoundDirector) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
     scratch = Path(settings.llamafactory["output_dir"]) / f".{director.stage}"
     arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
-    if "max_steps" in arguments:
-        del arguments["max_steps"]
+    arguments.pop("max_steps", None)
     try:
         workflow.run(arguments, director)
     finally:
@@ -73,8 +72,8 @@ class FeaturizeDirector(RoundDirector):
             return None
         if trainer.rounds[0].kind == "update" and not trainer.model_arguments.adapter_name_or_path:
             log.warning(
-                "there is no warm-up and there are no checkpoints: at LoRA's initialisation B is zero and the gradients of A "
-                "vanish. Set warmup_step, or name checkpoints"
+                "there is no warm-up and there are no checkpoints: at LoRA's initialisation B is zero and the "
+                "gradients of A vanish. Set warmup_step, or name checkpoints"
             )
         return start
 
@@ -91,7 +90,8 @@ class FeaturizeDirector(RoundDirector):
         wanted = self._wanted()
         if not wanted:
             raise ConfigError(
-                f"{self.settings.component_name or 'train_type: static'} asks for no features; name some under dataflex.features"
+                f"{self.settings.component_name or 'train_type: static'} asks for no features; "
+                "name some under dataflex.features"
             )
         for specs, rows, state in wanted:
             stores = self.run.access.ensure(specs, rows, state)

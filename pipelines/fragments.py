@@ -79,7 +79,9 @@ class Work:
             for wave in range(0, len(pieces), world):
                 dealt = pieces[wave : wave + world]
                 # Ranks that share every layer must run as many batches as the busiest of them.
-                least = max(count_batches(lengths[p], self.token_budget) for p in dealt) if self.source.is_collective else 0
+                least = (
+                    max(count_batches(lengths[p], self.token_budget) for p in dealt) if self.source.is_collective else 0
+                )
                 if rank < len(dealt):
                     self._fragment(dealt[rank], least, tally)
                     progress.advance(len(lengths[dealt[rank]]), int(lengths[dealt[rank]].sum()))

@@ -1,4 +1,4 @@
-"""Refresh policies: which rows are computed with the live model at an update, and which values are reused with known age.
+"""Refresh policies: which rows are computed at an update, and which values are reused with known age.
 
 full: every row. rotating: `refresh_fraction` of the pool, the rest reused. static: none after the first update.
 The targets are few and are refreshed at every update, but under `static`.
@@ -30,7 +30,10 @@ def due(refresh: Any, update: int, updated: np.ndarray, scores: np.ndarray) -> n
     age = update - updated
     chosen = age >= refresh.max_age if refresh.max_age is not None else np.zeros(len(age), dtype=bool)
     left = int(np.ceil(refresh.refresh_fraction * len(age))) - int(chosen.sum())
-    for order, share in ((np.argsort(-scores, kind="stable"), left - left // 2), (np.argsort(-age, kind="stable"), left // 2)):
+    for order, share in (
+        (np.argsort(-scores, kind="stable"), left - left // 2),
+        (np.argsort(-age, kind="stable"), left // 2),
+    ):
         free = order[~chosen[order]]
         chosen[free[: max(0, share)]] = True
     return chosen

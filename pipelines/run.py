@@ -98,7 +98,9 @@ def open_run(settings: Any, trainer: Any) -> Run:
     params = settings.params
     identity = {
         "component": settings.component_name or "",
-        "params": params.model_dump(mode="json") if hasattr(params, "model_dump") else json.loads(json.dumps(params, default=str)),
+        "params": params.model_dump(mode="json")
+        if hasattr(params, "model_dump")
+        else json.loads(json.dumps(params, default=str)),
         "refresh": settings.dataflex.refresh.model_dump(mode="json"),
         "rows": keys_digest(sets.train.keys),
         "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
@@ -133,15 +135,17 @@ def build_selector(settings: Any, trainer: Any) -> Any:
         "cache_dir": str(Path(trainer.args.output_dir) / "selector_cache"),
     }
     wanted = inspect.signature(component).parameters
-    return component(**({name: value for name, value in runtime.items() if name in wanted} | dict(settings.params or {})))
+    return component(
+        **({name: value for name, value in runtime.items() if name in wanted} | dict(settings.params or {}))
+    )
 
 
 def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:
     """Say what the data came to, and refuse a training set without a usable row."""
     log.info(
-        "%d rows of %s: %d dropped by preprocessing, %d truncated by cutoff_len, %d without supervised tokens; targets: %s",
-        len(rows), ", ".join(rows.names[i] for i in np.unique(rows.dataset)), len(rows.dropped), int(rows.truncated.sum()),
-        len(rows) - eligible, ", ".join(f"{name} ({len(target)})" for name, target in targets.items()) or "none",
+        "%d rows of %s: %d dropped, %d truncated by cutoff_len, %d without supervised tokens; targets: %s",
+        len(rows), ", ".join(rows.names[i] for i in np.unique(rows.dataset)), len(rows.dropped),
+        int(rows.truncated.sum()), len(rows) - eligible, ", ".join(f"{name} ({len(target)})" for name, target in targets.items()) or "none",
     )  # fmt: skip
     if not eligible:
         raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")

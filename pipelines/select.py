@@ -41,7 +41,9 @@ def select(settings: Any, num: int, output: Path) -> None:
         raise ConfigError("component_name: found none; expected a selector, with train_type: dynamic_select")
     arguments = settings.llamafactory
     if arguments.get("stage") == "pt" and arguments.get("packing") is not False:
-        raise ConfigError("packing: a packed block is not one record, so it cannot be written as one; set packing: false")
+        raise ConfigError(
+            "packing: a packed block is not one record, so it cannot be written as one; set packing: false"
+        )
     run_until_update(settings, SelectDirector(settings, num, Path(output)))
 
 
@@ -78,7 +80,9 @@ def write_selection(
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     chosen = selection.rows
-    shapes = {name: {k: v for k, v in entries.get(name, {}).items() if k in ("columns", "formatting", "tags")} for name in raw}
+    shapes = {
+        name: {k: v for k, v in entries.get(name, {}).items() if k in ("columns", "formatting", "tags")} for name in raw
+    }
     groups: dict[str, list[int]] = {}
     for row in chosen.tolist():
         groups.setdefault(json.dumps(shapes[rows.names[rows.dataset[row]]], sort_keys=True), []).append(row)

@@ -34,7 +34,9 @@ class Source(Protocol):
         """Return the numbers of a vector; 0 for a feature without."""
         ...
 
-    def compute(self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int) -> list[FeatureValues]:
+    def compute(
+        self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
+    ) -> list[FeatureValues]:
         """Return the values of rows `at`, one result for each feature."""
         ...
 
@@ -67,9 +69,15 @@ class ModelSource:
             return int(self._state.model.config.hidden_size)
         if not isinstance(spec, GradientSpec):
             return 0
-        return sum(p.numel() for _, p in self._state.trainable()) if spec.projection.type == "identity" else spec.projection.dim
+        return (
+            sum(p.numel() for _, p in self._state.trainable())
+            if spec.projection.type == "identity"
+            else spec.projection.dim
+        )
 
-    def compute(self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int) -> list[FeatureValues]:
+    def compute(
+        self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
+    ) -> list[FeatureValues]:
         """Run the engine; it is kept for as long as the state is the same."""
         adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
         asked = (self._state.position, adam)
@@ -116,7 +124,9 @@ class EncoderSource:
         """Return D."""
         return self._encoder.width
 
-    def compute(self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int) -> list[FeatureValues]:
+    def compute(
+        self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
+    ) -> list[FeatureValues]:
         """Embed the rows' texts."""
         embeddings = [spec for spec in specs if isinstance(spec, EmbeddingSpec)]
         return self._encoder.compute([rows.text(int(row)) for row in at], embeddings)

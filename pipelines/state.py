@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
@@ -63,13 +63,15 @@ class ModelState:
         return {"base": self._base, "weights": self.weights()}
 
     def weights(self, forward_only: bool = False) -> dict[str, Any] | str:
-        """Return the identity of the trainable weights; "none" where an adapter does not act on the forward pass yet."""
+        """Return the identity of the trainable weights; "none" where an adapter does not act on the output yet."""
         key = ("weights", forward_only, *self.position)
         if key not in self._cache:
             with self._gathered():
                 tensors = dict(self.trainable())
                 inert = forward_only and self._is_inert(tensors)
-                self._cache[key] = "none" if inert else {"weights": tensors_digest(tensors.items())} | self._adapter_config()
+                self._cache[key] = (
+                    "none" if inert else {"weights": tensors_digest(tensors.items())} | self._adapter_config()
+                )
         return self._cache[key]  # type: ignore[no-any-return]
 
     def optimizer_identity(self) -> dict[str, Any]:
@@ -107,7 +109,7 @@ class ModelState:
             if "betas" not in group or "eps" not in group:
                 kind = type(self.trainer.optimizer).__name__
                 raise MismatchError(f"{kind} has no betas and eps; use optim: adamw_torch, or gradient_type: sgd")
-            scalars[name] = Scalars(0, *group["betas"], group["eps"])
+            scalars[name] = _scalars(0, group)
         zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
         return Moments(zeros, zeros, scalars)
 
@@ -157,10 +159,12 @@ class ModelState:
         return {name: _plain(getattr(config, name)) for name in names if getattr(config, name, None)}
 
     def _is_inert(self, tensors: dict[str, Any]) -> bool:
-        """Say whether every trainable tensor belongs to LoRA and every B is zero: the model computes what its base does."""
+        """Say whether only LoRA is trained and every B is zero: the model computes what its base does."""
         if not tensors or not all("lora_" in name for name in tensors):
             return False
-        return all(not bool(p.detach().any()) for name, p in tensors.items() if "lora_B" in name or "lora_embedding_B" in name)
+        return all(
+            not bool(p.detach().any()) for name, p in tensors.items() if "lora_B" in name or "lora_embedding_B" in name
+        )
 
     def _numerics(self) -> dict[str, Any]:
         args = self.trainer.args
@@ -192,29 +196,37 @@ class ModelState:
         engine = self.trainer.model_wrapped
         groups = engine.optimizer.param_groups
         if not self.trainer.state.global_step:
-            raise MismatchError("gradient_type: adam has no moments before the first step under DeepSpeed; set warmup_step")
-        averages, squares = {}, {}
+            raise MismatchError(
+                "gradient_type: adam has no moments before the first step under DeepSpeed; set warmup_step"
+            )
+        averages: dict[str, Any] = {}
+        squares: dict[str, Any] = {}
         for name, parameter in self.trainable():
             for kept, key in ((averages, "exp_avg"), (squares, "exp_avg_sq")):
                 value = safe_get_full_optimizer_state(parameter, key)
                 if value is None:
-                    raise MismatchError(f"{name}: DeepSpeed's optimizer holds no {key}; use AdamW, or gradient_type: sgd")
+                    raise MismatchError(
+                        f"{name}: DeepSpeed's optimizer holds no {key}; use AdamW, or gradient_type: sgd"
+                    )
                 kept[name] = value.detach().float().cpu()
         step = self.trainer.state.global_step - int(engine.skipped_steps)
-        scalars = Scalars(step, *groups[0]["betas"], groups[0]["eps"])
-        return Moments(averages, squares, dict.fromkeys(averages, scalars))
+        return Moments(averages, squares, dict.fromkeys(averages, _scalars(step, groups[0])))
 
     def _load(self, folder: Path) -> None:
         """Copy a checkpoint's trainable weights into the model, every one of them or none."""
         from safetensors.torch import load_file
 
         if (folder / "adapter_model.safetensors").is_file():
-            found = {_with_adapter(k, self.model): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
+            found = {
+                _with_adapter(k, self.model): v for k, v in load_file(folder / "adapter_model.safetensors").items()
+            }
             self._check_adapter(folder)
         elif shards := sorted(folder.glob("model*.safetensors")):
             found = {k: v for shard in shards for k, v in load_file(shard).items()}
         else:
-            raise MismatchError(f"{folder}: found neither adapter_model.safetensors nor model*.safetensors; expected a checkpoint")
+            raise MismatchError(
+                f"{folder}: found neither adapter_model.safetensors nor model*.safetensors; expected a checkpoint"
+            )
         ours = dict(self.trainable())
         missing = sorted(ours.keys() - found.keys())
         wrong = sorted(n for n in ours.keys() & found.keys() if ours[n].shape != found[n].shape)
@@ -222,7 +234,8 @@ class ModelState:
             raise MismatchError(
                 f"{folder}: its weights are not those of this run's trainable parameters: {len(missing)} missing "
                 f"(first: {missing[:1]}), {len(wrong)} of another shape (first: {wrong[:1]}), "
-                f"{len(found.keys() - ours.keys())} unknown; use the finetuning_type, lora_rank and lora_target it was made with"
+                f"{len(found.keys() - ours.keys())} unknown; use the finetuning_type, "
+                "lora_rank and lora_target it was made with"
             )
         with torch.no_grad():
             for name, parameter in ours.items():
@@ -240,11 +253,13 @@ class ModelState:
             return Moments.load(folder / MOMENTS_FILE)
         if not (folder / "optimizer.pt").is_file():
             raise MismatchError(
-                f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam needs the optimizer state. "
-                "Train with save_only_model: false, or use gradient_type: sgd"
+                f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam needs the optimizer "
+                "state. Train with save_only_model: false, or use gradient_type: sgd"
             )
         if self.trainer.is_deepspeed_enabled:
-            raise ConfigError(f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed")
+            raise ConfigError(
+                f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed"
+            )
         names = {id(p): name for name, p in self.trainable()}
         groups = self.trainer.optimizer.param_groups
         ordered = {names[id(p)]: tuple(p.shape) for group in groups for p in group["params"]}
@@ -257,13 +272,18 @@ def model_folder(name_or_path: str) -> Path:
     """Return the local folder of a model or adapter, a Hub name resolved to its downloaded snapshot."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in ("config.json", "adapter_config.json"):
         found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False)
         if found is not None:
             return Path(found).parent
     raise MismatchError(f"{name_or_path}: found no configuration; expected a model or adapter, local or on the Hub")
+
+
+def _scalars(step: int, group: Any) -> Scalars:
+    beta1, beta2 = group["betas"]
+    return Scalars(step, float(beta1), float(beta2), float(group["eps"]))
 
 
 def _with_adapter(key: str, model: Any) -> str:
@@ -280,5 +300,3 @@ def _with_adapter(key: str, model: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | type(None) | dict) else str(value)
-
-

@@ -61,7 +61,7 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
     history = [run.decided(r).rows for r in run.updates if r.number < round.number]
     context = Context(run.rows, run.targets, features.get, round, features.update, history, trainer.args.seed)
     selection = None
-    # A selector of the documented kind may run collectives of its own, so it is called everywhere; rank 0's answer counts.
+    # A documented selector may run collectives of its own, so it is called everywhere; rank 0's answer counts.
     if not native or distributed.is_main():
         found = run.selector.select(
             trainer.model_wrapped,
@@ -82,8 +82,8 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
     rows = selection.rows
     if len(rows) != count or rows.min(initial=0) < 0 or rows.max(initial=0) >= len(run.rows):
         raise CoverageError(
-            f"{run.settings.component_name}: returned {len(rows)} rows between {rows.min(initial=0)} and {rows.max(initial=0)}; "
-            f"expected {count} rows between 0 and {len(run.rows) - 1}"
+            f"{run.settings.component_name}: returned {len(rows)} rows between {rows.min(initial=0)} and "
+            f"{rows.max(initial=0)}; expected {count} rows between 0 and {len(run.rows) - 1}"
         )
     return selection, features.updated
 
@@ -122,8 +122,8 @@ class UpdateFeatures:
         if asked not in self._views:
             if distributed.world() > 1:
                 raise DataflexError(
-                    f"{spec.kind} of {target or 'the training rows'}: found no declaration; with several processes every "
-                    "feature must be among the selector's needs()"
+                    f"{spec.kind} of {target or 'the training rows'}: found no declaration; with several processes "
+                    "every feature must be among the selector's needs()"
                 )
             rows = self.run.rows if target is None else self.run.targets[target]
             (store,) = self.run.access.ensure([spec], rows, state)
@@ -162,7 +162,9 @@ class UpdateFeatures:
         recipe = run.decided(round).info["recipes"][run.live_needs.index(need)]
         store = run.access.root.find(need.spec.kind, recipe)
         if store is None:
-            raise CoverageError(f"the {need.spec.kind} store of round {round.number} is gone from {run.access.url}; start anew")
+            raise CoverageError(
+                f"the {need.spec.kind} store of round {round.number} is gone from {run.access.url}; start anew"
+            )
         return store
 
     def _last_pool(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -174,8 +176,8 @@ class UpdateFeatures:
         found = run.journal.read_pool(last.number)
         if found is None:
             raise CoverageError(
-                f"refresh policy {self._policy.policy}: round {last.number} recorded no scores of the pool; the policy needs a "
-                "selector that returns them (Selection.pool). Use dataflex.refresh.policy: full"
+                f"refresh policy {self._policy.policy}: round {last.number} recorded no scores of the pool; the policy "
+                "needs a selector that returns them (Selection.pool). Use dataflex.refresh.policy: full"
             )
         return found
 
@@ -192,4 +194,6 @@ def _in_order(trainer: Any) -> bool:
 
 def _flat(rows: Any) -> np.ndarray:
     """Return row positions, (k,) int64, from a list, an array, or the documented list of one list."""
-    return np.asarray([int(i) for part in rows for i in (part if isinstance(part, Sequence) else [part])], dtype=np.int64)
+    return np.asarray(
+        [int(i) for part in rows for i in (part if isinstance(part, Sequence) else [part])], dtype=np.int64
+    )

@@ -1,4 +1,4 @@
-"""Values of one feature, read from stores in bounded memory: what a selector is given (`dataflex.selectors.base.View`)."""
+"""Values of one feature, read from stores in bounded memory (`dataflex.selectors.base.View`)."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class WarmState:
         self._end = first.steps
 
     def start(self) -> str | None:
-        """Return the folder of the kept state, its round in this run's journal, or None if there is none. Collective."""
+        """Return the folder of the kept state, its round put into the journal, or None. Collective."""
         if self.lineage is None:
             return None
         states = self.run.access.root.states

@@ -18,17 +18,22 @@ from dataflex.stores.root import StoreRoot
 @pytest.fixture(scope="module")
 def sentence_model(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentence-transformers folder around the tiny model."""
-    from sentence_transformers import SentenceTransformer, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import models as parts  # type: ignore[attr-defined]
 
     folder = tmp_path_factory.mktemp("sentences") / "encoder"
-    transformer = models.Transformer(str(tiny.model), max_seq_length=64)
-    pooling = models.Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    transformer = parts.Transformer(str(tiny.model), max_seq_length=64)
+    pooling = parts.Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
     SentenceTransformer(modules=[transformer, pooling], device="cpu").save(str(folder))
     return folder
 
 
 def featurize(workspace: Any, name: str, spec: dict[str, Any], **keys: Any) -> Any:
-    section = {"store": str(workspace.folder / "store"), "storage": "float32", "features": [{"kind": "embedding", **spec}]}
+    section = {
+        "store": str(workspace.folder / "store"),
+        "storage": "float32",
+        "features": [{"kind": "embedding", **spec}],
+    }
     keys = {"component_name": "random", "eval_dataset": None, **keys}
     summary = workspace.run("featurize", workspace.write(name, dataflex=section, **keys))
     stores = StoreRoot(workspace.folder / "store").stores()

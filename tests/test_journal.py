@@ -21,7 +21,9 @@ KEYS = np.frombuffer(np.random.default_rng(0).bytes(16 * 9), dtype=KEY_DTYPE)
 
 def decided() -> DecidedRound:
     rows = np.array([3, 1, 1, 8])
-    return DecidedRound(ROUND, rows, np.array([0.5, np.nan, -1.0, 2.0]), np.array([0, -1, 3, 0], np.int32), {"method": "x"})
+    return DecidedRound(
+        ROUND, rows, np.array([0.5, np.nan, -1.0, 2.0]), np.array([0, -1, 3, 0], np.int32), {"method": "x"}
+    )
 
 
 def test_a_round_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -118,4 +120,4 @@ def test_the_rows_of_a_step_depend_on_the_global_batch_alone(world: int, accumul
     for step in range(steps):
         mine = [part for rank in dealt for part in rank[step * accumulation : (step + 1) * accumulation]]
         assert {len(part) for part in mine} == {batch // world // accumulation}
-        assert sorted(sum(mine, [])) == sorted(rows[step * batch : (step + 1) * batch].tolist())
+        assert sorted(row for part in mine for row in part) == sorted(rows[step * batch : (step + 1) * batch].tolist())

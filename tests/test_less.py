@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,11 +41,11 @@ class Held:
 def pool(count: int) -> Rows:
     keys = np.frombuffer(np.random.default_rng(5).bytes(16 * count), dtype=KEY_DTYPE)
     ones = np.ones(count, np.int32)
-    return Rows([], keys, ones * 0, np.arange(count), ones, ones, ones == 0, ("pool",), ())  # type: ignore[arg-type]
+    return Rows([], keys, ones * 0, np.arange(count), ones, ones, ones == 0, ("pool",), (), lambda row: ("", ""))  # type: ignore[arg-type]
 
 
 def chosen(
-    train: dict[str | None, Held], targets: dict[str, dict[str | None, Held]], k: int, **params: object
+    train: Mapping[Any, Held], targets: Mapping[str, Mapping[Any, Held]], k: int, **params: object
 ) -> tuple[list[int], np.ndarray]:
     less = Less(Less.Params.model_validate({"gradient_type": "adam"} | params))
     size = len(next(iter(train.values())).status)
@@ -125,7 +126,9 @@ def test_scale_order_and_constant_weights_do_not_matter() -> None:
     base = chosen({"c": Held(train)}, {"x": {"c": Held(target)}}, 7, checkpoints=("c",), weights=(1.0,))[0]
     scaled = target * np.array([[1.0], [50.0], [1e-3], [2.0]])
     assert chosen({"c": Held(train)}, {"x": {"c": Held(scaled)}}, 7, checkpoints=("c",), weights=(9.0,))[0] == base
-    assert chosen({"c": Held(train)}, {"x": {"c": Held(target[::-1])}}, 7, checkpoints=("c",), weights=(1.0,))[0] == base
+    assert (
+        chosen({"c": Held(train)}, {"x": {"c": Held(target[::-1])}}, 7, checkpoints=("c",), weights=(1.0,))[0] == base
+    )
 
 
 def test_a_target_set_without_usable_rows_and_no_target_are_errors() -> None:

@@ -62,7 +62,18 @@ def load(tiny: Any, tmp_path: Path) -> Any:
         {"stage": "pt", "dataset": "text", "template": "default"},
         {"stage": "pt", "dataset": "text", "template": "default", "packing": False},
     ],
-    ids=["plain", "max_samples", "val_size", "two", "interleaved", "each", "num_samples", "options", "pt", "pt unpacked"],
+    ids=[
+        "plain",
+        "max_samples",
+        "val_size",
+        "two",
+        "interleaved",
+        "each",
+        "num_samples",
+        "options",
+        "pt",
+        "pt unpacked",
+    ],
 )
 def test_rows_are_llamafactorys_and_know_their_records(load: Any, tiny: Any, keys: dict[str, Any]) -> None:
     info = Path(tiny.dataset_dir) / "dataset_info.json"
@@ -89,7 +100,9 @@ def test_rows_are_llamafactorys_and_know_their_records(load: Any, tiny: Any, key
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     for i in range(len(rows)):
         record = ours.raw[rows.names[rows.dataset[i]]][int(rows.index[i])]
-        assert tokenizer.decode(rows.examples[i]["input_ids"]).startswith(f"<|im_start|>user\n{record['instruction']}"[:60])
+        assert str(tokenizer.decode(rows.examples[i]["input_ids"])).startswith(
+            f"<|im_start|>user\n{record['instruction']}"[:60]
+        )
 
 
 def test_targets_are_the_datasets_named(load: Any) -> None:
@@ -130,7 +143,10 @@ def test_rows_with_images_are_refused_by_name(load: Any, tiny: Any) -> None:
     known = json.loads((folder / "dataset_info.json").read_text())
     row = {"instruction": "a <image>", "input": "", "output": "b", "pictures": ["x.png"]}
     (folder / "seen.json").write_text(json.dumps([row]))
-    known["seen"] = {"file_name": "seen.json", "columns": {"prompt": "instruction", "response": "output", "images": "pictures"}}
+    known["seen"] = {
+        "file_name": "seen.json",
+        "columns": {"prompt": "instruction", "response": "output", "images": "pictures"},
+    }
     (folder / "dataset_info.json").write_text(json.dumps(known))
     with pytest.raises(DataflexError, match="images"):
         load(only_ours=True, dataset="seen")
@@ -140,7 +156,11 @@ def test_keys_depend_on_what_the_model_is_fed_and_on_nothing_else() -> None:
     base = row_key([1, 2, 3], [-100, 2, 3], [1, 1, 1])
     assert base == row_key([1, 2, 3], [-100, 2, 3]) == row_key(np.array([1, 2, 3], np.int32), [-100, 2, 3], None)
     assert base.hex() == row_key([1, 2, 3], [-100, 2, 3]).hex() == GOLDEN
-    others = [row_key([1, 2, 4], [-100, 2, 3]), row_key([1, 2, 3], [1, 2, 3]), row_key([1, 2, 3], [-100, 2, 3], [0, 1, 1])]
+    others = [
+        row_key([1, 2, 4], [-100, 2, 3]),
+        row_key([1, 2, 3], [1, 2, 3]),
+        row_key([1, 2, 3], [-100, 2, 3], [0, 1, 1]),
+    ]
     others += [row_key([1, 2], [3, -100]), row_key([], []), text_key("1", "2"), text_key("12", ""), text_key("", "12")]
     assert len({base, *others}) == 9
 

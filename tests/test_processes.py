@@ -38,7 +38,7 @@ TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
 
 def values(store: Path) -> dict[tuple[str, bytes], np.ndarray]:
     """Return every vector under a root by feature and row key."""
-    found = {}
+    found: dict[tuple[str, bytes], np.ndarray] = {}
     for each in StoreRoot(store).stores():
         assert each.verify() == []
         for block in each.scan(columns=[]):

@@ -71,6 +71,9 @@ def test_stream_is_one_endless_sequence_of_permutations(size: int, start: int, c
 
 
 def test_generators_are_functions_of_their_names() -> None:
-    draws = {tuple(generator(*args).integers(1 << 30, size=2).tolist()) for args in ((1,), (2,), (1, "a"), (1, "b"), (1, "a", 0), (1, "a", 1))}
+    draws = {
+        tuple(generator(*args).integers(1 << 30, size=2).tolist())
+        for args in ((1,), (2,), (1, "a"), (1, "b"), (1, "a", 0), (1, "a", 1))
+    }
     assert len(draws) == 6
     assert generator(3, "random", 2).integers(1000, size=3).tolist() == [169, 909, 284]

@@ -33,12 +33,20 @@ def test_records_keep_all_their_fields_and_can_be_trained_on(workspace: Any, tin
     folder = workspace.folder / "chosen"
     assert json.loads((folder / "dataset_info.json").read_text())["picked"]["file_name"] == "picked.json"
     # LLaMA-Factory trains on the file, and `static` trains on the same rows of the pool.
-    plain = {"train_type": "static", "component_name": None, "warmup_step": None, "update_step": None, "update_times": None}
+    plain = {
+        "train_type": "static",
+        "component_name": None,
+        "warmup_step": None,
+        "update_step": None,
+        "update_times": None,
+    }
     keys = {"dataset": "picked", "dataset_dir": str(folder), "eval_dataset": None, "max_steps": 1, "dataflex": None}
     workspace.run("train", workspace.write("plain", **plain, **keys))
     section = {"params": {"path": str(folder / "picked.parquet")}}
-    workspace.run("train", workspace.write("fixed", component_name="static", warmup_step=0, update_step=3, dataflex=section))
-    rows = sum(workspace.rounds("fixed"), [])
+    workspace.run(
+        "train", workspace.write("fixed", component_name="static", warmup_step=0, update_step=3, dataflex=section)
+    )
+    rows = [row for round in workspace.rounds("fixed") for row in round]
     assert sorted(rows[:12]) == sorted(rows[12:]) == sorted(table["index"].to_pylist())
 
 
@@ -55,13 +63,19 @@ def test_a_grown_reordered_pool_recomputes_only_what_is_new(workspace: Any, tiny
     pool = json.loads((Path(tiny.dataset_dir) / "pool.json").read_text())
     folder = workspace.folder / "data"
     folder.mkdir()
-    info = {"small": {"file_name": "small.json"}, "large": {"file_name": "large.json"}, "target": {"file_name": "target.json"}}
+    info = {
+        "small": {"file_name": "small.json"},
+        "large": {"file_name": "large.json"},
+        "target": {"file_name": "target.json"},
+    }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     (folder / "target.json").write_text((Path(tiny.dataset_dir) / "target_words.json").read_text())
     (folder / "small.json").write_text(json.dumps(pool[:30]))
     (folder / "large.json").write_text(json.dumps(pool[40:10:-1] + pool[:20]))
     checkpoints = [str(workspace.folder / "out" / "made" / "checkpoint-3")]
-    workspace.run("train", workspace.write("made", component_name="random", max_samples=40, update_times=1, dataflex=None))
+    workspace.run(
+        "train", workspace.write("made", component_name="random", max_samples=40, update_times=1, dataflex=None)
+    )
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 64, "checkpoints": checkpoints}}
     keys = {"dataset_dir": str(folder), "eval_dataset": "target", "dataflex": section}
     first = workspace.run("featurize", workspace.write("run", dataset="small", **keys))
@@ -91,7 +105,9 @@ def test_several_datasets_keep_their_registration(workspace: Any, tiny: Any) -> 
     ],
     ids=["none", "too many", "packed", "static"],
 )
-def test_what_cannot_be_selected_is_an_error(workspace: Any, num: int, keys: dict[str, Any], error: Any, said: str) -> None:
+def test_what_cannot_be_selected_is_an_error(
+    workspace: Any, num: int, keys: dict[str, Any], error: Any, said: str
+) -> None:
     with pytest.raises(error, match=said):
         chosen(workspace, "bad", num, **keys)
 

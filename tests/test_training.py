@@ -51,7 +51,9 @@ def test_a_second_run_over_the_same_states_computes_nothing(workspace: Any) -> N
     assert_same(workspace.weights("first"), workspace.weights("again"))
     workspace.run("train", again, "overwrite_output_dir=true", "dataflex.on_missing=error")
     with pytest.raises(CoverageError, match=r"nearest differs in feature\.projection\.dim: 256 → 128"):
-        workspace.run("train", again, "overwrite_output_dir=true", "dataflex.on_missing=error", "dataflex.params.proj_dim=128")
+        workspace.run(
+            "train", again, "overwrite_output_dir=true", "dataflex.on_missing=error", "dataflex.params.proj_dim=128"
+        )
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 6])
@@ -90,7 +92,7 @@ def test_an_incomplete_checkpoint_is_never_resumed_from(workspace: Any, whole: P
     state.write_bytes(state.read_bytes()[:-5])
     shutil.copytree(whole / "store", workspace.folder / "store")
     run = workspace.write("broken")
-    with pytest.raises(DataflexError, match="trainer_state.json has"):
+    with pytest.raises(DataflexError, match=r"trainer_state\.json has"):
         workspace.run("train", run, f"resume_from_checkpoint={out}/checkpoint-6")
     workspace.run("train", run)
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
@@ -184,7 +186,9 @@ class CustomSelector(Selector):
 def test_a_selector_of_the_documented_kind_runs_as_it_is(workspace: Any) -> None:
     (workspace.folder / "mine.py").write_text(CUSTOM)
     section = {"store": str(workspace.folder / "store"), "plugins": [str(workspace.folder / "mine.py")]}
-    path = workspace.write("custom", component_name="custom", eval_dataset=None, disable_shuffling=True, dataflex=section)
+    path = workspace.write(
+        "custom", component_name="custom", eval_dataset=None, disable_shuffling=True, dataflex=section
+    )
     workspace.run("train", path)
     assert workspace.rounds("custom") == [list(range(12)), list(range(3, 11)), list(range(5, 13))]
 
@@ -231,7 +235,9 @@ def test_offline_less_over_checkpoints_equals_their_weighted_sum(workspace: Any,
     first = workspace.run("train", workspace.write("ours", dataflex=section, save_strategy="no"))
     assert [update["computed"] for update in first["updates"]] == [138, 0]
     params = {**params, "checkpoints": [str(foreign / f"checkpoint-{s}") for s in (3, 7)]}
-    second = workspace.run("train", workspace.write("theirs", dataflex={**section, "params": params}, save_strategy="no"))
+    second = workspace.run(
+        "train", workspace.write("theirs", dataflex={**section, "params": params}, save_strategy="no")
+    )
     assert second["computed"] == 0
     rows = workspace.rounds("ours")
     assert rows == workspace.rounds("theirs")

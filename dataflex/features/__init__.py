@@ -1,0 +1,1 @@
+"""What one example is turned into: loss, embedding, projected gradient."""

@@ -38,7 +38,8 @@ class TextEncoder:
             return
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(folder).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder)
+        model.to(device)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
         self._limit = min(int(limit), int(self._tokenizer.model_max_length))
@@ -51,7 +52,9 @@ class TextEncoder:
         """
         joined = ["\n".join(part for part in text if part) for text in texts]
         if self._sentences is not None:
-            return [_values(np.asarray(self._sentences.encode(joined, show_progress_bar=False), np.float32)) for _ in specs]
+            return [
+                _values(np.asarray(self._sentences.encode(joined, show_progress_bar=False), np.float32)) for _ in specs
+            ]
         encoded = self._tokenizer(joined, truncation=True, max_length=self._limit)["input_ids"]
         empty = np.array([not ids for ids in encoded])
         examples = [{"input_ids": ids or [0], "labels": [-100] * max(1, len(ids))} for ids in encoded]
@@ -67,14 +70,18 @@ class TextEncoder:
         """Numbers per embedding."""
         if self._sentences is not None:
             return int(self._sentences.get_embedding_dimension())
-        return int(self._engine.model.config.hidden_size)
+        config: Any = self._engine.model.config
+        return int(config.hidden_size)
 
 
 def encoder_identity(folder: Path) -> dict[str, str]:
     """Name an encoder by all its files, the tokenizer's included, for here the text is what the key knows."""
     skip = (".md", ".gitattributes")
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in skip and not p.name.startswith("."))
-    return {"files": digest({p.relative_to(folder).as_posix(): file_digest(p) for p in files}), "text": "prompt\nresponse"}
+    return {
+        "files": digest({p.relative_to(folder).as_posix(): file_digest(p) for p in files}),
+        "text": "prompt\nresponse",
+    }
 
 
 def _sentence_transformer(folder: Path, device: torch.device) -> Any:
@@ -82,7 +89,7 @@ def _sentence_transformer(folder: Path, device: torch.device) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ConfigError(
-            f"embedding_model_name_or_path: {folder} is a sentence-transformers model and the package is not installed; "
+            f"embedding_model_name_or_path: {folder} needs a package that is not installed: "
             "pip install sentence-transformers"
         ) from error
     return SentenceTransformer(str(folder), device=str(device))

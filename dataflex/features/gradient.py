@@ -1,6 +1,6 @@
 """Per-example gradients of every trainable parameter out of one batched backward pass, reduced as they come.
 
-Let y = x W^T + b be a linear layer and gy the gradient of the batch's summed losses at y. No row of the batch influences
+Let y = x W^T + b be a linear layer and gy the gradient of the batch's summed losses at y. No row influences
 another, so row n's own gradients are G[n] = sum_t gy[n, t] x[n, t]^T and sum_t gy[n, t]. LoRA's A and B are linear.
 
 Here G is only described, by what gives any rows of it; `sketch` forms it in blocks, so that memory stays bounded.

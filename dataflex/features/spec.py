@@ -17,7 +17,7 @@ class _Frozen(BaseModel):
 
 
 class Projection(_Frozen):
-    """How a gradient of P numbers becomes K: y = R g with E[R^T R] = I, entries a pure function of (seed, name, i, k)."""
+    """How P numbers become K: y = R g with E[R^T R] = I, entries a pure function of (seed, name, i, k)."""
 
     type: Literal["sjlt", "rademacher", "normal", "srht", "factorized", "identity"] = Field(
         "sjlt",
@@ -65,7 +65,7 @@ class GradientSpec(_Frozen):
     projection: Projection = Projection()
 
     def recipe(self) -> dict[str, Any]:
-        """Return what determines the values; `adam_variant` only where it acts, projector fields only where they act."""
+        """Return what determines the values; fields that do not act are left out."""
         out = self.model_dump()
         if self.direction == "sgd":
             out.pop("adam_variant")

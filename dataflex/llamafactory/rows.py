@@ -80,7 +80,13 @@ def _labels(example: Mapping[str, Any], pad_token_id: int | None) -> list[int]:
 
 
 def load_rows(
-    template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, tokenizer: Any, processor: Any = None
+    template: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: str,
+    tokenizer: Any,
+    processor: Any = None,
 ) -> RowSets:
     """Load and process the run's datasets as LLaMA-Factory's `get_dataset` does, keeping each row's origin.
 
@@ -165,7 +171,9 @@ def _indexed(raw: dict[str, Dataset], names: Sequence[str]) -> Iterator[None]:
     def numbered(*args: Any, **kwargs: Any) -> Dataset:
         dataset = load(*args, **kwargs)
         if len(dataset) == 0:
-            raise DataflexError(f"{kwargs.get('data_files') or kwargs.get('path')}: found 0 rows; expected at least one")
+            raise DataflexError(
+                f"{kwargs.get('data_files') or kwargs.get('path')}: found 0 rows; expected at least one"
+            )
         whole.append(dataset)
         return dataset.add_column(_INDEX, np.arange(len(dataset)))
 
@@ -177,13 +185,15 @@ def _indexed(raw: dict[str, Dataset], names: Sequence[str]) -> Iterator[None]:
     def aligned(dataset: Dataset, attr: Any, data_args: Any, training_args: Any) -> Dataset:
         name = next(pending)
         if _INDEX not in dataset.column_names:
-            raise DataflexError(f"dataset {name}: records from {attr.load_from} cannot be numbered; use files or the HF hub")
+            raise DataflexError(
+                f"dataset {name}: records from {attr.load_from} cannot be numbered; use files or the HF hub"
+            )
         for kind in _MEDIA:
             column = getattr(attr, kind)
             if column and any(bool(value) for value in dataset[column]):
                 raise DataflexError(
-                    f"dataset {name}: found rows with {kind} (column {column!r}); expected text only, since per-example "
-                    "features of multimodal rows are not supported. Leave the column out of dataset_info.json's columns."
+                    f"dataset {name}: found rows with {kind} (column {column!r}); expected text only: per-example "
+                    "features of media are not supported. Leave the column out of dataset_info.json's columns."
                 )
         raw[name] = whole.pop()
         index = _column(dataset, _INDEX)
@@ -197,20 +207,25 @@ def _indexed(raw: dict[str, Dataset], names: Sequence[str]) -> Iterator[None]:
         yield
 
 
-def _load(names: list[str], first: int, model_args: Any, data_args: Any, training_args: Any, stage: str) -> list[Dataset]:
+def _load(
+    names: list[str], first: int, model_args: Any, data_args: Any, training_args: Any, stage: str
+) -> list[Dataset]:
     """Load datasets in LLaMA-Factory's standard format, each row with its dataset's number and its own."""
     if not names:
         return []
     loaded = loader._get_merged_dataset(names, model_args, data_args, training_args, stage, return_dict=True)
     return [
-        part.add_column(_DATASET, np.full(len(part), first + i, dtype=np.int32)) for i, part in enumerate(loaded.values())
+        part.add_column(_DATASET, np.full(len(part), first + i, dtype=np.int32))
+        for i, part in enumerate(loaded.values())
     ]
 
 
 def _by_dataset(dataset: Dataset, process: Callable[..., Dataset], is_eval: bool) -> Dataset:
     """Process each dataset's rows for themselves, in the order of the datasets."""
     numbers = _column(dataset, _DATASET)
-    parts = [process(dataset.select(np.flatnonzero(numbers == n)), is_eval=is_eval) for n in dict.fromkeys(numbers.tolist())]
+    parts = [
+        process(dataset.select(np.flatnonzero(numbers == n)), is_eval=is_eval) for n in dict.fromkeys(numbers.tolist())
+    ]
     return concatenate_datasets(parts)
 
 

@@ -50,5 +50,7 @@ class DecodedTexts:
         """Return (prompt, response)."""
         example = self._examples[row]
         ids, is_prompt = np.asarray(example["input_ids"]), np.asarray(example["labels"]) == IGNORE_INDEX
-        parts = [self._tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True) for mask in (is_prompt, ~is_prompt)]
+        parts = [
+            self._tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True) for mask in (is_prompt, ~is_prompt)
+        ]
         return parts[0], parts[1]

@@ -55,7 +55,9 @@ def _substituted(stage: str, director: Director) -> Iterator[None]:
     loaded: list[RowSets] = []
     model_arguments: list[Any] = []
 
-    def get_dataset(template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, **kwargs: Any) -> Any:
+    def get_dataset(
+        template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, **kwargs: Any
+    ) -> Any:
         loaded.append(load_rows(template, model_args, data_args, training_args, stage, **kwargs))
         model_arguments.append(model_args)
         return loaded[-1].module
@@ -90,4 +92,3 @@ def _resumption(arguments: dict[str, Any]) -> dict[str, Any]:
         raise DataflexError(f"resume_from_checkpoint: no complete checkpoint in {folder}; remove the key to start anew")
     # Otherwise LLaMA-Factory would pick up the incomplete ones.
     return arguments | ({"overwrite_output_dir": True} if skipped else {})
-

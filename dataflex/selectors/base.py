@@ -32,10 +32,15 @@ class Need:
 class View(Protocol):
     """Values of one feature for R rows, read from stores in bounded memory."""
 
-    status: np.ndarray
-    """(R,) uint8 of `dataflex.rows.Status`."""
-    ages: np.ndarray
-    """(R,) int32, updates since each row's value was computed; 0 is fresh."""
+    @property
+    def status(self) -> np.ndarray:
+        """(R,) uint8 of `dataflex.rows.Status`."""
+        ...
+
+    @property
+    def ages(self) -> np.ndarray:
+        """(R,) int32, updates since each row's value was computed; 0 is fresh."""
+        ...
 
     def scalar(self, name: str) -> np.ndarray:
         """Return a scalar column, (R,)."""
@@ -131,7 +136,10 @@ class Selector(ABC):
         """Return the rows of a warm-up round; override it to warm up on rows of your own."""
         rng = generator(self.seed, "warmup")
         size = len(self.dataset)
-        return [int(i) for i in (rng.integers(size, size=num_samples) if replacement else rng.permutation(size)[:num_samples])]
+        return [
+            int(i)
+            for i in (rng.integers(size, size=num_samples) if replacement else rng.permutation(size)[:num_samples])
+        ]
 
     @abstractmethod
     def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> Sequence[int]:

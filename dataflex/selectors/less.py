@@ -36,11 +36,16 @@ class Less:
 
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        gradient_type: Literal["adam", "sgd"] = Field("adam", description="training side: Adam's step, or the plain gradient")
-        adam_variant: Literal["pytorch", "less_reference", "precond_only"] = Field(
-            "pytorch", description="pytorch: as torch.optim.AdamW; less_reference: epsilon inside the root, no bias correction"
+        gradient_type: Literal["adam", "sgd"] = Field(
+            "adam", description="training side: Adam's step, or the plain gradient"
         )
-        proj_dim: int = Field(8192, ge=1, description="numbers kept per gradient; cosine error is about 1/sqrt(proj_dim)")
+        adam_variant: Literal["pytorch", "less_reference", "precond_only"] = Field(
+            "pytorch",
+            description="pytorch: as torch.optim.AdamW; less_reference: epsilon inside the root, no bias correction",
+        )
+        proj_dim: int = Field(
+            8192, ge=1, description="numbers kept per gradient; cosine error is about 1/sqrt(proj_dim)"
+        )
         seed: int = Field(42, ge=0, description="seed of the random projection")
         projection: Literal["sjlt", "rademacher", "normal", "srht", "factorized", "identity"] = Field(
             "sjlt", description="random projection; see dataflex.features.spec.Projection"
@@ -49,17 +54,23 @@ class Less:
         aggregation: Literal["max", "mean", "round_robin"] = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
-        checkpoints: tuple[str, ...] = Field((), description="offline: LLaMA-Factory checkpoint folders; empty: the live model")
+        checkpoints: tuple[str, ...] = Field(
+            (), description="offline: LLaMA-Factory checkpoint folders; empty: the live model"
+        )
         weights: tuple[float, ...] | None = Field(
             None, description="offline: weight of each checkpoint; default: mean learning rate of its span of steps"
         )
         save_interval: int = Field(16, ge=1, description="accepted for compatibility; batches are filled by tokens")
-        cache_dir: str | None = Field(None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set")
+        cache_dir: str | None = Field(
+            None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
+        )
 
     def __init__(self, params: Params):
         self.params = params
         projection = Projection(type=params.projection, dim=params.proj_dim, seed=params.seed, sparsity=params.sparsity)
-        self._train = GradientSpec(direction=params.gradient_type, adam_variant=params.adam_variant, projection=projection)
+        self._train = GradientSpec(
+            direction=params.gradient_type, adam_variant=params.adam_variant, projection=projection
+        )
         self._target = GradientSpec(direction="sgd", projection=projection)
 
     def needs(self) -> list[Need]:
@@ -147,8 +158,8 @@ def checkpoint_weights(checkpoints: Sequence[str], given: Sequence[float] | None
     if given is not None:
         if len(given) != len(checkpoints) or min(given) < 0 or sum(given) <= 0:
             raise ConfigError(
-                f"dataflex.params.weights: found {list(given)}; expected {len(checkpoints)} numbers >= 0, one per checkpoint, "
-                "not all zero"
+                f"dataflex.params.weights: found {list(given)}; expected {len(checkpoints)} numbers >= 0, one per "
+                "checkpoint, not all zero"
             )
         return np.asarray(given) / sum(given)
     means, before = [], 0
@@ -159,7 +170,9 @@ def checkpoint_weights(checkpoints: Sequence[str], given: Sequence[float] | None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: not readable ({error}); give dataflex.params.weights") from error
         step = state["global_step"]
-        rates = [e["learning_rate"] for e in state["log_history"] if "learning_rate" in e and before < e["step"] <= step]
+        rates = [
+            e["learning_rate"] for e in state["log_history"] if "learning_rate" in e and before < e["step"] <= step
+        ]
         if not rates:
             raise ConfigError(
                 f"{path}: no learning rate logged for steps {before + 1} to {step}; give dataflex.params.weights, or "

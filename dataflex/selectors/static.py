@@ -47,7 +47,9 @@ def read_choice(path: str, rows: Rows) -> np.ndarray:
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"dataflex.params.path: no file {path}; expected a Parquet written by `dataflex select` or a JSON list")
+        raise ConfigError(
+            f"dataflex.params.path: no file {path}; expected a Parquet written by `dataflex select` or a JSON list"
+        )
     if file.suffix == ".parquet":
         return _from_parquet(file, rows)
     try:
@@ -55,11 +57,17 @@ def read_choice(path: str, rows: Rows) -> np.ndarray:
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON ({error}); expected a list of row positions") from error
     found = found.get("indices") if isinstance(found, dict) else found
-    if not isinstance(found, list) or not found or not all(isinstance(i, int) and not isinstance(i, bool) for i in found):
+    if (
+        not isinstance(found, list)
+        or not found
+        or not all(isinstance(i, int) and not isinstance(i, bool) for i in found)
+    ):
         raise ConfigError(f"{path}: expected a JSON list of row positions, or an object with such a list as `indices`")
     chosen = np.asarray(found, dtype=np.int64)
     if chosen.min() < 0 or chosen.max() >= len(rows):
-        raise MismatchError(f"{path}: found positions {chosen.min()} to {chosen.max()}; the training set has rows 0 to {len(rows) - 1}")
+        raise MismatchError(
+            f"{path}: found positions {chosen.min()} to {chosen.max()}; the training set has rows 0 to {len(rows) - 1}"
+        )
     return chosen
 
 

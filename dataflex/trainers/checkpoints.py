@@ -48,7 +48,7 @@ def newest_complete(output_dir: str | os.PathLike[str]) -> tuple[str | None, lis
     """Return the newest complete checkpoint of a run, and the newer ones that are not, each with the reason."""
     root = Path(output_dir)
     found = [(int(m[1]), p) for p in root.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    skipped = []
+    skipped: list[tuple[str, str]] = []
     for _, path in sorted(found, reverse=True):
         reason = incomplete_reason(path)
         if reason is None:

@@ -81,7 +81,9 @@ class Journal:
             table = pq.read_table(path, page_checksum_verification=True)
             about = json.loads((table.schema.metadata or {})[b"dataflex"])
         except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise CorruptionError(f"{path}: not readable as a round of a run ({error}); restore it or start anew") from error
+            raise CorruptionError(
+                f"{path}: not readable as a round of a run ({error}); restore it or start anew"
+            ) from error
         if (found := about.pop("round")) != _fields(round):
             raise MismatchError(
                 f"{path}: found round {found}, this run's schedule has {_fields(round)}; resume with the steps the "
@@ -100,7 +102,7 @@ class Journal:
         return DecidedRound(round, rows, scores, ages, about)
 
     def write_pool(self, number: int, scores: np.ndarray, updated: np.ndarray) -> None:
-        """Record every training row at an update: its score (null: cannot be chosen) and the update it was computed at."""
+        """Record every training row: its score (null: cannot be chosen) and the update it was computed at."""
         columns = {
             "score": pa.array(scores, pa.float32(), mask=~np.isfinite(scores)),
             "updated": pa.array(updated, pa.int32()),

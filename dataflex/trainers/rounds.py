@@ -1,4 +1,4 @@
-"""One loader for the whole run: a DataLoader per round, chained, each round decided when its first batch is asked for."""
+"""One loader for the whole run: a DataLoader per round, each decided when its first batch is asked for."""
 
 from __future__ import annotations
 

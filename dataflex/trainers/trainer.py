@@ -25,7 +25,7 @@ from dataflex.trainers.checkpoints import mark_complete
 from dataflex.trainers.rounds import DecidedRound, RoundLoader
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: the director has what it wanted
+class Stopped(Exception):
     """Leaves LLaMA-Factory's workflow after the director ended the run before its last step."""
 
 
@@ -68,7 +68,7 @@ class RoundTrainer(Trainer):
         args = kwargs["args"]
         if args.auto_find_batch_size:
             raise ConfigError(
-                "auto_find_batch_size: found true; expected false, since a round's rows are decided for one batch size. "
+                "auto_find_batch_size: found true; expected false: a round's rows are decided for one batch size. "
                 "Set per_device_train_batch_size and gradient_accumulation_steps."
             )
         self.director = director
@@ -110,7 +110,7 @@ class RoundTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save, mark the checkpoint complete, and only then remove the ones that `save_total_limit` no longer allows."""
+        """Save, mark the checkpoint complete, and only then remove those beyond `save_total_limit`."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -188,4 +188,6 @@ def same_random_state() -> Iterator[None]:
 @functools.cache
 def _accept_cpu_index() -> None:
     """Let `torch.load` map to `cpu:0`, the device that Transformers names when several CPU processes resume."""
-    torch.serialization.register_package(5, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None)
+    torch.serialization.register_package(
+        5, lambda _: None, lambda storage, place: storage if place == "cpu:0" else None
+    )
