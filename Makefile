@@ -1,5 +1,4 @@
 # `make demo` and `make test` need Python 3.11 and nothing else: the environment is made once, from constraints.txt.
-# On a machine without an NVIDIA GPU, UV_TORCH_BACKEND=cpu saves the download of the CUDA libraries.
 
 PYTHON ?= python3.11
 PY := .venv/bin/python
@@ -16,7 +15,7 @@ install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@if command -v uv >/dev/null; then test -x $(PY) || uv venv --quiet --python $(PYTHON) .venv; \
-	else test -x $(PY) || $(PYTHON) -m venv .venv; $(PY) -m pip install --quiet uv; fi
+	else $(PYTHON) -m venv .venv && $(PY) -m pip install --quiet uv; fi
 	uv pip install --python $(PY) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -80,9 +80,8 @@ def main() -> None:
     identity = Projection(type="identity")
     whole = {d: features(bench, GradientSpec(direction=d, projection=identity)) for d in ("sgd", "adam")}
     exact = {d: cosines(vectors) for d, vectors in whole.items()}
-    print(
-        f"{args.rows} rows, {whole['sgd'].shape[1]} parameters; mean cosine sgd {exact['sgd'].mean():.3f}, adam {exact['adam'].mean():.3f}"
-    )
+    means = ", ".join(f"{direction} {cosine.mean():.3f}" for direction, cosine in exact.items())
+    print(f"{args.rows} rows, {whole['sgd'].shape[1]} parameters; mean cosine {means}")
     for dim in args.dim:
         print(f"\nK = {dim}, 1/sqrt(K) = {1 / math.sqrt(dim):.4f}\n  {'':22s} RMSE sgd  RMSE adam   ms/row")
         base = pass_time(bench, Projection(dim=dim))

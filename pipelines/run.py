@@ -142,11 +142,11 @@ def build_selector(settings: Any, trainer: Any) -> Any:
 
 def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:
     """Say what the data came to, and refuse a training set without a usable row."""
-    log.info(
-        "%d rows of %s: %d dropped, %d truncated by cutoff_len, %d without supervised tokens; targets: %s",
-        len(rows), ", ".join(rows.names[i] for i in np.unique(rows.dataset)), len(rows.dropped),
-        int(rows.truncated.sum()), len(rows) - eligible, ", ".join(f"{name} ({len(target)})" for name, target in targets.items()) or "none",
-    )  # fmt: skip
+    sources = ", ".join(rows.names[i] for i in np.unique(rows.dataset))
+    sets = ", ".join(f"{name} ({len(target)})" for name, target in targets.items()) or "none"
+    lost = len(rows.dropped), int(rows.truncated.sum()), len(rows) - eligible
+    said = "%d rows of %s: %d dropped, %d truncated by cutoff_len, %d without supervised tokens; targets: %s"
+    log.info(said, len(rows), sources, *lost, sets)
     if not eligible:
         raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
     for name, target in targets.items():

@@ -40,6 +40,7 @@ class ModelState:
         self._base = distributed.broadcast(self._base_identity() if distributed.is_main() else None)
         self._checkpoint: str | None = None
         self._cache: dict[tuple[Any, ...], Any] = {}
+        self._held: tuple[tuple[str | None, int], Moments] | None = None
 
     @property
     def position(self) -> tuple[str | None, int]:
@@ -88,9 +89,16 @@ class ModelState:
     def moments(self) -> Moments:
         """Return Adam's moments by parameter name: of the checkpoint entered, else of the live optimizer.
 
+        Collective under DeepSpeed when a position is asked about for the first time; `recipe` asks on every rank.
+
         Raises:
             MismatchError: the optimizer or the checkpoint has no moments that belong to these parameters.
         """
+        if self._held is None or self._held[0] != self.position:
+            self._held = self.position, self._read_moments()
+        return self._held[1]
+
+    def _read_moments(self) -> Moments:
         if self._checkpoint is not None:
             return self._checkpoint_moments(Path(self._checkpoint))
         if self.trainer.is_deepspeed_enabled:

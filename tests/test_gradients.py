@@ -243,6 +243,20 @@ def test_half_precision(mixed: bool, examples: list[dict[str, list[int]]]) -> No
     assert 1e-5 < error(vectors(values), wanted) < 0.1, "float32"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher", "srht", "factorized"])
+def test_gpu_agrees_with_cpu(kind: str, examples: list[dict[str, list[int]]]) -> None:
+    spec = GradientSpec(projection=Projection(type=kind, dim=256, side=8))
+    model = build("qwen2_lora")
+    (wanted,) = FeatureEngine(model, pad_token_id=0).compute(examples, [spec])
+    engine = FeatureEngine(model.cuda(), pad_token_id=0)
+    (found,) = engine.compute(examples, [spec])
+    assert error(vectors(found), vectors(wanted)) < 1e-4
+    half = FeatureEngine(model.to(torch.bfloat16), pad_token_id=0)
+    assert gradient_error(half, examples) < 0.1
+
+
 def test_training_mode_gives_the_gradients_of_eval_mode(examples: list[dict[str, list[int]]]) -> None:
     from transformers.integrations.neftune import activate_neftune
 

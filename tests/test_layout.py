@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = ("pipelines", "stores")
 """Packages of `dataflex` whose folders lie beside it."""
 
-TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+TOOLS = PROJECT["tool"]
 SOURCES = [
     *(p for p in sorted((ROOT / "dataflex").rglob("*.py")) if p.relative_to(ROOT).parts[1] not in OUTSIDE),
     *(p for folder in OUTSIDE for p in sorted((ROOT / folder).rglob("*.py"))),
@@ -88,6 +90,15 @@ def test_wheel_has_licence_and_commands(wheel: Path) -> None:
     commands = archive.read(about["entry_points.txt"]).decode()
     assert "dataflex = dataflex.cli:main" in commands
     assert "dataflex-cli = dataflex.cli:main" in commands
+
+
+def test_constraints_pin_every_dependency() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["cpu"], *extras["deepspeed"]]
+    for requirement in map(Requirement, wanted):
+        assert pins[requirement.name] in requirement.specifier, requirement
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
