@@ -12,8 +12,8 @@ import numpy as np
 from dataflex import distributed
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.pipelines import update, warmup
+from dataflex.pipelines.moments import MOMENTS_FILE
 from dataflex.pipelines.run import Run, open_run
-from dataflex.pipelines.state import MOMENTS_FILE
 from dataflex.pipelines.summary import write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round

@@ -44,10 +44,8 @@ def test_one_pass_gives_every_feature_and_what_is_there_is_left_alone(workspace:
     found = stores_by_kind(workspace)
     assert {kind: len(several) for kind, several in found.items()} == {"loss": 1, "embedding": 2, "gradient": 2}
     assert all((Path(store.path) / "derived" / "faiss").is_dir() for store in found["embedding"])
-    more = [*ALL, {"kind": "embedding", "pooling": "last"}]
-    again = workspace.run(
-        "featurize", workspace.write("run", dataflex=section(workspace, params={"proj_dim": 128}, features=more))
-    )
+    more = section(workspace, params={"proj_dim": 128}, features=[*ALL, {"kind": "embedding", "pooling": "last"}])
+    again = workspace.run("featurize", workspace.write("run", dataflex=more))
     assert again["computed"] == 69
     assert again["reused"] == 69 * 4
 

@@ -119,7 +119,7 @@ def test_targets_are_the_datasets_named(load: Any) -> None:
 def test_dropped_truncated_and_identical_rows_are_known(load: Any) -> None:
     _, ours = load()
     rows = ours.train
-    assert rows.dropped == ((0, 61),)  # the record without an output
+    assert rows.dropped == [(0, 61)]  # the record without an output
     assert ours.raw["pool"][61]["id"] == "no output"
     assert rows.keys[60] == rows.keys[0]  # the duplicate shares its key and keeps its place
     assert rows.index[60] == 60

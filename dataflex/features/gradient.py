@@ -21,6 +21,10 @@ from dataflex.errors import DataflexError
 from dataflex.features.entries import canonical_name
 from dataflex.features.loss import wide
 
+_HALF = (torch.float16, torch.bfloat16)
+_MIXED_BMM = torch.__version__ >= "2.8"  # a version that compares as one
+"""Whether CUDA's `bmm` multiplies half-precision factors into float32; else they are converted first."""
+
 Rows = Callable[[int, int], Tensor]
 """(a, b) -> rows [a, b) of a parameter's gradient for each row of the batch, (B, (b - a) * cols)."""
 
@@ -61,7 +65,7 @@ class Linear:
     def __call__(self, a: int, b: int) -> Tensor:
         """See `Rows`."""
         left = self.left[..., a:b].transpose(1, 2)
-        if left.is_cuda and left.dtype == self.right.dtype and left.dtype in (torch.float16, torch.bfloat16):
+        if _MIXED_BMM and left.is_cuda and left.dtype == self.right.dtype and left.dtype in _HALF:
             return torch.bmm(left, self.right, out_dtype=torch.float32).flatten(1)  # type: ignore[call-arg]
         return torch.bmm(wide(left), wide(self.right)).flatten(1)
 
@@ -162,6 +166,11 @@ def _embedding_rows(module: nn.Embedding, ids: Tensor, gy: Tensor) -> Rows:
 def _module_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> dict[str, Rows]:
     """Differentiate a small module, such as a norm, for each row; in float32."""
     own = {name: wide(parameter.detach()) for name, parameter in module.named_parameters()}
+    if any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters()):
+        raise DataflexError(
+            f"the trainable parameters of a {type(module).__name__} are sharded by DeepSpeed ZeRO-3 and not at hand in "
+            "the backward pass; raise stage3_param_persistence_threshold above their size, or freeze them"
+        )
     x, gy = wide(x), wide(gy)
 
     def one(x_row: Tensor, gy_row: Tensor) -> dict[str, Tensor]:

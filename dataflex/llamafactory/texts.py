@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,23 +17,24 @@ class RecordTexts:
     Of a conversation, the last answer is the response and all before it the prompt.
 
     Args:
-        aligned: records in LLaMA-Factory's standard format.
-        origins: (dataset, index) of each of them.
-        rows: (dataset, index) of each row.
+        records: in LLaMA-Factory's standard format.
+        origins: (dataset, index) of each of them as one number, (N,).
+        rows: the same of each row, (R,).
     """
 
-    def __init__(self, aligned: Any, origins: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]):
-        self._aligned = aligned
+    def __init__(self, records: Any, origins: np.ndarray, rows: np.ndarray):
+        self._records = records
         self._origins = origins
         self._rows = rows
 
     @cached_property
-    def _at(self) -> dict[tuple[int, int], int]:
-        return {origin: position for position, origin in enumerate(self._origins)}
+    def _order(self) -> np.ndarray:
+        return np.argsort(self._origins, kind="stable")
 
     def __call__(self, row: int) -> tuple[str, str]:
         """Return (prompt, response)."""
-        record = self._aligned[self._at[self._rows[row]]]
+        at = self._order[np.searchsorted(self._origins, self._rows[row], sorter=self._order)]
+        record = self._records[int(at)]
         prompt = "\n".join(turn["content"] for turn in record["_prompt"])
         return prompt, "\n".join(turn["content"] for turn in record["_response"])
 

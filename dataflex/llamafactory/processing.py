@@ -1,0 +1,152 @@
+"""LLaMA-Factory's processors, run so that what is known about each row is noted beside its tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from llamafactory.data import loader
+from llamafactory.extras.constants import IGNORE_INDEX
+
+from dataflex.errors import DataflexError
+from dataflex.fingerprint import row_key
+from dataflex.llamafactory.records import DATASET, INDEX, MEDIA, column_of
+
+KEY, LENGTH, SUPERVISED, TRUNCATED = (f"__dataflex_{name}__" for name in ("key", "length", "supervised", "truncated"))
+NOTES = (INDEX, DATASET, KEY, LENGTH, SUPERVISED, TRUNCATED)
+"""Columns beside the tokens, taken off before a trainer sees the rows."""
+
+
+@dataclass(frozen=True)
+class Processing:
+    """How records become rows.
+
+    Attributes:
+        stage: `sft` or `pt`.
+        data_args: LLaMA-Factory's data arguments.
+        training_args: its training arguments.
+        template: its template.
+        tokenizer: the run's tokenizer.
+        processor: the run's multimodal processor, or None.
+    """
+
+    stage: str
+    data_args: Any
+    training_args: Any
+    template: Any
+    tokenizer: Any
+    processor: Any
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row is a block made of several documents."""
+        return self.stage == "pt" and bool(self.data_args.packing)
+
+    def rows(self, records: Dataset, is_eval: bool) -> Dataset:
+        """Return the rows with `NOTES`; blocks are packed within their dataset, dataset after dataset.
+
+        Raises:
+            DataflexError: not one record gives a row.
+        """
+        if not self.is_packed:
+            return self._map(records, is_eval)
+        numbers = column_of(records, DATASET)
+        parts = [records.select(np.flatnonzero(numbers == n)) for n in dict.fromkeys(numbers.tolist())]
+        return concatenate_datasets([self._map(part, is_eval) for part in parts])
+
+    def _map(self, records: Dataset, is_eval: bool) -> Dataset:
+        args = self.data_args
+        encoder = loader._get_dataset_processor(
+            args, self.stage, self.template, self.tokenizer, self.processor, do_generate=False
+        )
+        free = copy.copy(args)
+        free.cutoff_len = 1 << 30
+        columns = ("input_ids", "attention_mask") + (("labels", *MEDIA) if self.stage == "sft" else ())
+        whole = None if self.is_packed else replace(encoder, data_args=free)
+        rows = records.map(
+            Noting(encoder, whole, args.cutoff_len, self.tokenizer.pad_token_id, columns),
+            batched=True,
+            batch_size=args.preprocessing_batch_size,
+            remove_columns=records.column_names,
+            num_proc=args.preprocessing_num_workers,
+            load_from_cache_file=(not args.overwrite_cache) or (self.training_args.local_process_index != 0),
+            desc="Running tokenizer on dataset",
+        )
+        if len(rows) == 0:
+            raise DataflexError(
+                f"found no usable row among {len(records)} records after preprocessing; expected the format that "
+                "dataset_info.json describes (see LLaMA-Factory's data/README.md), and in a packed dataset at least "
+                "cutoff_len tokens"
+            )
+        if self.training_args.should_log:
+            print("eval example:" if is_eval else "training example:")
+            encoder.print_data_example(next(iter(rows)))
+        return rows
+
+
+@dataclass
+class Noting:
+    """A `datasets.map` function: run the processor record by record and note what is known about each row.
+
+    A packing processor is run on the whole batch, since a block is made of several documents.
+
+    Attributes:
+        encoder: LLaMA-Factory's processor.
+        whole: the same without a length limit, to see what truncation removed; None if it packs.
+        cutoff_len: tokens of a row, at most.
+        pad_token_id: what the causal collator does not train on.
+        columns: the columns that the processor makes.
+    """
+
+    encoder: Any
+    whole: Any
+    cutoff_len: int
+    pad_token_id: int | None
+    columns: tuple[str, ...]
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Process one batch of records."""
+        if self.whole is None:
+            out = {key: list(values) for key, values in self.encoder.preprocess_dataset(batch).items()}
+            blocks = len(out["input_ids"])
+            # A block has no record of its own: rows are numbered within their dataset when all are made.
+            out |= {DATASET: [batch[DATASET][0]] * blocks, INDEX: [-1] * blocks, TRUNCATED: [False] * blocks}
+        else:
+            out = {name: [] for name in (*self.columns, INDEX, DATASET, TRUNCATED)}
+            for i in range(len(batch["_prompt"])):
+                self._one({key: [values[i]] for key, values in batch.items()}, out)
+        out |= {note: [] for note in (KEY, LENGTH, SUPERVISED)}
+        for i in range(len(out["input_ids"])):
+            example = {key: out[key][i] for key in ("input_ids", "labels", "attention_mask") if key in out}
+            labels = labels_of(example, self.pad_token_id)
+            out[KEY].append(row_key(example["input_ids"], labels, example["attention_mask"]))
+            out[LENGTH].append(len(labels))
+            out[SUPERVISED].append(supervised(labels))
+        return out
+
+    def _one(self, record: dict[str, list[Any]], out: dict[str, list[Any]]) -> None:
+        rows = self.encoder.preprocess_dataset(record)
+        if not rows.get("input_ids"):
+            return  # dropped
+        for key, values in rows.items():
+            out.setdefault(key, []).extend(values)
+        length = len(rows["input_ids"][0])
+        cut = length >= self.cutoff_len and len(self.whole.preprocess_dataset(record)["input_ids"][0]) > length
+        for note, value in ((DATASET, record[DATASET][0]), (INDEX, record[INDEX][0]), (TRUNCATED, cut)):
+            out[note].append(value)
+
+
+def labels_of(example: Mapping[str, Any], pad_token_id: int | None) -> list[int]:
+    """Return the example's labels; in stage `pt` those of transformers' causal collator: every token but padding."""
+    if "labels" in example:
+        return list(example["labels"])
+    return [IGNORE_INDEX if token == pad_token_id else token for token in example["input_ids"]]
+
+
+def supervised(labels: list[int]) -> int:
+    """Return the tokens that are predicted: the first never is."""
+    return sum(label != IGNORE_INDEX for label in labels[1:])

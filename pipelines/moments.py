@@ -1,0 +1,94 @@
+"""Adam's moments by parameter name: of a live optimizer, of DeepSpeed's shards, or of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dataflex.errors import ConfigError, MismatchError
+from dataflex.features.adam import Moments, Scalars
+
+MOMENTS_FILE = "dataflex/moments.safetensors"
+"""Where our checkpoints keep them, relative to the checkpoint."""
+
+Named = list[tuple[str, Any]]
+
+
+def live_moments(trainer: Any, named: Named) -> Moments:
+    """Return the moments of the trainer's optimizer. Collective under DeepSpeed.
+
+    Args:
+        trainer: the running `RoundTrainer`.
+        named: trainable parameters by name.
+
+    Raises:
+        MismatchError, DataflexError: the optimizer keeps no Adam moments.
+    """
+    if trainer.is_deepspeed_enabled:
+        return _from_deepspeed(trainer, named)
+    if trainer.state.global_step == 0:
+        return _before_any_step(trainer.optimizer, named)
+    return Moments.from_optimizer(trainer.optimizer, named)
+
+
+def checkpoint_moments(folder: Path, trainer: Any, named: Named) -> Moments:
+    """Return a checkpoint's moments: by name from ours, by position from a foreign `optimizer.pt`.
+
+    The latter knows its parameters by number, so the optimizer that LLaMA-Factory made for this run tells the order;
+    count and shapes are checked.
+
+    Raises:
+        MismatchError: there are none, or they are not of these parameters.
+        ConfigError: they cannot be matched under DeepSpeed.
+    """
+    if (folder / MOMENTS_FILE).is_file():
+        return Moments.load(folder / MOMENTS_FILE)
+    if not (folder / "optimizer.pt").is_file():
+        raise MismatchError(
+            f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam needs the optimizer state. "
+            "Train with save_only_model: false, or use gradient_type: sgd"
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed")
+    names = {id(p): name for name, p in named}
+    ordered = {names[id(p)]: tuple(p.shape) for group in trainer.optimizer.param_groups for p in group["params"]}
+    # The one place where a pickle is read, with torch's restricted unpickler: numbers are all that optimizer.pt has.
+    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    return Moments.from_optimizer_pt(state, list(ordered), ordered)
+
+
+def _before_any_step(optimizer: Any, named: Named) -> Moments:
+    """Return the zeros that Adam begins with."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    scalars = {name: _scalars(0, groups[id(p)], optimizer) for name, p in named}
+    zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named}
+    return Moments(zeros, zeros, scalars)
+
+
+def _from_deepspeed(trainer: Any, named: Named) -> Moments:
+    """Gather the moments from all ranks."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    engine = trainer.model_wrapped
+    if not trainer.state.global_step:
+        raise MismatchError("gradient_type: adam has no moments before the first step under DeepSpeed; set warmup_step")
+    moments: dict[str, dict[str, Any]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    for name, parameter in named:
+        for key, kept in moments.items():
+            value = safe_get_full_optimizer_state(parameter, key)
+            if value is None:
+                raise MismatchError(f"{name}: DeepSpeed's optimizer holds no {key}; use AdamW, or gradient_type: sgd")
+            kept[name] = value.detach().float().cpu()
+    step = trainer.state.global_step - int(engine.skipped_steps)
+    scalars = _scalars(step, engine.optimizer.param_groups[0], engine.optimizer)
+    return Moments(moments["exp_avg"], moments["exp_avg_sq"], {name: scalars for name, _ in named})
+
+
+def _scalars(step: int, group: Any, optimizer: Any) -> Scalars:
+    if "betas" not in group or "eps" not in group:
+        kind = type(optimizer).__name__
+        raise MismatchError(f"{kind} has no betas and eps; use optim: adamw_torch, or gradient_type: sgd")
+    beta1, beta2 = group["betas"]
+    return Scalars(step, float(beta1), float(beta2), float(group["eps"]))
