@@ -51,7 +51,7 @@ def test_one_pass_gives_every_feature_and_what_is_there_is_left_alone(workspace:
 
 
 def test_values_are_those_of_the_plain_model_whatever_the_storage(workspace: Any, tiny: Any) -> None:
-    """With LoRA's B at zero the model is its base, so another adapter has the same losses: nothing is computed again."""
+    """With LoRA's B at zero the model is its base, so another adapter computes nothing again."""
     from transformers import AutoModelForCausalLM
 
     features = [{"kind": "loss"}, {"kind": "embedding"}]
