@@ -1,9 +1,9 @@
 """Precision of selections from a pool whose sources are known: of n rows chosen, the share that is of the target's own.
 
-For each target set, n is the number of pool rows that are right for it, and the rows come from `dataflex select`: by
-LESS; by the stored mean-pooled embeddings, nearest to the target's first; by the stored losses, lowest first, a weak
-baseline that does not look at the target; and at random. Features come from one `dataflex featurize` per target, and
-selections may compute nothing. The sources differ in form, so this says whether a method works, not which one is best.
+For each target set, n is the number of pool rows that are right for it. `dataflex select` chooses them by LESS; by the
+stored mean-pooled embeddings, nearest to the target's first; by the stored losses, lowest first; and at random. Loss is
+a weak baseline: like random, it does not look at the target. Features come from one `dataflex featurize` per target,
+and the selections compute nothing. The sources differ in form, so this says whether a method works, not how well.
 
 python -m benchmarks.precision DATA_DIR MODEL_DIR --rows 800
 """
@@ -30,14 +30,14 @@ from dataflex.selectors.less import cosines, mean_direction
 from dataflex.selectors.rules import top_k
 from examples.quickstart.pool import Row, write_datasets
 
-LESS = {"component_name": "less"}
-RANKING = {"component_name": "benchmarks.precision:Ranking"}
-METHODS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {  # name -> the method's keys, its parameters
-    "LESS": (LESS, {"proj_dim": 4096}),
-    "embedding": (RANKING, {"feature": "embedding"}),
-    "loss": (RANKING, {"feature": "loss"}),
-    "random": ({"component_name": "random"}, {}),
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> component_name and its parameters
+    "LESS": ("less", {}),
+    "embedding": ("benchmarks.precision:Ranking", {"feature": "embedding"}),
+    "loss": ("benchmarks.precision:Ranking", {"feature": "loss"}),
+    "random": ("random", {}),
 }
+BLIND = ("loss", "random")
+"""Methods that do not look at the target: the first target's whole ranking is every target's."""
 FEATURES = 3
 """Features of every row: LESS's gradient, and the two that featurize is asked for beside it."""
 
@@ -59,7 +59,8 @@ class Ranking:
 
     def needs(self) -> list[Need]:
         """Need the feature."""
-        return [Need(self._spec, "train"), Need(self._spec, "targets")]
+        of_target = [Need(self._spec, "targets")] if isinstance(self._spec, EmbeddingSpec) else []
+        return [Need(self._spec, "train"), *of_target]
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Choose the best rows."""
@@ -107,8 +108,8 @@ class Study:
     sources: Mapping[str, Sequence[str]]
 
     def run_file(self, method: str, target: str, **section: Any) -> Path:
-        """Write the run file of one method and target; but for these two all are alike, so they share a warm-up."""
-        keys, params = METHODS[method]
+        """Write a run file; but for method and target all are alike, so they share a warm-up."""
+        component, params = METHODS[method]
         values = {
             "model_name_or_path": str(self.folder / "model"),
             "template": "qwen3_nothink",
@@ -123,16 +124,16 @@ class Study:
             "eval_dataset": target,
             "cutoff_len": 512,
             "per_device_train_batch_size": 8,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-4,
             "lr_scheduler_type": "constant",
             "report_to": "none",
             "use_cpu": True,
             "disable_tqdm": True,
             "output_dir": str(self.folder / "out" / method / target),
             "train_type": "dynamic_select",
-            "warmup_step": 8,
+            "warmup_step": 4,
             "update_step": 1,
-            **keys,
+            "component_name": component,
             "dataflex": {"store": str(self.folder / "store"), "params": params, **section},
         }
         path = self.folder / f"{method}-{target}.yaml"
@@ -162,20 +163,26 @@ class Study:
         Raises:
             AssertionError: a target after the first made featurize compute more than its own rows.
         """
-        for number, (target, sources) in enumerate(self.sources.items()):
+        relevant = {t: sum(row["source"] in sources for row in self.pool) for t, sources in self.sources.items()}
+        chosen: dict[str, list[Row]] = {}
+        for target, count in relevant.items():
             summary = self.featurize(target)
-            most = FEATURES * (summary["target_rows"] + (0 if number else summary["rows"]))
+            most = FEATURES * (summary["target_rows"] + (0 if chosen else summary["rows"]))
             if summary["computed"] > most:
-                raise AssertionError(f"{target}: featurize computed {summary['computed']} values, expected {most}")
-            relevant = sum(row["source"] in sources for row in self.pool)
-            found = {
-                method: sum(row["source"] in sources for row in self.select(method, target, relevant)) / relevant
-                for method in METHODS
-            }
-            yield Precision(target, relevant, relevant / len(self.pool), found, summary["computed"])
+                raise AssertionError(
+                    f"{target}: featurize computed {summary['computed']} values, at most {most} are new"
+                )
+            for method in METHODS:
+                if method not in BLIND:
+                    chosen[method] = self.select(method, target, count)
+                elif method not in chosen:
+                    chosen[method] = self.select(method, target, max(relevant.values()))
+            good = {m: sum(r["source"] in self.sources[target] for r in rows[:count]) for m, rows in chosen.items()}
+            found = {method: number / count for method, number in good.items()}
+            yield Precision(target, count, count / len(self.pool), found, summary["computed"])
 
 
-def prepare(data: Path, model: Path, folder: Path, rows: int | None, targets: Sequence[str] | None = None) -> Study:
+def prepare(data: Path, model: Path, folder: Path, rows: int | None, targets: Sequence[str] = ()) -> Study:
     """Write a pool of the same number of rows of every source, the target sets, and a float32 copy of the model.
 
     Args:
@@ -183,7 +190,7 @@ def prepare(data: Path, model: Path, folder: Path, rows: int | None, targets: Se
         model: a model folder with its tokenizer.
         folder: takes what is written.
         rows: rows of the pool; a source that has fewer than its part gives all; None takes every row.
-        targets: all easy targets by default.
+        targets: some of the easy targets; all by default.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -88,7 +88,7 @@ def select(
     overrides: Overrides = None,
 ) -> None:
     """Choose rows once, without training on them, and write them as a dataset of LLaMA-Factory."""
-    settings = _settings(run, overrides)
+    settings = _started(run, overrides)
     from dataflex.pipelines.select import select
 
     select(settings, num, output)

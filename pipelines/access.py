@@ -15,11 +15,12 @@ import numpy as np
 from dataflex import distributed
 from dataflex.errors import CoverageError
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec
-from dataflex.pipelines.fragments import Tally, Work
+from dataflex.fingerprint import keys_digest
+from dataflex.pipelines.fragments import Tally, Work, refuse_nonfinite
 from dataflex.pipelines.sources import EncoderSource, ModelSource, Source
 from dataflex.pipelines.state import ModelState
 from dataflex.pipelines.views import Snapshot
-from dataflex.rows import Rows
+from dataflex.rows import Rows, Status
 from dataflex.stores.base import Layout
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
@@ -44,6 +45,7 @@ class FeatureAccess:
         self._section = section
         self._model = ModelSource(state, section.token_budget)
         self._encoders: dict[str, EncoderSource] = {}
+        self._complete_at: dict[tuple[Any, ...], list[ParquetStore]] = {}
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
@@ -63,13 +65,24 @@ class FeatureAccess:
             DataflexError: more rows than `nonfinite_limit` allows are not finite.
         """
         begun = time.monotonic()
+        asked = (tuple(specs), keys_digest(rows.keys), checkpoint)
+        if asked in self._complete_at:  # a checkpoint does not change, so it need not be loaded again
+            self.tally.reused += len(specs) * len(np.unique(rows.keys))
+            return self._complete_at[asked]
         with self._state.at(checkpoint):
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):
                 self._complete(source, [spec for spec in stores if self._source(spec) is source], stores, rows)
         distributed.barrier()
+        for spec, store in stores.items():
+            keys = np.unique(self._source(spec).keys(rows))
+            bad = int((store.read(keys, columns=[], vectors=False).status == Status.NONFINITE).sum())
+            refuse_nonfinite(bad, len(keys), self._section.nonfinite_limit)
         self.tally.seconds += time.monotonic() - begun
-        return [stores[spec] for spec in specs]
+        found = [stores[spec] for spec in specs]
+        if checkpoint is not None:
+            self._complete_at[asked] = found
+        return found
 
     def _complete(
         self, source: Source, specs: list[FeatureSpec], stores: dict[FeatureSpec, ParquetStore], rows: Rows

@@ -41,14 +41,27 @@ class RoundDirector:
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Put the run together and choose where to start: a checkpoint, a kept state, or the beginning."""
         self.run: Run = open_run(self.settings, trainer)
+        self._refuse_too_few_rows()
         self.warm = warmup.WarmState(self.run)
         if checkpoint is not None:
+            self.warm.lineage = None  # what came before the checkpoint may have been trained otherwise
             warmup.restore_rounds(self.run, Path(checkpoint))
             return checkpoint
         if distributed.is_main():
             self.run.journal.clear()
         distributed.barrier()
         return self.warm.start()
+
+    def _refuse_too_few_rows(self) -> None:
+        """Refuse, before anything is computed, updates that no selection can fill."""
+        run = self.run
+        largest = max((round.steps for round in run.updates), default=0) * run.trainer.global_batch
+        if self.stage == "train" and run.needs and self.schedule.update_step > 0 and largest > len(run.eligible):
+            raise CoverageError(
+                f"update_step: an update needs {largest} rows ({largest // run.trainer.global_batch} steps of "
+                f"{run.trainer.global_batch}), found {len(run.eligible)} that can be chosen; lower "
+                "update_step or the batch size"
+            )
 
     def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
         """Return the round on every rank, recorded before its first batch."""
@@ -86,7 +99,8 @@ class RoundDirector:
                 moments.save(Path(checkpoint) / MOMENTS_FILE)
             numbers = [r.number for r in trainer.rounds if r.first_step < trainer.state.global_step]
             self.run.journal.copy_to(Path(checkpoint) / FOLDER / "rounds", numbers)
-        return {"global_step": trainer.state.global_step, "moments": said}
+        is_resumable = not trainer.args.save_only_model
+        return {"global_step": trainer.state.global_step, "moments": said, "is_resumable": is_resumable}
 
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write the run's summary."""
@@ -99,7 +113,7 @@ class RoundDirector:
 
     def _recorded(self, round: Round) -> DecidedRound | None:
         """Return a journaled round: always if it was begun, else only if it was decided alike."""
-        found = self.run.journal.read(round, self.run.rows.keys)
+        found = self.run.journal.read(round, self.run.rows.keys, self.run.trainer.global_batch)
         begun = round.first_step < self.run.trainer.state.global_step
         if found is None and begun:
             raise CoverageError(f"{self.run.journal.path(round.number)}: missing; the checkpoint was trained on it")

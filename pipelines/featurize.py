@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,18 @@ def featurize(settings: Any) -> None:
     Raises:
         ConfigError: the method asks for no features, and `dataflex.features` names none.
     """
+    is_declared = settings.component is None or hasattr(settings.component, "Params")
+    if is_declared and not settings.needs and not settings.dataflex.features:
+        name = settings.component_name or "train_type: static"
+        raise ConfigError(f"{name} asks for no features; name some under dataflex.features")
     run_until_update(settings, FeaturizeDirector(settings))
 
 
 def run_until_update(settings: Any, director: RoundDirector) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
-    scratch = Path(settings.llamafactory["output_dir"]) / f".{director.stage}"
+    # One folder for all processes of a launch, another for every other launch at the same time.
+    launch = os.environ.get("MASTER_PORT") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else str(os.getpid())
+    scratch = Path(settings.llamafactory["output_dir"]) / f".{director.stage}-{launch}"
     arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
     arguments.pop("max_steps", None)
     try:

@@ -105,12 +105,17 @@ class Work:
         tally.computed += len(at) * len(self.specs)
         tally.tokens += int(lengths.sum())
         tally.batches += max(least, count_batches(lengths, self.token_budget))
-        bad = tally.skipped.get("nonfinite", 0)
-        if bad > self.nonfinite_limit * len(self.keys):
-            raise DataflexError(
-                f"{bad} of {len(self.keys)} rows gave NaN or infinity; dataflex.nonfinite_limit allows a share of "
-                f"{self.nonfinite_limit}. Check the learning rate, the dtype (bf16 rather than fp16) and the data."
-            )
+        bad = max(int((values.status == Status.NONFINITE).sum()) for values in found)
+        refuse_nonfinite(bad, len(self.keys), self.nonfinite_limit)
+
+
+def refuse_nonfinite(bad: int, total: int, limit: float) -> None:
+    """Raise DataflexError if more rows than the limit allows are NaN or infinite."""
+    if bad > limit * total:
+        raise DataflexError(
+            f"{bad} of {total} rows gave NaN or infinity; dataflex.nonfinite_limit allows a share of {limit}. "
+            "Check the learning rate, the dtype (bf16 rather than fp16) and the data."
+        )
 
 
 def _row_bytes(layout: Layout) -> int:

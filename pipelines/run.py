@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dataflex.errors import ConfigError, CoverageError
-from dataflex.fingerprint import digest, keys_digest
+from dataflex.fingerprint import digest, file_digest, keys_digest
 from dataflex.pipelines.access import FeatureAccess
 from dataflex.pipelines.state import ModelState
 from dataflex.rows import Rows
@@ -21,6 +21,7 @@ from dataflex.schedule import Round
 from dataflex.selectors.base import Need
 from dataflex.stores.root import StoreRoot
 from dataflex.trainers.journal import Journal
+from dataflex.trainers.lineage import training_arguments
 from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,26 @@ class Run:
         """Return how many updates come before a round."""
         return sum(r.number < round.number for r in self.updates)
 
+    def check(self, rows: np.ndarray, count: int) -> None:
+        """Hold a selector's answer against what was asked.
+
+        Raises:
+            CoverageError: it has another number of rows, or positions that the training set does not have.
+        """
+        low, high = rows.min(initial=0), rows.max(initial=0)
+        if len(rows) != count or low < 0 or high >= len(self.rows):
+            raise CoverageError(
+                f"{self.settings.component_name}: returned {len(rows)} rows between {low} and {high}; expected {count} "
+                f"rows between 0 and {len(self.rows) - 1}"
+            )
+
     def decided(self, round: Round) -> DecidedRound:
         """Return an earlier round of this run.
 
         Raises:
             CoverageError: it is not in the journal.
         """
-        found = self.journal.read(round, self.rows.keys)
+        found = self.journal.read(round, self.rows.keys, self.trainer.global_batch)
         if found is None:
             raise CoverageError(f"{self.journal.path(round.number)}: missing; a later round builds on it")
         return found
@@ -96,15 +110,19 @@ def open_run(settings: Any, trainer: Any) -> Run:
     _report(sets.train, sets.targets, len(eligible))
     state = ModelState(trainer)
     params = settings.params
+    plain = (
+        params.model_dump(mode="json") if hasattr(params, "model_dump") else json.loads(json.dumps(params, default=str))
+    )
     identity = {
         "component": settings.component_name or "",
-        "params": params.model_dump(mode="json")
-        if hasattr(params, "model_dump")
-        else json.loads(json.dumps(params, default=str)),
+        "params": plain,
+        "files": {k: file_digest(v) for k, v in (plain or {}).items() if isinstance(v, str) and Path(v).is_file()},
         "refresh": settings.dataflex.refresh.model_dump(mode="json"),
         "rows": keys_digest(sets.train.keys),
         "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
-        "seed": trainer.args.seed,
+        "storage": settings.dataflex.storage,
+        "global batch": trainer.global_batch,
+        **training_arguments(trainer),
     }
     return Run(
         settings=settings,

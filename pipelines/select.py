@@ -37,6 +37,8 @@ def select(settings: Any, num: int, output: Path) -> None:
     """
     if num < 1:
         raise ConfigError(f"--num: found {num}; expected at least 1")
+    if output.suffix != ".json":
+        raise ConfigError(f"--output: found {output}; expected a name that ends in .json")
     if settings.component is None:
         raise ConfigError("component_name: found none; expected a selector, with train_type: dynamic_select")
     arguments = settings.llamafactory
@@ -44,7 +46,7 @@ def select(settings: Any, num: int, output: Path) -> None:
         raise ConfigError(
             "packing: a packed block is not one record, so it cannot be written as one; set packing: false"
         )
-    run_until_update(settings, SelectDirector(settings, num, Path(output)))
+    run_until_update(settings, SelectDirector(settings, num, output))
 
 
 class SelectDirector(FeaturizeDirector):

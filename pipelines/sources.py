@@ -52,7 +52,7 @@ class ModelSource:
     def __init__(self, state: ModelState, token_budget: int):
         self._state = state
         self._token_budget = token_budget
-        self._engine: tuple[Any, FeatureEngine] | None = None
+        self._engine: FeatureEngine | None = None
         self.is_collective = state.is_zero3
 
     def keys(self, rows: Rows) -> np.ndarray:
@@ -78,20 +78,18 @@ class ModelSource:
     def compute(
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
     ) -> list[FeatureValues]:
-        """Run the engine; it is kept for as long as the state is the same."""
-        adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
-        asked = (self._state.position, adam)
-        if self._engine is None or self._engine[0] != asked:
+        """Run the engine; it is kept, since its random projections are the same at every state."""
+        if self._engine is None:
             trainer = self._state.trainer
-            engine = FeatureEngine(
+            self._engine = FeatureEngine(
                 trainer.model,
                 pad_token_id=trainer.processing_class.pad_token_id or 0,
                 token_budget=self._token_budget,
                 autocast=trainer.accelerator.autocast,
-                moments=self._state.moments() if adam else None,
             )
-            self._engine = asked, engine
-        return self._engine[1].compute([rows.examples[int(row)] for row in at], specs, min_batches=min_batches)
+        adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
+        self._engine.moments = self._state.moments() if adam else None
+        return self._engine.compute([rows.examples[int(row)] for row in at], specs, min_batches=min_batches)
 
 
 class EncoderSource:

@@ -19,9 +19,14 @@ from dataflex.pipelines.moments import checkpoint_moments, live_moments
 
 _MODEL_OPTIONS = (
     "rope_scaling", "shift_attn", "mixture_of_depths", "use_unsloth", "upcast_layernorm", "upcast_lmhead_output",
-    "resize_vocab", "add_tokens", "add_special_tokens", "quantization_bit", "enable_liger_kernel", "moe_aux_loss_coef",
+    "quantization_bit", "quantization_method", "quantization_type", "double_quantization", "enable_liger_kernel",
+    "moe_aux_loss_coef", "trust_remote_code", "use_v1_kernels",
 )  # fmt: skip
-_TUNING_OPTIONS = ("pissa_init", "pissa_iter", "use_llama_pro")  # these change the frozen weights
+_DRAWN = (
+    "train_from_scratch", "resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config", "pissa_init",
+    "pissa_iter",
+)  # fmt: skip
+"""Options under which frozen weights come from a random draw, and not from the files alone."""
 _SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
@@ -87,8 +92,8 @@ class ModelState:
         return recipe
 
     def origin(self) -> dict[str, Any]:
-        """Return the identity that a lineage begins with: base and trainable weights. Collective under ZeRO-3."""
-        return {"base": self._base, "weights": self._weights(forward_only=False)}
+        """Return what a lineage begins with: base, trainable weights, numerics. Collective under ZeRO-3."""
+        return {"base": self._base, "weights": self._weights(forward_only=False), "numerics": self._numerics()}
 
     def trainable(self) -> list[tuple[str, Any]]:
         """Return the trainable parameters by name, in the model's order."""
@@ -130,9 +135,9 @@ class ModelState:
         if not tuning.create_new_adapter:
             adapters = adapters[:-1]  # the last one goes on being trained: it is among the trainable weights
         options = {name: getattr(args, name, None) for name in _MODEL_OPTIONS}
-        options |= {name: getattr(tuning, name, None) for name in _TUNING_OPTIONS if tuning.pissa_init}
-        if tuning.pissa_init:
-            options["seed"] = self.trainer.args.seed
+        drawn = {name: getattr(args, name, None) or getattr(tuning, name, None) for name in _DRAWN}
+        if drawn["pissa_init"] or any(value for name, value in drawn.items() if not name.startswith("pissa")):
+            options |= drawn | {"seed": self.trainer.args.seed + 1}  # 0 would be left out below
         return {
             "weights": model_digest(model_folder(args.model_name_or_path, **hub)),
             "merged": [model_digest(model_folder(path, subfolder=args.adapter_folder, **hub)) for path in adapters],

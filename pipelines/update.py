@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from dataflex import distributed
 from dataflex.errors import CoverageError, DataflexError
@@ -34,7 +35,7 @@ def decide(run: Run, round: Round) -> DecidedRound:
     if selection.pool is not None and distributed.is_main():
         run.journal.write_pool(round.number, selection.pool, updated)
     seed = run.trainer.args.seed
-    order = np.arange(count) if _in_order(run.trainer) else generator(seed, "order", round.number).permutation(count)
+    order = _order(run, round, selection.rows)
     if wanted > count:
         order = np.concatenate([order, stream(order, 0, wanted - count, seed, "again", round.number)])
     scores = np.full(count, np.nan) if selection.scores is None else np.asarray(selection.scores, dtype=np.float64)
@@ -79,12 +80,7 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
         trainer.model.zero_grad()
     selection = distributed.broadcast(selection)
     assert selection is not None
-    rows = selection.rows
-    if len(rows) != count or rows.min(initial=0) < 0 or rows.max(initial=0) >= len(run.rows):
-        raise CoverageError(
-            f"{run.settings.component_name}: returned {len(rows)} rows between {rows.min(initial=0)} and "
-            f"{rows.max(initial=0)}; expected {count} rows between 0 and {len(run.rows) - 1}"
-        )
+    run.check(selection.rows, count)
     return selection, features.updated
 
 
@@ -105,12 +101,11 @@ class UpdateFeatures:
         if last is not None:
             fresh = due(self._policy, self.update, last[1], last[0])
             self.updated = np.where(fresh, self.update, last[1]).astype(np.int32)
-        for need in run.needs:
-            if need.of == "targets":
-                for name in run.targets:
-                    self._views[need.spec, name, need.state] = self._target(need, name)
-            else:
-                self._views[need.spec, None, need.state] = self._train(need)
+        for of, state in dict.fromkeys((need.of, need.state) for need in run.needs):
+            needs = [need for need in run.needs if (need.of, need.state) == (of, state)]
+            for name in run.targets if of == "targets" else [None]:
+                for need, view in zip(needs, self._together(needs, name), strict=True):
+                    self._views[need.spec, name, state] = view
 
     def get(self, spec: FeatureSpec, target: str | None = None, state: str | None = None) -> View:
         """Give a selector a feature; alone, a process computes undeclared ones too.
@@ -130,19 +125,20 @@ class UpdateFeatures:
             self._views[asked] = self.run.access.view(spec, rows, store)
         return self._views[asked]
 
-    def _target(self, need: Need, name: str) -> View:
-        access, rows = self.run.access, self.run.targets[name]
-        if need.state is None and self._policy.policy == "static" and self.update > 0:
-            return access.view(need.spec, rows, self._earlier(0, need), self.update)
-        (store,) = access.ensure([need.spec], rows, need.state)
-        return access.view(need.spec, rows, store)
+    def _together(self, needs: list[Need], name: str | None) -> list[View]:
+        """Give several features of the same rows and state, computed in one pass."""
+        access, state = self.run.access, needs[0].state
+        rows = self.run.rows if name is None else self.run.targets[name]
+        if state is None and name is not None and self._policy.policy == "static" and self.update > 0:
+            return [access.view(need.spec, rows, self._earlier(0, need), self.update) for need in needs]
+        if state is None and name is None and (self.updated != self.update).any():
+            return [self._joined(need) for need in needs]
+        stores = access.ensure([need.spec for need in needs], rows, state)
+        return [access.view(need.spec, rows, store) for need, store in zip(needs, stores, strict=True)]
 
-    def _train(self, need: Need) -> View:
-        """Give the training rows' values, of this update or joined from several."""
+    def _joined(self, need: Need) -> View:
+        """Give the training rows' values, joined from several updates."""
         run = self.run
-        if need.state is not None or (self.updated == self.update).all():
-            (store,) = run.access.ensure([need.spec], run.rows, need.state)
-            return run.access.view(need.spec, run.rows, store)
         parts: list[tuple[np.ndarray, Snapshot]] = []
         for update in np.unique(self.updated).tolist():
             at = np.flatnonzero(self.updated == update)
@@ -187,9 +183,19 @@ def round_seconds(seconds: float) -> float:
     return float(f"{seconds:.2f}")
 
 
-def _in_order(trainer: Any) -> bool:
-    """Say whether rows are trained in the order chosen."""
-    return bool(trainer.finetuning_args.disable_shuffling) or trainer.args.train_sampling_strategy == "sequential"
+def _order(run: Run, round: Round, rows: np.ndarray) -> np.ndarray:
+    """Return the order in which chosen rows are trained on, as positions in `rows`, (k,)."""
+    args = run.trainer.args
+    if run.trainer.finetuning_args.disable_shuffling or args.train_sampling_strategy == "sequential":
+        return np.arange(len(rows))
+    order = generator(args.seed, "order", round.number).permutation(len(rows))
+    if args.train_sampling_strategy == "group_by_length":
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        draw = torch.Generator().manual_seed(args.seed + round.number)
+        lengths = run.rows.length[rows[order]].tolist()
+        order = order[get_length_grouped_indices(lengths, run.trainer.global_batch, generator=draw)]
+    return order
 
 
 def _flat(rows: Any) -> np.ndarray:

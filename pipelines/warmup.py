@@ -31,6 +31,7 @@ def draw(run: Run, round: Round) -> DecidedRound:
     count = round.steps * run.trainer.global_batch
     if isinstance(run.selector, Selector) and type(run.selector).warmup is not Selector.warmup:
         rows = np.asarray(run.selector.warmup(count, replacement=True), dtype=np.int64).reshape(-1)
+        run.check(rows, count)
     else:
         rows = stream(run.eligible, 0, count, run.trainer.args.seed, "warmup", round.epoch)
     info = {"method": "warmup", "identity": run.identity}
@@ -51,8 +52,8 @@ class WarmState:
         first = run.trainer.rounds[0]
         if first.kind == "warmup" and run.live_needs:
             keys = run.rows.keys[draw(run, first).rows]
-            self._story: dict[str, Any] = lineage(run.trainer, run.state.origin(), keys, 0, first.steps)
-            self.lineage = digest(self._story)
+            self._story: dict[str, Any] | None = lineage(run.trainer, run.state.origin(), keys, 0, first.steps)
+            self.lineage = digest(self._story) if self._story is not None else None
         self._end = first.steps
 
     def start(self) -> str | None:
@@ -71,7 +72,7 @@ class WarmState:
 
     def keep(self, round: Round) -> None:
         """Keep the state if the warm-up has just ended and was trained here. Collective."""
-        if self.lineage is None or self.loaded or round.first_step != self._end:
+        if self.lineage is None or self._story is None or self.loaded or round.first_step != self._end:
             return
         scratch = Path(self.run.trainer.args.output_dir) / ".state"
         folder = self.run.trainer.snapshot(str(scratch))

@@ -105,7 +105,7 @@ def examples() -> list[dict[str, list[int]]]:
     """Rows of 2 to 17 tokens: all supervised, none of the prompt, only the last, and holes in between."""
     random, rows = np.random.default_rng(0), []
     for length, masked in [(9, 0), (2, 1), (17, 8), (12, 11), (9, 3), (5, 0), (17, 2), (11, 0)]:
-        tokens = random.integers(1, VOCAB, length)
+        tokens = random.integers(0, VOCAB, length)
         labels = tokens.copy()
         labels[:masked] = -100
         labels[3::4] = -100 if length > 10 and masked < 10 else labels[3::4]

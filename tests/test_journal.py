@@ -28,9 +28,9 @@ def decided() -> DecidedRound:
 
 def test_a_round_comes_back_as_it_was(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "rounds")
-    assert journal.read(ROUND, KEYS) is None
+    assert journal.read(ROUND, KEYS, 2) is None
     journal.write(decided(), KEYS)
-    found = journal.read(ROUND, KEYS)
+    found = journal.read(ROUND, KEYS, 2)
     assert found is not None
     assert found.rows.tolist() == [3, 1, 1, 8]
     np.testing.assert_array_equal(found.scores, decided().scores)
@@ -43,11 +43,18 @@ def test_a_round_of_other_data_or_another_schedule_is_refused(tmp_path: Path) ->
     journal = Journal(tmp_path)
     journal.write(decided(), KEYS)
     with pytest.raises(MismatchError, match="not the rows of this training set"):
-        journal.read(ROUND, KEYS[::-1])
+        journal.read(ROUND, KEYS[::-1], 2)
     with pytest.raises(MismatchError, match="not the rows of this training set"):
-        journal.read(ROUND, KEYS[:5])
+        journal.read(ROUND, KEYS[:5], 2)
     with pytest.raises(MismatchError, match="schedule"):
-        journal.read(Round(2, "update", 12, 2, 0, 2), KEYS)
+        journal.read(Round(2, "update", 12, 2, 0, 2), KEYS, 2)
+
+
+def test_a_round_of_another_batch_is_refused(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(decided(), KEYS)
+    with pytest.raises(MismatchError, match=r"global batch of 4\. Resume with .* that give 2 rows per step"):
+        journal.read(ROUND, KEYS, 4)
 
 
 def test_a_damaged_round_is_never_used(tmp_path: Path) -> None:
@@ -58,7 +65,7 @@ def test_a_damaged_round_is_never_used(tmp_path: Path) -> None:
     for cut in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(CorruptionError, match="round-00002"):
-            journal.read(ROUND, KEYS)
+            journal.read(ROUND, KEYS, 2)
 
 
 def test_the_pool_keeps_what_cannot_be_chosen_apart(tmp_path: Path) -> None:
@@ -78,7 +85,7 @@ def test_rounds_travel_with_a_checkpoint(tmp_path: Path) -> None:
     journal.clear()
     assert journal.numbers() == []
     assert copy.numbers() == [2]
-    assert copy.read(ROUND, KEYS) is not None
+    assert copy.read(ROUND, KEYS, 2) is not None
 
 
 def make_checkpoint(folder: Path) -> Path:

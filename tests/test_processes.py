@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,18 @@ def environment(**more: str) -> dict[str, str]:
 
 def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
     command = [sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides]
-    done = subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with tempfile.TemporaryFile("w+") as log:
+        # A session of its own, so that a launcher that hangs can be ended together with its workers.
+        process = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = process.wait(400)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            log.seek(0)
+            said = log.read()
+    assert status == 0, said[-4000:]
 
 
 TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
@@ -48,6 +59,7 @@ def values(store: Path) -> dict[tuple[str, bytes], np.ndarray]:
     return found
 
 
+@pytest.mark.timeout(300)
 def test_two_processes_featurize_as_one_and_either_finishes_the_others_work(workspace: Any) -> None:
     """Features at given checkpoints, where the state is the same whatever the processes."""
     made = workspace.write("made", component_name="random", lora_dropout=0.0, update_times=1, dataflex=None)
@@ -76,6 +88,7 @@ def test_two_processes_featurize_as_one_and_either_finishes_the_others_work(work
     assert values(workspace.folder / "two").keys() == one.keys()
 
 
+@pytest.mark.timeout(400)
 def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: Any) -> None:
     path = workspace.write("two", per_device_train_batch_size=1, lora_dropout=0.1)
     dataflex("train", path, **TWO)
@@ -94,7 +107,7 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
     assert workspace.rounds("one")[0] == workspace.rounds("two")[0]
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)  # DeepSpeed compiles its communication first
 @pytest.mark.parametrize("stage", [2, 3])
 def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage: int) -> None:
     """Each row's own gradient, not the mean over ranks: equal to one process's at the state that DeepSpeed reached."""

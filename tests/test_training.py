@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dataflex.errors import CoverageError, DataflexError
+from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -214,6 +214,79 @@ def test_less_trains_in_every_setting(workspace: Any, keys: dict[str, Any]) -> N
     scores = pq.read_table(last)["score"].to_numpy()
     assert np.isfinite(scores).all()
     assert len(set(scores.tolist())) > 1
+
+
+def test_what_was_resumed_otherwise_is_neither_kept_nor_replayed(workspace: Any) -> None:
+    """A run resumed with other arguments keeps no state, and decides the rounds not begun anew."""
+    path = workspace.write("run", update_times=1)
+    workspace.run("train", path)
+    out, states = workspace.folder / "out" / "run", workspace.folder / "store" / "states"
+
+    def resumed(*overrides: str) -> dict[str, Any]:
+        for step in (3, 4, 5):
+            shutil.rmtree(out / f"checkpoint-{step}")
+        shutil.rmtree(states, ignore_errors=True)
+        return dict(workspace.run("train", path, *overrides))
+
+    assert resumed()["updates"] == []  # the update was in the journal
+    assert len(resumed("neftune_noise_alpha=5")["updates"]) == 1
+    assert not list(states.glob("*/manifest*"))
+    with pytest.raises(MismatchError, match="global batch of 8"):
+        workspace.run("train", path, "per_device_train_batch_size=4")
+
+
+def test_checkpoints_without_the_optimizer_are_not_resumed_from(workspace: Any) -> None:
+    path = workspace.write("run", component_name="random", dataflex=None, update_times=1)
+    workspace.run("train", path, "save_only_model=true")
+    before = workspace.weights("run")
+    workspace.run("train", path)
+    assert_same(workspace.weights("run"), before)
+    workspace.run("train", path, "save_only_model=true", "overwrite_output_dir=true")
+    checkpoint = workspace.folder / "out" / "run" / "checkpoint-5"
+    with pytest.raises(DataflexError, match="save_only_model"):
+        workspace.run("train", path, f"resume_from_checkpoint={checkpoint}")
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "said"),
+    [
+        ("template=nosuch", ConfigError, "llamafactory refuses the run file: Template nosuch does not exist"),
+        ("lora_target=nosuch_proj", ConfigError, "nosuch_proj"),
+        ("update_step=20", CoverageError, "an update needs 80 rows .20 steps of 4., found 62"),
+    ],
+)
+def test_what_only_llamafactory_knows_is_said_too(workspace: Any, override: str, error: Any, said: str) -> None:
+    with pytest.raises(error, match=said):
+        workspace.run("train", workspace.write("run"), override)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "constant_with_warmup", "cosine"])
+def test_every_schedule_of_learning_rates_trains(workspace: Any, schedule: str) -> None:
+    keys = {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 2, "group_by_length": None}
+    run = workspace.write("run", train_sampling_strategy="group_by_length", update_times=1, save_strategy="no", **keys)
+    workspace.run("train", run)
+    log = [
+        json.loads(line) for line in (workspace.folder / "out" / "run" / "trainer_log.jsonl").read_text().splitlines()
+    ]
+    assert len([entry for entry in log if "loss" in entry]) == 5
+
+
+def test_epochs_are_those_of_the_schedule(workspace: Any) -> None:
+    """Two epochs of a warm-up and two updates: each warms up on rows of its own and ends with a checkpoint."""
+    workspace.run(
+        "train",
+        workspace.write("twice", num_train_epochs=2, save_strategy="epoch", component_name="random", dataflex=None),
+    )
+    out = workspace.folder / "out" / "twice"
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-14", "checkpoint-7"]
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert [entry["epoch"] for entry in state["log_history"] if "loss" in entry] == pytest.approx(
+        [s / 7 for s in range(1, 15)]
+    )
+    rounds = workspace.rounds("twice")
+    assert [len(rows) for rows in rounds] == [12, 8, 8, 12, 8, 8]
+    assert sorted(rounds[0]) != sorted(rounds[3])
+    assert all(len(set(rows)) == len(rows) for rows in rounds)
 
 
 def test_static_training_is_llamafactory_untouched(workspace: Any) -> None:

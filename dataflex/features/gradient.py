@@ -169,7 +169,7 @@ def _module_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> 
     if any(hasattr(p, "ds_id") and p.numel() == 0 for p in module.parameters()):
         raise DataflexError(
             f"the trainable parameters of a {type(module).__name__} are sharded by DeepSpeed ZeRO-3 and not at hand in "
-            "the backward pass; raise stage3_param_persistence_threshold above their size, or freeze them"
+            "the backward pass; use ZeRO-2, or freeze them"
         )
     x, gy = wide(x), wide(gy)
 

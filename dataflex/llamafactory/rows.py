@@ -84,6 +84,11 @@ def load_rows(
         DataflexError: a dataset is empty, has images, videos or audios, cannot be numbered, or gives no usable row;
             datasets are to be interleaved and packed.
     """
+    if data_args.tokenized_path and len(data_args.eval_dataset or []) > 1 and not data_args.eval_on_each_dataset:
+        raise DataflexError(
+            f"tokenized_path: found {len(data_args.eval_dataset)} evaluation datasets; a tokenized dataset does not "
+            "tell which row came from which. Name one, set eval_on_each_dataset: true, or remove tokenized_path"
+        )
     if data_args.tokenized_path is not None and has_tokenized_data(data_args.tokenized_path):
         return _tokenized_before(data_args, tokenizer)
     names, targets = (list(dict.fromkeys(given or [])) for given in (data_args.dataset, data_args.eval_dataset))

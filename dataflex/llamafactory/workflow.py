@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from transformers import EarlyStoppingCallback
 
-from dataflex.errors import DataflexError
+from dataflex.errors import ConfigError, DataflexError
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.trainers.checkpoints import incomplete_reason, newest_complete
 from dataflex.trainers.trainer import Director, RoundTrainer, Stopped
@@ -30,7 +30,8 @@ def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_
         early_stopping_min_delta: with `early_stopping_steps`, what counts as an improvement.
 
     Raises:
-        DataflexError: LLaMA-Factory refuses an argument; a checkpoint to resume from is incomplete.
+        ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
+        DataflexError: a checkpoint to resume from is incomplete.
     """
     from llamafactory.train.tuner import run_exp
 
@@ -39,12 +40,29 @@ def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_
     if early_stopping_min_delta and arguments.get("early_stopping_steps"):
         # LLaMA-Factory's own callback has no threshold, so ours takes its place.
         callbacks.append(EarlyStoppingCallback(arguments.pop("early_stopping_steps"), early_stopping_min_delta))
-    if director is None:
-        run_exp(arguments, callbacks)
-        return
-    arguments = _resumption(arguments)
-    with _substituted(str(arguments["stage"]), director), contextlib.suppress(Stopped):
-        run_exp(arguments, callbacks)
+    with _explained():
+        if director is None:
+            run_exp(arguments, callbacks)
+            return
+        arguments = _resumption(arguments)
+        with _substituted(str(arguments["stage"]), director), contextlib.suppress(Stopped):
+            run_exp(arguments, callbacks)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn a ValueError with which LLaMA-Factory or what it stands on refuses an argument into an error for people."""
+    try:
+        yield
+    except ValueError as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+        package = module.partition(".")[0]
+        if package not in ("llamafactory", "transformers", "peft"):
+            raise
+        raise ConfigError(f"{package} refuses the run file: {error} (raised in {module})") from error
 
 
 @contextlib.contextmanager

@@ -35,6 +35,8 @@ def incomplete_reason(checkpoint: str | os.PathLike[str]) -> str | None:
         expected: dict[str, int] = mark["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"it has no {FOLDER}/{_MARK}: writing it was interrupted, or `dataflex train` did not write it"
+    if not mark.get("is_resumable", True):
+        return "save_only_model left out the optimizer's state"
     for name, size in expected.items():
         path = root / name
         if not path.is_file():

@@ -67,8 +67,13 @@ class Journal:
         )
         self._put(self.path(round.number), table)
 
-    def read(self, round: Round, keys: np.ndarray) -> DecidedRound | None:
+    def read(self, round: Round, keys: np.ndarray, batch: int) -> DecidedRound | None:
         """Return a recorded round, or None if there is no record.
+
+        Args:
+            round: which.
+            keys: row keys of the whole training set.
+            batch: rows of an optimizer step.
 
         Raises:
             MismatchError: the record belongs to another schedule or another training set.
@@ -90,6 +95,12 @@ class Journal:
                 "run was begun with, or start anew with another output_dir"
             )
         rows = table["index"].to_numpy()
+        if len(rows) != round.steps * batch:
+            raise MismatchError(
+                f"{path}: found {len(rows)} rows for {round.steps} steps; this run has a global batch of {batch}. "
+                "Resume with the per_device_train_batch_size, gradient_accumulation_steps and processes that give "
+                f"{len(rows) / round.steps:g} rows per step, or start anew with another output_dir"
+            )
         recorded = np.frombuffer(b"".join(table["row_key"].to_pylist()), dtype=KEY_DTYPE)
         inside = bool(len(rows)) and rows.min() >= 0 and rows.max() < len(keys)
         if not inside or not np.array_equal(keys[rows], recorded):

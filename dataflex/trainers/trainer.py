@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
 
 from dataflex import distributed
 from dataflex.errors import ConfigError
@@ -140,11 +140,13 @@ class RoundTrainer(Trainer):
             self.args.output_dir, self.args.save_total_limit, self.args.save_only_model = kept
         return os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
-    def learning_rates(self, first: int, steps: int) -> list[float]:
-        """Return the learning rates of a span of steps, before any of them is taken.
+    def learning_rates(self, first: int, steps: int) -> list[float] | None:
+        """Return the learning rates of a span of steps before any is taken, None if they follow from measured losses.
 
         LLaMA-Factory's own scheduler is stepped over an optimizer of one number.
         """
+        if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            return None
         number = torch.zeros(1, requires_grad=True)
         optimizer = torch.optim.SGD([number], lr=self.args.learning_rate)
         kept = self.lr_scheduler, self._created_lr_scheduler
@@ -169,8 +171,12 @@ class _EpochShown(TrainerCallback):
         self._steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch before anything is logged or saved."""
+        """Set the epoch before anything is logged or saved, and do what the run file asks for at an epoch's end."""
         state.epoch = state.global_step / self._steps
+        if state.global_step % self._steps == 0 and state.global_step < state.max_steps:  # the loop sees to the last
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
 
 
 @contextlib.contextmanager
