@@ -202,7 +202,7 @@ def prepare(data: Path, model: Path, folder: Path, rows: int | None, targets: Se
         by_source: dict[str, list[Row]] = {}
         for row in random.Random(0).sample(pool, len(pool)):
             by_source.setdefault(row["source"], []).append(row)
-        pool = [row for found in by_source.values() for row in found[: rows // len(by_source)]]
+        pool = [row for found in by_source.values() for row in found[: max(1, rows // len(by_source))]]
         random.Random(1).shuffle(pool)
     sets = {target: json.loads((data / "sft" / "val" / f"{target}.json").read_text("utf-8")) for target in sources}
     write_datasets(folder / "data", {"pool": pool, **sets})

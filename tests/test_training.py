@@ -232,7 +232,7 @@ def test_what_was_resumed_otherwise_is_neither_kept_nor_replayed(workspace: Any)
     assert len(resumed("neftune_noise_alpha=5")["updates"]) == 1
     assert not list(states.glob("*/manifest*"))
     with pytest.raises(MismatchError, match="global batch of 8"):
-        workspace.run("train", path, "per_device_train_batch_size=4")
+        resumed("per_device_train_batch_size=4")
 
 
 def test_checkpoints_without_the_optimizer_are_not_resumed_from(workspace: Any) -> None:
