@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,13 @@ from dataflex.fingerprint import row_key, text_key
 
 
 @pytest.fixture
-def load(tiny: Any, tmp_path: Path) -> Any:
+def mine(tiny: Any, tmp_path: Path) -> Any:
+    """Return the tiny datasets in a folder that a test may add to."""
+    return dataclasses.replace(tiny, dataset_dir=shutil.copytree(tiny.dataset_dir, tmp_path / "data"))
+
+
+@pytest.fixture
+def load(mine: Any, tmp_path: Path) -> Any:
     """Return a function that loads rows as LLaMA-Factory does and as we do."""
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import get_train_args
@@ -24,11 +32,11 @@ def load(tiny: Any, tmp_path: Path) -> Any:
 
     def both(only_ours: bool = False, **keys: Any) -> tuple[Any, Any]:
         arguments = {
-            "model_name_or_path": str(tiny.model),
+            "model_name_or_path": str(mine.model),
             "stage": "sft",
             "do_train": True,
-            "dataset": tiny.pool,
-            "dataset_dir": str(tiny.dataset_dir),
+            "dataset": mine.pool,
+            "dataset_dir": str(mine.dataset_dir),
             "template": "qwen3_nothink",
             "cutoff_len": 64,
             "output_dir": str(tmp_path / "out"),
@@ -75,8 +83,8 @@ def load(tiny: Any, tmp_path: Path) -> Any:
         "pt unpacked",
     ],
 )
-def test_rows_are_llamafactorys_and_know_their_records(load: Any, tiny: Any, keys: dict[str, Any]) -> None:
-    info = Path(tiny.dataset_dir) / "dataset_info.json"
+def test_rows_are_llamafactorys_and_know_their_records(load: Any, mine: Any, keys: dict[str, Any]) -> None:
+    info = Path(mine.dataset_dir) / "dataset_info.json"
     known = json.loads(info.read_text())
     known["sampled"] = {**known["pool"], "num_samples": 90}  # more than there are: some records come twice
     info.write_text(json.dumps(known))
@@ -97,7 +105,7 @@ def test_rows_are_llamafactorys_and_know_their_records(load: Any, tiny: Any, key
         return
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    tokenizer = AutoTokenizer.from_pretrained(mine.model)
     for i in range(len(rows)):
         record = ours.raw[rows.names[rows.dataset[i]]][int(rows.index[i])]
         assert str(tokenizer.decode(rows.examples[i]["input_ids"])).startswith(
@@ -138,8 +146,8 @@ def test_a_packed_block_stays_within_its_dataset(load: Any) -> None:
         load(stage="pt", dataset="text,text_target", template="default", mix_strategy="interleave_over")
 
 
-def test_rows_with_images_are_refused_by_name(load: Any, tiny: Any) -> None:
-    folder = Path(tiny.dataset_dir)
+def test_rows_with_images_are_refused_by_name(load: Any, mine: Any) -> None:
+    folder = Path(mine.dataset_dir)
     known = json.loads((folder / "dataset_info.json").read_text())
     row = {"instruction": "a <image>", "input": "", "output": "b", "pictures": ["x.png"]}
     (folder / "seen.json").write_text(json.dumps([row]))
