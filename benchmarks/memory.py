@@ -63,6 +63,7 @@ def run_file(folder: Path, rows: int, proj_dim: int) -> Path:
         "update_step": 1,
         "dataflex": {
             "store": str(folder / f"store_{rows}"),
+            "fragment_rows": 256,  # a few rows make smaller fragments, unless they are small at every size
             "params": {"proj_dim": proj_dim},
             "features": [{"kind": "loss"}, {"kind": "embedding"}],
         },
