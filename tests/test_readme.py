@@ -27,7 +27,7 @@ def test_it_is_short_and_its_links_and_commands_exist() -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"^make (\w+)", TEXT, re.MULTILINE)) <= set(targets)
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
-    verbs |= {group.name for group in app.registered_groups}
+    verbs |= {str(group.name) for group in app.registered_groups}
     assert set(re.findall(r"^dataflex (\w+)", TEXT, re.MULTILINE)) <= verbs
     assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXT))
     tree = re.findall(r"^ *([a-z_]+(?:/[a-z_]+)*/|[a-z_]+\.py) ", TEXT.split("## Where things are")[1], re.MULTILINE)

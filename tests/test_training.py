@@ -271,6 +271,19 @@ def test_every_schedule_of_learning_rates_trains(workspace: Any, schedule: str) 
     assert len([entry for entry in log if "loss" in entry]) == 5
 
 
+def test_early_stopping_counts_only_improvements_that_matter(workspace: Any) -> None:
+    keys = {"early_stopping_steps": 1, "early_stopping_min_delta": 100.0, "eval_strategy": "steps", "eval_steps": 1}
+    keys |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "component_name": "random"}
+    summary = workspace.run("train", workspace.write("run", dataflex=None, **keys))
+    assert summary["steps"] == 2
+    assert (
+        workspace.run("train", workspace.write("all", dataflex=None, **keys | {"early_stopping_min_delta": 0.0}))[
+            "steps"
+        ]
+        > 2
+    )
+
+
 def test_epochs_are_those_of_the_schedule(workspace: Any) -> None:
     """Two epochs of a warm-up and two updates: each warms up on rows of its own and ends with a checkpoint."""
     workspace.run(
