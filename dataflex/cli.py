@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dataflex import distributed
-from dataflex.errors import CorruptionError, DataflexError, MismatchError
+from dataflex.errors import CorruptionError, DataflexError, Interrupted, MismatchError
 
 if TYPE_CHECKING:
     from dataflex.config import Settings
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DataflexError as error:
         print(f"dataflex: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except Interrupted as interrupted:
+        print(f"dataflex: {interrupted}", file=sys.stderr)
+        sys.exit(interrupted.exit_code)
 
 
 @app.callback()
@@ -65,19 +69,19 @@ def options(
 @app.command()
 def featurize(run: RunFile, overrides: Overrides = None) -> None:
     """Compute into the stores what the run's method will ask for; interrupted, it goes on where it stopped."""
-    settings = _started(run, overrides)
-    from dataflex.pipelines.featurize import featurize
+    with _started("featurize", run, overrides) as settings:
+        from dataflex.pipelines.featurize import featurize
 
-    featurize(settings)
+        featurize(settings)
 
 
 @app.command()
 def train(run: RunFile, overrides: Overrides = None) -> None:
     """Train with LLaMA-Factory, the rows of every round chosen by the run's method."""
-    settings = _started(run, overrides)
-    from dataflex.pipelines.train import train
+    with _started("train", run, overrides) as settings:
+        from dataflex.pipelines.train import train
 
-    train(settings)
+        train(settings)
 
 
 @app.command()
@@ -88,10 +92,10 @@ def select(
     overrides: Overrides = None,
 ) -> None:
     """Choose rows once, without training on them, and write them as a dataset of LLaMA-Factory."""
-    settings = _started(run, overrides)
-    from dataflex.pipelines.select import select
+    with _started("select", run, overrides) as settings:
+        from dataflex.pipelines.select import select
 
-    select(settings, num, output)
+        select(settings, num, output)
 
 
 @app.command()
@@ -191,15 +195,18 @@ def _settings(run: Path, overrides: list[str] | None) -> Settings:
     return load(run, overrides or [])
 
 
-def _started(run: Path, overrides: list[str] | None) -> Settings:
-    """Return the settings in every process of the run; the process that was called becomes their launcher."""
+@contextlib.contextmanager
+def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Settings]:
+    """Give the settings in every process of the run; the process that was called becomes their launcher."""
     from dataflex.launch import launch
+    from dataflex.status import reported
 
     settings = _settings(run, overrides)
     launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
     for note in settings.notes if distributed.is_main() else ():
         log.warning("%s: %s", run, note)
-    return settings
+    with reported(verb, settings.llamafactory.get("output_dir")):
+        yield settings
 
 
 def _stores(root: str | None) -> tuple[str, list[Any]]:

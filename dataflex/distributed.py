@@ -31,6 +31,11 @@ def world() -> int:
     return int(dist.get_world_size()) if dist else int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Return this process's rank on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main() -> bool:
     """Say whether this process is the one that decides, logs and writes the journal."""
     return rank() == 0

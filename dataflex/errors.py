@@ -37,3 +37,12 @@ class CoverageError(DataflexError):
     """Features or selectable rows are missing and may not, or cannot, be computed."""
 
     exit_code = 6
+
+
+class Interrupted(BaseException):
+    """A scheduler asked the process to stop. What is committed stays; the same command goes on from there.
+
+    No `Exception`, so that a library's handler of errors does not swallow it.
+    """
+
+    exit_code = 75

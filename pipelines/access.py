@@ -17,6 +17,7 @@ from dataflex.errors import CoverageError
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.pipelines.fragments import Tally, Work, refuse_nonfinite
+from dataflex.pipelines.progress import Progress
 from dataflex.pipelines.sources import EncoderSource, ModelSource, Source
 from dataflex.pipelines.state import ModelState
 from dataflex.pipelines.views import Snapshot
@@ -41,6 +42,7 @@ class FeatureAccess:
         self.root = root
         self.url = root.files.name("")
         self.tally = Tally()
+        self.progress = Progress()
         self._state = state
         self._section = section
         self._model = ModelSource(state, section.token_budget)
@@ -55,6 +57,10 @@ class FeatureAccess:
         """Return a view of rows that a store has."""
         return Snapshot.of(store, self._source(spec).keys(rows), age)
 
+    def passes(self, specs: Sequence[FeatureSpec], rows: Rows) -> int:
+        """Return the rows that `ensure` goes through: every one once for each source."""
+        return len(rows) * len({self._source(spec) for spec in specs})
+
     def ensure(self, specs: Sequence[FeatureSpec], rows: Rows, checkpoint: str | None = None) -> list[ParquetStore]:
         """Compute whatever is missing of several features of the same rows; return their stores. Collective.
 
@@ -68,8 +74,9 @@ class FeatureAccess:
         asked = (tuple(specs), keys_digest(rows.keys), checkpoint)
         if asked in self._complete_at:  # a checkpoint does not change, so it need not be loaded again
             self.tally.reused += len(specs) * len(np.unique(rows.keys))
+            self.progress.skip(self.passes(specs, rows))
             return self._complete_at[asked]
-        with self._state.at(checkpoint):
+        with self._state.at(checkpoint), self.progress.showing(self.passes(specs, rows)):
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):
                 self._complete(source, [spec for spec in stores if self._source(spec) is source], stores, rows)
@@ -91,6 +98,7 @@ class FeatureAccess:
         unique, first = np.unique(source.keys(rows), return_index=True)
         absent = distributed.broadcast(np.stack([~stores[spec].contains(unique) for spec in specs]))
         self.tally.reused += int((~absent).sum())
+        self.progress.skip(len(rows) - int(absent.any(axis=0).sum()))
         if absent.any() and self._section.on_missing == "error":
             raise CoverageError(
                 f"features of {int(absent.any(axis=0).sum())} rows are missing under {self.url}; run "
@@ -110,7 +118,7 @@ class FeatureAccess:
                 self._section.fragment_rows,
                 self._section.nonfinite_limit,
             )
-            work.run(self.tally)
+            work.run(self.tally, self.progress)
 
     def _open(self, spec: FeatureSpec) -> ParquetStore:
         """Open the store of a feature, saying what keeps the nearest from being used where there is none."""

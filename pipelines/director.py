@@ -72,7 +72,8 @@ class RoundDirector:
         if round.kind == "warmup":
             decided = warmup.draw(self.run, round)
         else:
-            self.warm.keep(round)
+            if self.settings.dataflex.keep_warmup:
+                self.warm.keep(round)
             decided = update.decide(self.run, round)
             self.updates.append(
                 {"round": round.number, **{k: decided.info[k] for k in ("computed", "reused", "seconds")}}

@@ -100,8 +100,10 @@ class FeaturizeDirector(RoundDirector):
                 f"{self.settings.component_name or 'train_type: static'} asks for no features; "
                 "name some under dataflex.features"
             )
-        for specs, rows, state in wanted:
-            stores = self.run.access.ensure(specs, rows, state)
+        access = self.run.access
+        with access.progress.showing(sum(access.passes(specs, rows) for specs, rows, _ in wanted)):
+            found = [(specs, access.ensure(specs, rows, state)) for specs, rows, state in wanted]
+        for specs, stores in found:
             for spec, store in zip(specs, stores, strict=True):
                 if isinstance(spec, EmbeddingSpec) and distributed.is_main():
                     load_or_build(store)

@@ -64,7 +64,7 @@ class Work:
     fragment_rows: int
     nonfinite_limit: float
 
-    def run(self, tally: Tally) -> None:
+    def run(self, tally: Tally, progress: Progress) -> None:
         """Do this rank's share. Collective if the source is.
 
         Raises:
@@ -74,19 +74,15 @@ class Work:
         size = min(self.fragment_rows, max(_SMALLEST, -(-len(self.at) // (4 * world))))
         pieces = [slice(start, start + size) for start in range(0, len(self.at), size)]
         lengths = self.rows.length[self.at]
-        kinds = " and ".join(dict.fromkeys(spec.kind for spec in self.specs))
-        with Progress(f"computing {kinds}", len(self.at), int(lengths.sum())) as progress:
-            for wave in range(0, len(pieces), world):
-                dealt = pieces[wave : wave + world]
-                # Ranks that share every layer must run as many batches as the busiest of them.
-                least = (
-                    max(count_batches(lengths[p], self.token_budget) for p in dealt) if self.source.is_collective else 0
-                )
-                if rank < len(dealt):
-                    self._fragment(dealt[rank], least, tally)
-                    progress.advance(len(lengths[dealt[rank]]), int(lengths[dealt[rank]].sum()))
-                elif least:
-                    self.source.compute(self.rows, self.at[:0], self.specs, least)
+        for wave in range(0, len(pieces), world):
+            dealt = pieces[wave : wave + world]
+            # Ranks that share every layer must run as many batches as the busiest of them.
+            least = max(count_batches(lengths[p], self.token_budget) for p in dealt) if self.source.is_collective else 0
+            if rank < len(dealt):
+                self._fragment(dealt[rank], least, tally)
+                progress.advance(len(lengths[dealt[rank]]), int(lengths[dealt[rank]].sum()))
+            elif least:
+                self.source.compute(self.rows, self.at[:0], self.specs, least)
 
     def _fragment(self, piece: slice, least: int, tally: Tally) -> None:
         keys, at = self.keys[piece], self.at[piece]

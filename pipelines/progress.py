@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from types import TracebackType
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -15,40 +16,49 @@ from dataflex import distributed
 class Progress:
     """Shows the work of all ranks, judged by this rank's share: fragments are dealt evenly.
 
-    Args:
-        what: what is being computed.
-        rows: rows of all ranks.
-        tokens: tokens of all ranks.
+    Rows are counted once for each set of features that is asked for together.
     """
 
-    def __init__(self, what: str, rows: int, tokens: int):
+    def __init__(self) -> None:
+        self._bar: Bar | None = None
+
+    @contextlib.contextmanager
+    def showing(self, rows: int) -> Iterator[None]:
+        """Show one bar until the end of the block; inside another such block, that one's bar goes on.
+
+        Args:
+            rows: rows that the block will pass through `skip` and `advance`.
+        """
+        if self._bar is not None:
+            yield
+            return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("features"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        self._bar = Bar(*columns, console=Console(stderr=True), disable=not distributed.is_main())
-        self._task = self._bar.add_task(what, total=rows, rate="")
         self._rows, self._tokens, self._begun = 0, 0, time.monotonic()
-        self._all = rows
+        with Bar(*columns, console=Console(stderr=True), disable=not distributed.is_main()) as self._bar:
+            self._task = self._bar.add_task("", total=rows, rate="")
+            try:
+                yield
+            finally:
+                self._bar = None
 
-    def __enter__(self) -> Progress:
-        """Show the bar."""
-        self._bar.start()
-        return self
+    def skip(self, rows: int) -> None:
+        """Count rows that need no work."""
+        if self._bar is not None:
+            self._bar.advance(self._task, rows)
 
     def advance(self, rows: int, tokens: int) -> None:
         """Count this rank's rows; the other ranks are taken to be as far."""
+        if self._bar is None:
+            return
         world = distributed.world()
         self._rows, self._tokens = self._rows + rows * world, self._tokens + tokens * world
         seconds = max(time.monotonic() - self._begun, 1e-9)
         rate = f"{self._rows / seconds:,.0f} rows/s  {self._tokens / seconds:,.0f} tokens/s"
-        self._bar.update(self._task, completed=min(self._rows, self._all), rate=rate)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the bar as it stands."""
-        self._bar.stop()
+        task = self._bar.tasks[0]
+        self._bar.update(self._task, advance=min(rows * world, (task.total or 0) - task.completed), rate=rate)

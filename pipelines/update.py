@@ -16,6 +16,7 @@ from dataflex.features.spec import FeatureSpec
 from dataflex.pipelines.refresh import due
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.views import Mixed, Snapshot
+from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import Context, Need, Selection, View, generator, stream
 from dataflex.stores.parquet import ParquetStore
@@ -101,11 +102,16 @@ class UpdateFeatures:
         if last is not None:
             fresh = due(self._policy, self.update, last[1], last[0])
             self.updated = np.where(fresh, self.update, last[1]).astype(np.int32)
-        for of, state in dict.fromkeys((need.of, need.state) for need in run.needs):
-            needs = [need for need in run.needs if (need.of, need.state) == (of, state)]
-            for name in run.targets if of == "targets" else [None]:
+        groups = [
+            ([need for need in run.needs if (need.of, need.state) == (of, state)], name)
+            for of, state in dict.fromkeys((need.of, need.state) for need in run.needs)
+            for name in (run.targets if of == "targets" else [None])
+        ]
+        passes = sum(run.access.passes([need.spec for need in needs], self._rows(name)) for needs, name in groups)
+        with run.access.progress.showing(passes):
+            for needs, name in groups:
                 for need, view in zip(needs, self._together(needs, name), strict=True):
-                    self._views[need.spec, name, state] = view
+                    self._views[need.spec, name, need.state] = view
 
     def get(self, spec: FeatureSpec, target: str | None = None, state: str | None = None) -> View:
         """Give a selector a feature; alone, a process computes undeclared ones too.
@@ -120,36 +126,42 @@ class UpdateFeatures:
                     f"{spec.kind} of {target or 'the training rows'}: found no declaration; with several processes "
                     "every feature must be among the selector's needs()"
                 )
-            rows = self.run.rows if target is None else self.run.targets[target]
+            rows = self._rows(target)
             (store,) = self.run.access.ensure([spec], rows, state)
             self._views[asked] = self.run.access.view(spec, rows, store)
         return self._views[asked]
 
+    def _rows(self, target: str | None) -> Rows:
+        return self.run.rows if target is None else self.run.targets[target]
+
     def _together(self, needs: list[Need], name: str | None) -> list[View]:
         """Give several features of the same rows and state, computed in one pass."""
         access, state = self.run.access, needs[0].state
-        rows = self.run.rows if name is None else self.run.targets[name]
+        rows = self._rows(name)
         if state is None and name is not None and self._policy.policy == "static" and self.update > 0:
+            access.progress.skip(access.passes([need.spec for need in needs], rows))
             return [access.view(need.spec, rows, self._earlier(0, need), self.update) for need in needs]
         if state is None and name is None and (self.updated != self.update).any():
-            return [self._joined(need) for need in needs]
+            return self._joined(needs)
         stores = access.ensure([need.spec for need in needs], rows, state)
         return [access.view(need.spec, rows, store) for need, store in zip(needs, stores, strict=True)]
 
-    def _joined(self, need: Need) -> View:
-        """Give the training rows' values, joined from several updates."""
-        run = self.run
-        parts: list[tuple[np.ndarray, Snapshot]] = []
+    def _joined(self, needs: list[Need]) -> list[View]:
+        """Give several features of the training rows, each joined from several updates."""
+        access, specs = self.run.access, [need.spec for need in needs]
+        parts: list[list[tuple[np.ndarray, Snapshot]]] = [[] for _ in needs]
         for update in np.unique(self.updated).tolist():
             at = np.flatnonzero(self.updated == update)
-            some = run.rows.take(at)
+            some = self.run.rows.take(at)
             if update == self.update:
-                (store,) = run.access.ensure([need.spec], some)
+                stores = access.ensure(specs, some)
             else:
-                store = self._earlier(update, need)
-                run.access.tally.reused += len(np.unique(some.keys))
-            parts.append((at, run.access.view(need.spec, some, store, self.update - update)))
-        return Mixed.of(parts, len(run.rows))
+                stores = [self._earlier(update, need) for need in needs]
+                access.tally.reused += len(needs) * len(np.unique(some.keys))
+                access.progress.skip(access.passes(specs, some))
+            for part, spec, store in zip(parts, specs, stores, strict=True):
+                part.append((at, access.view(spec, some, store, self.update - update)))
+        return [Mixed.of(part, len(self.run.rows)) for part in parts]
 
     def _earlier(self, update: int, need: Need) -> ParquetStore:
         """Open the store that an earlier update of this run used."""

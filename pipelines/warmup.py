@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,21 @@ class WarmState:
         found = distributed.broadcast(states.find(self.lineage) is not None if distributed.is_main() else None)
         if not found:
             return None
-        folder = distributed.broadcast(str(states.fetch(self.lineage)) if distributed.is_main() else None)
+        folder = self._fetch(self.lineage)
         log.info("starting from the kept state %s: %d steps of warm-up are done", self.lineage[:8], self._end)
         self.loaded = True
-        restore_rounds(self.run, Path(str(folder)))
-        return folder
+        restore_rounds(self.run, folder)
+        return str(folder)
+
+    def _fetch(self, lineage: str) -> Path:
+        """Return the kept state's folder on this node; one process of each node downloads it from a remote root."""
+        folder = None
+        if distributed.local_rank() == 0:
+            self._scratch = tempfile.TemporaryDirectory(prefix="dataflex-state-")  # removed with this object
+            folder = self.run.access.root.states.fetch(lineage, self._scratch.name)
+        found = distributed.gather(folder)[distributed.rank() - distributed.local_rank()]
+        assert found is not None
+        return found
 
     def keep(self, round: Round) -> None:
         """Keep the state if the warm-up has just ended and was trained here. Collective."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -71,10 +70,14 @@ class StateStore:
         manifest = self._manifest(lineage)
         return None if manifest is None else dict(manifest["info"])
 
-    def fetch(self, lineage: str) -> Path:
+    def fetch(self, lineage: str, scratch: str | os.PathLike[str]) -> Path:
         """Return a local folder with the files of a kept state, each checked against its SHA-256.
 
-        On a local root it is the kept folder itself, not to be written to; else a new temporary one, the caller's.
+        On a local root it is the kept folder itself, not to be written to.
+
+        Args:
+            lineage: what the state is found by.
+            scratch: an empty folder, which the files of a remote root are downloaded to.
 
         Raises:
             MismatchError: there is no such state.
@@ -87,7 +90,8 @@ class StateStore:
         if isinstance(self.files, LocalFiles):
             folder = self.files.root / where
         else:
-            folder = self._download(where, manifest["files"])
+            folder = Path(scratch)
+            self._download(where, manifest["files"], folder)
         fault = _fault(folder, manifest["files"])
         if fault:
             raise CorruptionError(
@@ -109,8 +113,7 @@ class StateStore:
             raise CorruptionError(f"the manifest in {where} names files outside its folder: {unsafe[:3]}")
         return manifest
 
-    def _download(self, where: str, names: Iterable[str]) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="dataflex-state-"))
+    def _download(self, where: str, names: Iterable[str], folder: Path) -> None:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with (
@@ -119,7 +122,6 @@ class StateStore:
                 open(folder / name, "wb") as file,
             ):
                 shutil.copyfileobj(source, file, 1 << 20)
-        return folder
 
     def _copy(self, source: Path, path: str) -> str:
         """Copy a local file and return its SHA-256."""

@@ -53,7 +53,7 @@ selectors:
       replacment: true
   static:
     name: statik
-    params: {path: rows.json}
+    params: {path: data/dataset_info.json}
 """
 
 PLUGIN = """\
@@ -333,6 +333,27 @@ def test_default_components_file_is_read_if_there_is_one():
         # files
         ("model_name_or_path: ./gone", ["model_name_or_path: found './gone'; expected a folder that exists"]),
         ("model_name_or_path: data", ["model_name_or_path: found 'data'; expected a folder with config.json"]),
+        (
+            "resume_from_checkpoint: ./gone",
+            ["resume_from_checkpoint: found './gone'; expected the folder of a checkpo"],
+        ),
+        (
+            "component_name: static\ndataflex: {params: {path: gone.parquet}}",
+            ["dataflex.params.path: found 'gone.parquet'; expected a file that exists, relative to the working folder"],
+        ),
+        (
+            "dataflex: {params: {checkpoints: [model], weights: [1, 2]}}",
+            ["dataflex.params: found", "expected as many weights as checkpoints"],
+        ),
+        (
+            "template: qwen3_nothing",
+            ["template: found 'qwen3_nothing'; expected the name of a chat", "'qwen3_nothink'?"],
+        ),
+        ("fp16: true\nbf16: true", ["fp16: found true; expected it left out beside bf16: true"]),
+        (
+            "eval_strategy: steps\neval_dataset:\ncomponent_name: random",
+            ["eval_dataset: found nothing; expected registered names, or a val_size above 0. eval_strategy is steps"],
+        ),
         ("deepspeed: ds.json", ["deepspeed: found 'ds.json'; expected a JSON file that exists"]),
         ("dataset: pol", ["dataset: found 'pol'; expected a dataset registered in data/dataset_info.json", "'pool'?"]),
         (

@@ -149,8 +149,8 @@ def test_weights_are_mean_learning_rates_of_each_span(tmp_path: Path) -> None:
     np.testing.assert_allclose(checkpoint_weights(folders, None), [0.75, 0.25])
     with pytest.raises(ConfigError, match="in the order of their steps"):
         checkpoint_weights(folders[::-1], None)
-    with pytest.raises(ConfigError, match="expected 2 numbers"):
-        checkpoint_weights(folders, [1.0])
+    with pytest.raises(ValidationError, match="as many weights as checkpoints"):
+        Less.Params.model_validate({"checkpoints": folders, "weights": [1.0]})
 
 
 def test_unknown_parameters_are_errors() -> None:

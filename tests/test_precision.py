@@ -20,6 +20,5 @@ def test_less_finds_the_rows_of_a_targets_source(tmp_path: Path) -> None:
     print(f"\n{table(results)}")
     for result in results:
         assert result.found["embedding"] >= 3 * result.chance
-    # After four warm-up steps Adam's directions are still noisy, so this is above chance and no more.
-    assert sum(r.found["LESS"] for r in results) >= 2 * sum(r.chance for r in results)
+    assert sum(r.found["LESS"] for r in results) >= 3 * sum(r.chance for r in results)
     assert results[1].computed < results[0].computed / 2

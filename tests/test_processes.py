@@ -145,13 +145,16 @@ def test_a_killed_featurize_is_finished_by_the_next(workspace: Any) -> None:
     whole = values(workspace.folder / "store")
     shutil.rmtree(workspace.folder / "store")
     draw = random.Random(0)
-    for _ in range(3):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1):
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(seconds * draw.uniform(0.6, 0.98))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.send_signal(number)
+            code = process.wait()
+            status = json.loads((workspace.folder / "out" / "killed" / "status.json").read_text("utf-8"))
+            expected = {-signal.SIGKILL: "running", 75: "interrupted"}  # else it came too late to matter
+            assert status["state"] == expected.get(code, "finished")
     workspace.run("featurize", path)
     again = values(workspace.folder / "store")
     assert again.keys() == whole.keys()

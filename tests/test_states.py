@@ -37,11 +37,11 @@ def test_put_find_fetch(tmp_path: Path, checkpoint: Path, url: str, monkeypatch:
     states = StoreRoot(url.format(tmp_path)).states
     assert states.find(LINEAGE) is None
     with pytest.raises(MismatchError, match="holds no kept state"):
-        states.fetch(LINEAGE)
+        states.fetch(LINEAGE, tmp_path / "scratch")
     assert states.put(LINEAGE, checkpoint, {"step": 5})
     again = StoreRoot(url.format(tmp_path)).states
     assert again.find(LINEAGE) == {"step": 5}
-    assert content(again.fetch(LINEAGE)) == CONTENT
+    assert content(again.fetch(LINEAGE, tmp_path / "scratch")) == CONTENT
 
 
 def test_a_kept_state_does_not_change_with_its_source(tmp_path: Path, checkpoint: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_kept_state_does_not_change_with_its_source(tmp_path: Path, checkpoint
     states.put(LINEAGE, checkpoint, {})
     with open(checkpoint / "empty", "r+b") as file:
         file.write(b"the trainer writes here again")
-    assert content(states.fetch(LINEAGE)) == CONTENT
+    assert content(states.fetch(LINEAGE, tmp_path / "scratch")) == CONTENT
 
 
 def test_the_first_of_two_is_kept_and_the_other_leaves_nothing(tmp_path: Path, checkpoint: Path) -> None:
@@ -110,26 +110,26 @@ def test_a_crash_leaves_nothing_visible(tmp_path: Path, checkpoint: Path) -> Non
         else:
             break
         assert states.put(LINEAGE, checkpoint, {"step": 5}) != linked
-        assert content(states.fetch(LINEAGE)) == CONTENT
+        assert content(states.fetch(LINEAGE, tmp_path / "scratch")) == CONTENT
     assert 14 < n < 99
 
 
 def test_damage_names_the_file(tmp_path: Path, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     states = StoreRoot(tmp_path / "root").states
     states.put(LINEAGE, checkpoint, {})
-    kept = states.fetch(LINEAGE)
+    kept = states.fetch(LINEAGE, tmp_path / "scratch")
     (kept / "empty").write_bytes(b"x")
     with pytest.raises(CorruptionError, match=r"empty is damaged.*run again"):
-        states.fetch(LINEAGE)
+        states.fetch(LINEAGE, tmp_path / "scratch")
     (kept / "empty").unlink()
     with pytest.raises(CorruptionError, match="empty is missing"):
-        states.fetch(LINEAGE)
+        states.fetch(LINEAGE, tmp_path / "scratch")
     manifest = tmp_path / "root" / "states" / LINEAGE / "manifest.json"
     manifest.write_bytes(manifest.read_bytes()[:-5])
     assert states.find(LINEAGE) is None
     assert "manifest.json is damaged" in caplog.text
     assert states.put(LINEAGE, checkpoint, {})
-    assert content(states.fetch(LINEAGE)) == CONTENT
+    assert content(states.fetch(LINEAGE, tmp_path / "scratch")) == CONTENT
 
 
 NAMES = [
@@ -156,18 +156,18 @@ def test_a_manifest_cannot_name_files_outside(tmp_path: Path, checkpoint: Path, 
     manifest = unseal(path.read_bytes(), "it")
     path.write_bytes(seal({**manifest, "files": {name: "0" * 64}}))
     with pytest.raises(CorruptionError, match="outside its folder"):
-        states.fetch(LINEAGE)
+        states.fetch(LINEAGE, tmp_path / "scratch")
     path.write_bytes(seal({**manifest, "folder": name}))
     with pytest.raises(CorruptionError, match="outside its folder"):
-        states.fetch(LINEAGE)
+        states.fetch(LINEAGE, tmp_path / "scratch")
 
 
 def test_a_planted_file_is_found(tmp_path: Path, checkpoint: Path) -> None:
     states = StoreRoot(tmp_path / "root").states
     states.put(LINEAGE, checkpoint, {})
-    (states.fetch(LINEAGE) / "optimizer.pt").symlink_to(tmp_path / "bomb")
+    (states.fetch(LINEAGE, tmp_path / "scratch") / "optimizer.pt").symlink_to(tmp_path / "bomb")
     with pytest.raises(CorruptionError, match=r"optimizer\.pt was not kept with this state"):
-        states.fetch(LINEAGE)
+        states.fetch(LINEAGE, tmp_path / "scratch")
 
 
 def test_a_full_disk_leaves_no_copies(tmp_path: Path, checkpoint: Path) -> None:

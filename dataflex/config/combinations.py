@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dataflex.config.llamafactory_keys import template_names
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.features.spec import GradientSpec
 from dataflex.schedule import Schedule
@@ -44,6 +45,12 @@ class Combinations:
         for key, expected in wanted.items():
             if self._values.get(key) is None:
                 self._problems.add(self._origin, key, expected)
+        template, templates = self._values.get("template"), template_names()
+        if template is not None and templates and template not in templates:
+            expected = "the name of a chat template of LLaMA-Factory"
+            self._problems.add(self._origin, "template", expected, template, known=templates)
+        if self._values.get("fp16") and self._values.get("bf16"):
+            self._refuse("fp16", "it left out beside bf16: true", "A run has one reduced precision")
         if self._values.get("do_train") is not True:
             self._problems.add(self._origin, "do_train", "true", self._values.get("do_train", NOTHING))
 
@@ -76,6 +83,19 @@ class Combinations:
                 f"warmup_steps: {self._values['warmup_steps']} warms up the learning rate; steps on random rows before "
                 "the first selection are warmup_step, which is 0"
             )
+
+        if schedule.train_step and schedule.train_step <= schedule.warmup_step:
+            self.notes.append(
+                f"train_step: {schedule.train_step} ends the run within its warm-up of {schedule.warmup_step} steps, "
+                "before any selection"
+            )
+
+    def check_evaluation(self) -> None:
+        """Require rows to evaluate on, if the run is to evaluate."""
+        strategy = self._values.get("eval_strategy", "no")
+        if strategy != "no" and self._values.get("eval_dataset") is None and not self._values.get("val_size"):
+            why = f"eval_strategy is {strategy}"
+            self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
 
     def check_targets(self) -> None:
         """Require rows to select towards."""

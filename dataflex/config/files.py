@@ -34,6 +34,9 @@ def check_files(values: Mapping[str, Any], origin: Origin, problems: Problems) -
     deepspeed = values.get("deepspeed")
     if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not os.path.isfile(deepspeed):
         problems.add(origin, "deepspeed", "a JSON file that exists", deepspeed)
+    resumed = values.get("resume_from_checkpoint")
+    if isinstance(resumed, str) and not os.path.isdir(resumed):
+        problems.add(origin, "resume_from_checkpoint", "the folder of a checkpoint, or true for the newest", resumed)
     _check_datasets(values, origin, problems)
 
 

@@ -73,6 +73,11 @@ class DataflexKeys(_Keys):
         "compute", description="features that no store has: compute them, or refuse and name the fields that differ"
     )
     refresh: Refresh = Field(Refresh(), description="what is computed anew at an update")
+    keep_warmup: bool = Field(
+        True,
+        description="train keeps the state at the end of a warm-up, its optimizer too, beside the features, for the "
+        "runs that begin alike; featurize always does",
+    )
     features: tuple[FeatureSpec, ...] = Field(
         (), description="features that featurize computes beside the method's own"
     )

@@ -83,6 +83,24 @@ def known_keys() -> dict[str, Key]:
     return found
 
 
+@functools.cache
+def template_names() -> tuple[str, ...]:
+    """Return the chat templates that LLaMA-Factory registers; none if its sources are laid out otherwise."""
+    spec = importlib.util.find_spec("llamafactory")
+    path = Path(str(spec.origin)).parent / "data" / "template.py" if spec is not None else None
+    if path is None or not path.is_file():
+        return ()
+    calls = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.Expr)]
+    names = [
+        keyword.value.value
+        for call in calls
+        if isinstance(call.value, ast.Call) and ast.unparse(call.value.func) == "register_template"
+        for keyword in call.value.keywords
+        if keyword.arg == "name" and isinstance(keyword.value, ast.Constant)
+    ]
+    return tuple(str(name) for name in names)
+
+
 def fault(name: str, value: Any) -> str | None:
     """Return what was expected of a known key's value, or None if its type and size are right."""
     key = known_keys()[name]

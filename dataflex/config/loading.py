@@ -189,6 +189,8 @@ class _Loading:
             check.check_schedule(schedule)
         if any(need.of == "targets" for need in needs):
             check.check_targets()
+        else:
+            check.check_evaluation()
         if specs:
             check.check_features()
         if gradients:

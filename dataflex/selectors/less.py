@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.spec import GradientSpec, Projection
@@ -64,6 +64,13 @@ class Less:
         cache_dir: str | None = Field(
             None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
         )
+
+        @model_validator(mode="after")
+        def _weights_fit(self) -> Less.Params:
+            given = self.weights
+            if given is not None and (len(given) != len(self.checkpoints) or min(given) < 0 or sum(given) <= 0):
+                raise ValueError("as many weights as checkpoints, each 0 or more, not all 0")
+            return self
 
     def __init__(self, params: Params):
         self.params = params
@@ -153,14 +160,9 @@ def checkpoint_weights(checkpoints: Sequence[str], given: Sequence[float] | None
     their sum does not change a ranking.
 
     Raises:
-        ConfigError: the weights do not fit, or a checkpoint has no log of learning rates.
+        ConfigError: a checkpoint has no log of learning rates.
     """
     if given is not None:
-        if len(given) != len(checkpoints) or min(given) < 0 or sum(given) <= 0:
-            raise ConfigError(
-                f"dataflex.params.weights: found {list(given)}; expected {len(checkpoints)} numbers >= 0, one per "
-                "checkpoint, not all zero"
-            )
         return np.asarray(given) / sum(given)
     means, before = [], 0
     for folder in checkpoints:

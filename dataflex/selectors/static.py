@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.rows import KEY_DTYPE, Rows
 from dataflex.selectors.base import Context, Need, Selection, stream
+from dataflex.selectors.params import ExistingFile
 
 
 class Static:
@@ -22,7 +23,7 @@ class Static:
 
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        path: str = Field(description="Parquet written by `dataflex select`, or JSON: a list of row positions")
+        path: ExistingFile = Field(description="Parquet written by `dataflex select`, or JSON: a list of row positions")
 
     def __init__(self, params: Params):
         self.params = params
@@ -42,14 +43,10 @@ def read_choice(path: str, rows: Rows) -> np.ndarray:
     """Read chosen rows, (k,) int64, and hold them against the training set.
 
     Raises:
-        ConfigError: the file is missing or is neither a `select` Parquet nor a JSON list of positions.
+        ConfigError: the file is neither a `select` Parquet nor a JSON list of positions.
         MismatchError: a row of it is not in the training set.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ConfigError(
-            f"dataflex.params.path: no file {path}; expected a Parquet written by `dataflex select` or a JSON list"
-        )
     if file.suffix == ".parquet":
         return _from_parquet(file, rows)
     try:
