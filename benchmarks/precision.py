@@ -18,60 +18,23 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
 
-from dataflex.features.spec import EmbeddingSpec, LossSpec
-from dataflex.selectors.base import Context, Need, Selection
-from dataflex.selectors.less import cosines, mean_direction
-from dataflex.selectors.rules import top_k
 from examples.quickstart.pool import Row, write_datasets
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> component_name and its parameters
     "LESS": ("less", {}),
-    "embedding": ("benchmarks.precision:Ranking", {"feature": "embedding"}),
-    "loss": ("benchmarks.precision:Ranking", {"feature": "loss"}),
+    "embedding": ("embedding", {"model": "live"}),
+    "loss": ("loss", {"mode": "topk_low"}),
     "random": ("random", {}),
 }
 BLIND = ("loss", "random")
 """Methods that do not look at the target: the first target's whole ranking is every target's."""
 FEATURES = 3
 """Features of every row: LESS's gradient, and the two that featurize is asked for beside it."""
-
-
-class Ranking:
-    """Ranks by one stored feature."""
-
-    class Params(BaseModel):
-        """Parameters."""
-
-        model_config = ConfigDict(frozen=True, extra="forbid")
-
-        feature: Literal["embedding", "loss"] = Field(
-            description="embedding: cosine to the mean unit embedding of the target; loss: the lowest mean first"
-        )
-
-    def __init__(self, params: Params):
-        self._spec = EmbeddingSpec() if params.feature == "embedding" else LossSpec()
-
-    def needs(self) -> list[Need]:
-        """Need the feature."""
-        of_target = [Need(self._spec, "targets")] if isinstance(self._spec, EmbeddingSpec) else []
-        return [Need(self._spec, "train"), *of_target]
-
-    def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
-        """Choose the best rows."""
-        view = context.features(self._spec)
-        if isinstance(self._spec, LossSpec):
-            tokens = view.scalar("tokens")
-            scores = np.where(tokens > 0, -view.scalar("loss_sum") / np.maximum(tokens, 1), -np.inf)
-        else:
-            means = [mean_direction(context.features(self._spec, name), name) for name in context.targets]
-            scores = cosines(view, np.stack(means)).max(axis=1)
-        return Selection(top_k(scores, context.rows.keys, num_samples), pool=scores)
 
 
 @dataclass(frozen=True)

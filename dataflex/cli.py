@@ -37,6 +37,13 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Root = Annotated[str | None, typer.Option(help="Path or URL; default: as for a run file that names no store.")]
+ByRun = Annotated[bool, typer.Option("--by-run", help="By the runs that refer to them.")]
+Runs = Annotated[list[str] | None, typer.Option("--run", metavar="RUN", help="Output folder or id; repeatable.")]
+Unreferenced = Annotated[bool, typer.Option("--unreferenced", help="What no run refers to.")]
+Leftovers = Annotated[bool, typer.Option("--leftovers", help="Files of crashes that no reader opens.")]
+Finished = Annotated[bool, typer.Option("--include-finished", help="The runs named may be finished ones.")]
+Grace = Annotated[float, typer.Option(metavar="HOURS", help="What is younger is taken to be in use.")]
+Delete = Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")]
 Name = Annotated[str, typer.Argument(metavar="STORE", help="Name of a store, or how it begins.")]
 
 
@@ -144,8 +151,14 @@ def version() -> None:
 
 
 @store_app.command("ls")
-def list_stores(root: Root = None, as_json: Json = False) -> None:
+def list_stores(by_run: ByRun = False, root: Root = None, as_json: Json = False) -> None:
     """List the stores: name, rows, bytes."""
+    if by_run:
+        from dataflex.stores.listing import by_runs, lines_of
+
+        listed = by_runs(_files(root))
+        _print(listed, as_json, lines_of(listed))
+        return
     where, stores = _stores(root)
     found = [_about(store) for store in stores]
     lines = [f"{s['rows']:>12,} rows {s['bytes']:>15,} bytes  {s['storage']:<7}  {s['name']}" for s in found]
@@ -189,6 +202,31 @@ def repair_stores(root: Root = None) -> None:
                 print(f"removed: {problem}")
 
 
+@store_app.command("gc")
+def collect_garbage(
+    run: Runs = None,
+    unreferenced: Unreferenced = False,
+    leftovers: Leftovers = False,
+    include_finished: Finished = False,
+    grace: Grace = 24.0,
+    delete: Delete = False,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Remove stores, kept states and unused files: what --run, --unreferenced and --leftovers name."""
+    from dataflex.stores.gc import Scope, plan
+    from dataflex.stores.listing import lines_of_removal
+    from dataflex.stores.removal import carry_out
+
+    files = _files(root)
+    scope = Scope(tuple(run or ()), unreferenced, leftovers, include_finished, grace)
+    items = plan(files, scope)
+    if delete:
+        items = carry_out(files, items, scope)
+    about = [{"kind": i.kind, "name": i.name, "bytes": i.bytes, "goes": i.goes, "why": i.why} for i in items]
+    _print({"deleted": delete, "items": about}, as_json, lines_of_removal(items, delete))
+
+
 def _settings(run: Path, overrides: list[str] | None) -> Settings:
     from dataflex.config import load
 
@@ -215,6 +253,13 @@ def _stores(root: str | None) -> tuple[str, list[Any]]:
 
     where = store_root(root)
     return where, StoreRoot(where).stores()
+
+
+def _files(root: str | None) -> Any:
+    from dataflex.config import store_root
+    from dataflex.stores.root import open_files
+
+    return open_files(store_root(root))
 
 
 def _about(store: Any) -> dict[str, Any]:

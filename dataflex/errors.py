@@ -39,6 +39,12 @@ class CoverageError(DataflexError):
     exit_code = 6
 
 
+class UnavailableError(DataflexError):
+    """A server that the run needs does not answer. What is committed stays; the same command goes on from there."""
+
+    exit_code = 75
+
+
 class Interrupted(BaseException):
     """A scheduler asked the process to stop. What is committed stays; the same command goes on from there.
 

@@ -147,6 +147,16 @@ SELECTORS: Registry[Any] = Registry(
         "static": "dataflex.selectors.static:Static",
         "random": "dataflex.selectors.random:Random",
         "less": "dataflex.selectors.less:Less",
+        "loss": "dataflex.selectors.loss:ByLoss",
+        "delta_loss": "dataflex.selectors.loss:ByDeltaLoss",
+        "ifd": "dataflex.selectors.loss:Ifd",
+        "embedding": "dataflex.selectors.embedding:Embedding",
+        "rds_plus": "dataflex.selectors.embedding:RdsPlus",
+        "near": "dataflex.selectors.near:Near",
+        "tsds": "dataflex.selectors.tsds:Tsds",
+        "cluster_less": "dataflex.selectors.cluster_less:ClusterLess",
+        "influence_distillation": "dataflex.selectors.propagated:InfluenceDistillation",
+        "composed": "dataflex.selectors.composed:Composed",
     },
 )
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dataflex import distributed
 from dataflex.errors import CoverageError
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec, PolicyGradientSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.pipelines.fragments import Tally, Work, refuse_nonfinite
+from dataflex.pipelines.policy import PolicySource
 from dataflex.pipelines.progress import Progress
 from dataflex.pipelines.sources import EncoderSource, ModelSource, Source
 from dataflex.pipelines.state import ModelState
@@ -24,7 +26,8 @@ from dataflex.pipelines.views import Snapshot
 from dataflex.rows import Rows, Status
 from dataflex.stores.base import Layout
 from dataflex.stores.parquet import ParquetStore
-from dataflex.stores.root import StoreRoot
+from dataflex.stores.root import StoreRoot, folder_name
+from dataflex.stores.runs import Kind, RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +39,12 @@ class FeatureAccess:
         root: the stores.
         state: the live model.
         section: the run file's `dataflex` section (storage, token_budget, fragment_rows, nonfinite_limit, on_missing).
+        record: where it is written down what the run uses.
     """
 
-    def __init__(self, root: StoreRoot, state: ModelState, section: Any):
+    def __init__(self, root: StoreRoot, state: ModelState, section: Any, record: RunRecord):
         self.root = root
+        self.record = record
         self.url = root.files.name("")
         self.tally = Tally()
         self.progress = Progress()
@@ -47,6 +52,7 @@ class FeatureAccess:
         self._section = section
         self._model = ModelSource(state, section.token_budget)
         self._encoders: dict[str, EncoderSource] = {}
+        self._policy: PolicySource | None = None
         self._complete_at: dict[tuple[Any, ...], list[ParquetStore]] = {}
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
@@ -55,7 +61,13 @@ class FeatureAccess:
 
     def view(self, spec: FeatureSpec, rows: Rows, store: ParquetStore, age: int = 0) -> Snapshot:
         """Return a view of rows that a store has."""
+        self.note("store", store.folder)
         return Snapshot.of(store, self._source(spec).keys(rows), age)
+
+    def note(self, kind: Kind, name: str) -> None:
+        """Record, before a store or kept state is opened, that the run uses it: `store gc` leaves it alone then."""
+        if distributed.is_main():
+            self.record.uses(kind, name)
 
     def passes(self, specs: Sequence[FeatureSpec], rows: Rows) -> int:
         """Return the rows that `ensure` goes through: every one once for each source."""
@@ -123,6 +135,7 @@ class FeatureAccess:
     def _open(self, spec: FeatureSpec) -> ParquetStore:
         """Open the store of a feature, saying what keeps the nearest from being used where there is none."""
         recipe = self.recipe(spec)
+        self.note("store", folder_name(spec.kind, recipe))
         if self.root.find(spec.kind, recipe) is None:
             nearest = self.root.nearest(spec.kind, recipe)
             said = f"no {spec.kind} store under {self.url} yet"
@@ -133,10 +146,17 @@ class FeatureAccess:
             if distributed.is_main():
                 log.info("%s: computing", said)
         scalars = {"loss_sum": "float64", "tokens": "int32"} if isinstance(spec, LossSpec) else {"norm": "float32"}
+        if isinstance(spec, PolicyGradientSpec):
+            scalars |= {"reward": "float64", "scored": "int32"}
         return self.root.open(spec.kind, recipe, Layout(scalars, self._source(spec).width(spec), self._section.storage))
 
     def _source(self, spec: FeatureSpec) -> Source:
         """Return what computes a feature."""
+        if isinstance(spec, PolicyGradientSpec):
+            if self._policy is None:
+                note = partial(self.note, "store")
+                self._policy = PolicySource(self._model, self._state, self.root, self._section, note)
+            return self._policy
         name = spec.embedding_model_name_or_path if isinstance(spec, EmbeddingSpec) else None
         if name is None:
             return self._model

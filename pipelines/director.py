@@ -40,8 +40,10 @@ class RoundDirector:
 
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Put the run together and choose where to start: a checkpoint, a kept state, or the beginning."""
-        self.run: Run = open_run(self.settings, trainer)
+        self.run: Run = open_run(self.settings, trainer, self.stage)
         self._refuse_too_few_rows()
+        # Before any weight is loaded: of a model trained whole, this is the only time that its base is at hand.
+        update.ensure_base(self.run)
         self.warm = warmup.WarmState(self.run)
         if checkpoint is not None:
             self.warm.lineage = None  # what came before the checkpoint may have been trained otherwise
@@ -111,6 +113,8 @@ class RoundDirector:
         """Write what the stage came to. Collective."""
         about = {"started_from": self.warm.lineage if self.warm.loaded else None, "updates": self.updates, **more}
         write_summary(path, self.stage, self.run, time.monotonic() - self._begun, about)
+        if distributed.is_main():
+            self.run.access.record.finish()
 
     def _recorded(self, round: Round) -> DecidedRound | None:
         """Return a journaled round: always if it was begun, else only if it was decided alike."""

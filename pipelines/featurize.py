@@ -10,9 +10,10 @@ from typing import Any
 
 from dataflex import distributed
 from dataflex.errors import ConfigError
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec
+from dataflex.features.spec import BASE, EmbeddingSpec, FeatureSpec
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.director import RoundDirector
+from dataflex.pipelines.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.stores.faiss_cache import load_or_build
@@ -107,6 +108,8 @@ class FeaturizeDirector(RoundDirector):
             for spec, store in zip(specs, stores, strict=True):
                 if isinstance(spec, EmbeddingSpec) and distributed.is_main():
                     load_or_build(store)
+        if getattr(self.run.selector, "is_adaptive", False):
+            choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))
         distributed.barrier()
 
     def finish(self, trainer: Any, stopped: bool) -> None:
@@ -116,11 +119,14 @@ class FeaturizeDirector(RoundDirector):
     def _wanted(self) -> list[tuple[list[FeatureSpec], Rows, str | None]]:
         """List (features, rows, state), features of the same rows and state together: they share one pass."""
         run = self.run
-        states = list(dict.fromkeys(need.state for need in run.needs)) or [None]
+        states = list(dict.fromkeys(need.state for need in run.needs))
+        if all(state == BASE for state in states):
+            states.append(None)  # where the run file's own features are of
         out: list[tuple[list[FeatureSpec], Rows, str | None]] = []
         for state in states:
+            more = () if state == BASE else self.settings.dataflex.features
             for of, sets in (("train", [run.rows]), ("targets", list(run.targets.values()))):
                 needed = [need.spec for need in run.needs if need.state == state and need.of == of]
-                specs = list(dict.fromkeys([*needed, *self.settings.dataflex.features]))
+                specs = list(dict.fromkeys([*needed, *more]))
                 out += [(specs, rows, state) for rows in sets if specs]
         return out

@@ -20,6 +20,7 @@ from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import Need
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.runs import RunRecord
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.lineage import training_arguments
 from dataflex.trainers.rounds import DecidedRound
@@ -99,7 +100,7 @@ class Run:
         return found
 
 
-def open_run(settings: Any, trainer: Any) -> Run:
+def open_run(settings: Any, trainer: Any, stage: str) -> Run:
     """Put a run together. Collective.
 
     Raises:
@@ -124,6 +125,8 @@ def open_run(settings: Any, trainer: Any) -> Run:
         "global batch": trainer.global_batch,
         **training_arguments(trainer),
     }
+    root, named = StoreRoot(settings.store_root), digest(identity)
+    record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
     return Run(
         settings=settings,
         trainer=trainer,
@@ -131,10 +134,10 @@ def open_run(settings: Any, trainer: Any) -> Run:
         targets=sets.targets,
         eligible=eligible,
         state=state,
-        access=FeatureAccess(StoreRoot(settings.store_root), state, settings.dataflex),
+        access=FeatureAccess(root, state, settings.dataflex, record),
         journal=Journal(Path(trainer.args.output_dir) / "rounds"),
         selector=build_selector(settings, trainer),
-        identity=digest(identity),
+        identity=named,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from dataflex.features.encoder import TextEncoder, encoder_identity
 from dataflex.features.engine import FeatureEngine
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec
-from dataflex.fingerprint import text_key
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec
+from dataflex.fingerprint import IGNORE_INDEX, text_key
 from dataflex.pipelines.state import ModelState, model_folder
 from dataflex.rows import KEY_DTYPE, Rows
 
@@ -52,8 +53,18 @@ class ModelSource:
     def __init__(self, state: ModelState, token_budget: int):
         self._state = state
         self._token_budget = token_budget
-        self._engine: FeatureEngine | None = None
         self.is_collective = state.is_zero3
+
+    @cached_property
+    def engine(self) -> FeatureEngine:
+        """The engine; it is kept, since its random projections are the same at every state."""
+        trainer = self._state.trainer
+        return FeatureEngine(
+            trainer.model,
+            pad_token_id=trainer.processing_class.pad_token_id or 0,
+            token_budget=self._token_budget,
+            autocast=trainer.accelerator.autocast,
+        )
 
     def keys(self, rows: Rows) -> np.ndarray:
         """Return the keys of the tokens."""
@@ -78,18 +89,31 @@ class ModelSource:
     def compute(
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
     ) -> list[FeatureValues]:
-        """Run the engine; it is kept, since its random projections are the same at every state."""
-        if self._engine is None:
-            trainer = self._state.trainer
-            self._engine = FeatureEngine(
-                trainer.model,
-                pad_token_id=trainer.processing_class.pad_token_id or 0,
-                token_budget=self._token_budget,
-                autocast=trainer.accelerator.autocast,
-            )
+        """Run the engine.
+
+        Raises:
+            CoverageError: the base model is asked for, and is no longer at hand.
+        """
+        self._state.require_runnable()
         adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
-        self._engine.moments = self._state.moments() if adam else None
-        return self._engine.compute([rows.examples[int(row)] for row in at], specs, min_batches=min_batches)
+        self.engine.moments = self._state.moments() if adam else None
+        examples = [rows.examples[int(row)] for row in at]
+        unprompted = [spec for spec in specs if isinstance(spec, LossSpec) and spec.given == "nothing"]
+        others = [spec for spec in specs if spec not in unprompted]
+        found: dict[FeatureSpec, FeatureValues] = {}
+        if others:
+            found |= zip(others, self.engine.compute(examples, others, min_batches=min_batches), strict=True)
+        if unprompted:
+            responses = [_response(example) for example in examples]
+            found |= zip(unprompted, self.engine.compute(responses, unprompted, min_batches=min_batches), strict=True)
+        return [found[spec] for spec in specs]
+
+
+def _response(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an example without the tokens before its first supervised one, which then has no predecessor."""
+    supervised = np.flatnonzero(np.asarray(example["labels"]) != IGNORE_INDEX)
+    start = int(supervised[0]) if len(supervised) else 0
+    return {name: values[start:] for name, values in example.items() if values is not None}
 
 
 class EncoderSource:
@@ -116,7 +140,7 @@ class EncoderSource:
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the feature and the encoder's files; what the encoder is called does not matter."""
-        return {"feature": spec.model_dump(exclude={"embedding_model_name_or_path"}), "encoder": self._identity}
+        return {"feature": spec.recipe(), "encoder": self._identity}
 
     def width(self, spec: FeatureSpec) -> int:
         """Return D."""

@@ -10,9 +10,9 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex import distributed
-from dataflex.errors import ConfigError, MismatchError
+from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.features.adam import Moments
-from dataflex.features.spec import ENGINE_VERSION, GradientSpec
+from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
 from dataflex.fingerprint import model_digest, tensors_digest
 from dataflex.pipelines import checkpoint
 from dataflex.pipelines.moments import checkpoint_moments, live_moments
@@ -56,21 +56,41 @@ class ModelState:
         """Which state the model is in, for as long as this object lives."""
         return self._checkpoint, self.trainer.state.global_step
 
+    def require_runnable(self) -> None:
+        """Refuse to compute features of a base model whose own weights have been trained.
+
+        Raises:
+            CoverageError: they have.
+        """
+        if self._checkpoint == BASE and not hasattr(self.model, "disable_adapter") and self.trainer.state.global_step:
+            raise CoverageError(
+                "features of the base model are missing, and its weights have been trained meanwhile; compute them "
+                "with `dataflex featurize` first"
+            )
+
     @contextlib.contextmanager
-    def at(self, folder: str | None) -> Iterator[None]:
-        """Put a checkpoint's trainable weights into the model for a while; None leaves the model as it is.
+    def at(self, state: str | None) -> Iterator[None]:
+        """Put the model into another state for a while; None leaves it as it is.
+
+        Args:
+            state: a checkpoint's folder, whose trainable weights are loaded, or `BASE`, the model without the adapter.
 
         Raises:
             MismatchError: the checkpoint's weights are not those of this model.
             ConfigError: the model is sharded by ZeRO-3.
         """
-        if folder is None:
+        if state is None:
             yield
             return
-        if self.is_zero3:
+        if state == BASE:
+            leave_out = getattr(self.model, "disable_adapter", contextlib.nullcontext)
+            entered = leave_out()
+        elif self.is_zero3:
             raise ConfigError("dataflex.params.checkpoints: cannot be loaded into a ZeRO-3 model; use ZeRO-2 or DDP")
-        with checkpoint.loaded(Path(folder), self.model, self._scaling()):
-            self._checkpoint = folder
+        else:
+            entered = checkpoint.loaded(Path(state), self.model, self._scaling())
+        with entered:
+            self._checkpoint = state
             try:
                 yield
             finally:
@@ -80,10 +100,12 @@ class ModelState:
         """Return everything but the row that determines a feature's values. Collective under DeepSpeed."""
         is_gradient = isinstance(spec, GradientSpec)
         recipe: dict[str, Any] = {
-            "feature": spec.recipe() if is_gradient else spec.model_dump(exclude={"embedding_model_name_or_path"}),
+            "feature": spec.recipe(),
             "model": {"base": self._base, "adapter": self._weights(forward_only=not is_gradient)},
             "numerics": self._numerics(),
         }
+        if is_gradient and self._checkpoint == BASE:
+            raise ConfigError("gradients of the base model: there are none, the weights that are trained are left out")
         if is_gradient and spec.direction == "adam":
             key = ("moments", *self.position)
             if key not in self._known:
@@ -119,6 +141,8 @@ class ModelState:
 
     def _weights(self, forward_only: bool) -> dict[str, Any] | str:
         """Return the identity of the trainable weights; "none" where an adapter does not act on the output yet."""
+        if self._checkpoint == BASE:
+            return "none"
         key = ("weights", forward_only, *self.position)
         if key not in self._known:
             with self._gathered():

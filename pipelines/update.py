@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from dataflex import distributed
-from dataflex.errors import CoverageError, DataflexError
+from dataflex.errors import CoverageError
 from dataflex.features.spec import FeatureSpec
 from dataflex.pipelines.refresh import due
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.views import Mixed, Snapshot
 from dataflex.rows import Rows
 from dataflex.schedule import Round
-from dataflex.selectors.base import Context, Need, Selection, View, generator, stream
+from dataflex.selectors.base import BASE, Context, Need, Selection, View, generator, stream
 from dataflex.stores.parquet import ParquetStore
 from dataflex.trainers.rounds import DecidedRound
 
@@ -61,28 +61,33 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
     features = UpdateFeatures(run, round)
     trainer, native = run.trainer, hasattr(run.selector, "needs")
     history = [run.decided(r).rows for r in run.updates if r.number < round.number]
-    context = Context(run.rows, run.targets, features.get, round, features.update, history, trainer.args.seed)
-    selection = None
-    # A documented selector may run collectives of its own, so it is called everywhere; rank 0's answer counts.
-    if not native or distributed.is_main():
-        found = run.selector.select(
-            trainer.model_wrapped,
-            step_id=round.first_step,
-            num_samples=count,
-            context=context,
-            optimizer_state=trainer.optimizer.state,
-            scheduler_state=trainer.lr_scheduler.state_dict(),
-            current_update_times=round.update,
-            update_times=run.settings.schedule.update_times,
-            tokenizer=trainer.processing_class,
-        )
-        selection = found if isinstance(found, Selection) else Selection(_flat(found))
+    updates = sum(r.epoch == round.epoch for r in run.updates)
+    context = Context(run.rows, run.targets, features.get, round, features.update, updates, history, trainer.args.seed)
+    # It may ask for features and score its share of the rows, so it is called everywhere; rank 0's answer counts.
+    found = run.selector.select(
+        trainer.model_wrapped,
+        step_id=round.first_step,
+        num_samples=count,
+        context=context,
+        optimizer_state=trainer.optimizer.state,
+        scheduler_state=trainer.lr_scheduler.state_dict(),
+        current_update_times=round.update,
+        update_times=run.settings.schedule.update_times,
+        tokenizer=trainer.processing_class,
+    )
     if not native:
         trainer.model.zero_grad()
-    selection = distributed.broadcast(selection)
-    assert selection is not None
+    selection = distributed.broadcast(found if isinstance(found, Selection) else Selection(_flat(found)))
     run.check(selection.rows, count)
     return selection, features.updated
+
+
+def ensure_base(run: Run) -> None:
+    """Bring about the declared features of the base model. Collective."""
+    for of, sets in (("train", [run.rows]), ("targets", list(run.targets.values()))):
+        specs = list(dict.fromkeys(need.spec for need in run.needs if (need.of, need.state) == (of, BASE)))
+        for rows in sets if specs else []:
+            run.access.ensure(specs, rows, BASE)
 
 
 @dataclass
@@ -113,23 +118,19 @@ class UpdateFeatures:
                 for need, view in zip(needs, self._together(needs, name), strict=True):
                     self._views[need.spec, name, need.state] = view
 
-    def get(self, spec: FeatureSpec, target: str | None = None, state: str | None = None) -> View:
-        """Give a selector a feature; alone, a process computes undeclared ones too.
-
-        Raises:
-            DataflexError: the feature was not declared and there are other ranks, which take no part.
-        """
+    def get(
+        self, spec: FeatureSpec, target: str | None = None, state: str | None = None, rows: np.ndarray | None = None
+    ) -> View:
+        """Give a selector a feature, computed now if it was not declared. Collective."""
         asked = (spec, target, state)
-        if asked not in self._views:
-            if distributed.world() > 1:
-                raise DataflexError(
-                    f"{spec.kind} of {target or 'the training rows'}: found no declaration; with several processes "
-                    "every feature must be among the selector's needs()"
-                )
-            rows = self._rows(target)
-            (store,) = self.run.access.ensure([spec], rows, state)
-            self._views[asked] = self.run.access.view(spec, rows, store)
-        return self._views[asked]
+        if rows is None and asked in self._views:
+            return self._views[asked]
+        wanted = self._rows(target) if rows is None else self._rows(target).take(rows)
+        (store,) = self.run.access.ensure([spec], wanted, state)
+        view = self.run.access.view(spec, wanted, store)
+        if rows is None:
+            self._views[asked] = view
+        return view
 
     def _rows(self, target: str | None) -> Rows:
         return self.run.rows if target is None else self.run.targets[target]

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dataflex.pipelines.nearest import Part, nearest
 from dataflex.rows import Status
+from dataflex.stores.faiss_index import Metric
 from dataflex.stores.parquet import ParquetStore
 
 
@@ -41,18 +43,36 @@ class Snapshot:
         """Return a scalar column, (R,)."""
         return self.store.read(self.keys, columns=[name], vectors=False).scalars[name]
 
-    def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (rows, vectors) of usable rows in one pass over the store; identical rows come together."""
+    def blocks(self, size: int = 4096, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (rows, vectors) of usable rows in one pass over the store; identical rows come together.
+
+        A share is a range of the sorted keys, as fragments are, so that it is read from few of them.
+        """
         usable = np.flatnonzero(self.status == Status.OK)
         order = usable[np.argsort(self.keys[usable], kind="stable")]
+        distinct, starts = np.unique(self.keys[order], return_index=True)
+        begin, end = (len(distinct) * i // part[1] for i in (part[0], part[0] + 1))
+        bounds = np.append(starts, len(order))
+        order = order[bounds[begin] : bounds[end]]
         wanted = self.keys[order]
-        for values in self.store.scan(size, columns=[], vectors=True, keys=np.unique(wanted)):
+        for values in self.store.scan(size, columns=[], vectors=True, keys=distinct[begin:end]):
             assert values.vectors is not None
             first = np.searchsorted(wanted, values.keys, side="left")
             count = np.searchsorted(wanted, values.keys, side="right") - first
             source = np.repeat(np.arange(len(values.keys)), count)
             target = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)])
             yield order[target], values.vectors[source]
+
+    def nearest(
+        self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = 1_000_000
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k nearest usable rows of each query: scores and rows, (M, k) each. Collective."""
+        return nearest([self.usable(np.arange(len(self.keys)))], queries, k, metric, approximate_above)
+
+    def usable(self, rows: np.ndarray) -> Part:
+        """Return the store, and the keys and positions of usable rows, given the position (R,) of each row."""
+        ok = self.status == Status.OK
+        return self.store, self.keys[ok], rows[ok]
 
 
 @dataclass(frozen=True)
@@ -79,8 +99,14 @@ class Mixed:
             out[rows] = values
         return out
 
-    def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (rows, vectors) of usable rows, part by part."""
+    def blocks(self, size: int = 4096, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (rows, vectors) of usable rows, store by store."""
         for rows, view in self.parts:
-            for inner, vectors in view.blocks(size):
+            for inner, vectors in view.blocks(size, part):
                 yield rows[inner], vectors
+
+    def nearest(
+        self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = 1_000_000
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k nearest usable rows of each query over all stores: scores and rows, (M, k) each. Collective."""
+        return nearest([view.usable(rows) for rows, view in self.parts], queries, k, metric, approximate_above)

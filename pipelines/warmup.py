@@ -62,6 +62,7 @@ class WarmState:
         if self.lineage is None:
             return None
         states = self.run.access.root.states
+        self.run.access.note("state", self.lineage)
         found = distributed.broadcast(states.find(self.lineage) is not None if distributed.is_main() else None)
         if not found:
             return None

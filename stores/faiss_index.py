@@ -44,11 +44,16 @@ class FaissIndex:
             self._resources = faiss.StandardGpuResources()  # must live as long as the copy
             self._gpu = faiss.index_cpu_to_gpu(self._resources, 0, self.index)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, within: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return scores (M, k) float32 and row keys (M, k), best first.
 
         Scores are inner products, larger is better, or squared distances under `l2`, smaller is better. Under `cosine`
         queries need not be unit. Lists of an inverted file that hold too few rows are widened to all of them.
+
+        Args:
+            queries: (M, D).
+            k: neighbours wanted.
+            within: (R,) bool, which of `keys` to stay within; all by default, and then a GPU is used if there is one.
 
         Raises:
             CoverageError: fewer than k rows are indexed.
@@ -57,18 +62,27 @@ class FaissIndex:
         faiss = load_faiss()
         if queries.ndim != 2 or queries.shape[1] != self.index.d or not np.isfinite(queries).all():
             raise MismatchError(f"queries are {list(queries.shape)}, expected finite (M, {self.index.d})")
-        if not 1 <= k <= len(self.keys):
-            raise CoverageError(f"{k} neighbours wanted, {len(self.keys)} rows are indexed")
+        size = len(self.keys) if within is None else int(within.sum())
+        if not 1 <= k <= size:
+            raise CoverageError(f"{k} neighbours wanted, {size} rows are indexed")
         vectors = _prepared(queries, self.metric)
-        searched = self._gpu if self._gpu is not None and k <= _GPU_MOST else self.index
-        scores, ids = searched.search(vectors, k)
+        searched, options, params = self.index, {}, None
+        if within is not None:
+            bits = np.packbits(within, bitorder="little")  # must live as long as the selector
+            options = {"sel": faiss.IDSelectorBitmap(bits)}
+            params = faiss.SearchParameters(**options)
+            if self.kind == "ivf":
+                params = faiss.SearchParametersIVF(nprobe=self.index.nprobe, **options)
+        elif self._gpu is not None and k <= _GPU_MOST:
+            searched = self._gpu
+        scores, ids = searched.search(vectors, k, params=params)
         short = (ids < 0).any(axis=1)
         if short.any() and self.kind == "ivf":
             # FAISS fills up with -1 where the lists probed hold fewer than k rows.
-            everywhere = faiss.SearchParametersIVF(nprobe=self.index.nlist)
+            everywhere = faiss.SearchParametersIVF(nprobe=self.index.nlist, **options)
             scores[short], ids[short] = self.index.search(vectors[short], k, params=everywhere)
         if (ids < 0).any():
-            raise DataflexError(f"FAISS found fewer than {k} neighbours among {len(self.keys)}: scores are not finite")
+            raise DataflexError(f"FAISS found fewer than {k} neighbours among {size}: scores are not finite")
         return scores, self.keys[ids]
 
 

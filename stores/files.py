@@ -13,12 +13,28 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 
 from dataflex.errors import DataflexError
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file in storage.
+
+    Attributes:
+        path: relative to the root.
+        bytes: its size.
+        modified: when it was written, in seconds since 1970, by the storage's clock.
+    """
+
+    path: str
+    bytes: int
+    modified: float
 
 
 class Files(ABC):
@@ -43,8 +59,16 @@ class Files(ABC):
         """List the names in a folder, sorted; a folder that does not exist is empty."""
 
     @abstractmethod
+    def stored(self, folder: str) -> list[Stored]:
+        """List every file at any depth below a folder (`""`: the root), sorted by path; none if there is no folder."""
+
+    @abstractmethod
     def remove(self, path: str) -> None:
         """Remove a file; one that is not there is no error."""
+
+    @abstractmethod
+    def prune(self, folder: str) -> None:
+        """Remove a folder if there is no file below it, where storage has folders at all."""
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """Return a file's first `limit` bytes. Raises FileNotFoundError."""
@@ -116,9 +140,26 @@ class LocalFiles(Files):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def stored(self, folder: str) -> list[Stored]:
+        """List every file below a folder, sorted by path."""
+        found = []
+        for parent, _, names in os.walk(self.root / folder):
+            for path in (Path(parent, name) for name in names):
+                with suppress(FileNotFoundError):  # removed between the listing and now
+                    about = path.lstat()
+                    found.append(Stored(path.relative_to(self.root).as_posix(), about.st_size, about.st_mtime))
+        return sorted(found, key=lambda file: file.path)
+
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
         self._unlink(self.root / path)
+
+    def prune(self, folder: str) -> None:
+        """Remove a folder and those in it, from the deepest on, as far as they are empty."""
+        for parent, _, _ in os.walk(self.root / folder, topdown=False):
+            with suppress(OSError):  # not empty, or gone
+                os.rmdir(parent)
+        self._synced = {made for made in self._synced if not made.is_relative_to(self.root / folder)}
 
     @contextmanager
     def _writing(self, path: str) -> Iterator[tuple[Path, BinaryIO]]:

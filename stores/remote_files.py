@@ -6,13 +6,17 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO
+from datetime import datetime
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
 
 from dataflex.errors import DataflexError
-from dataflex.stores.files import Files
+from dataflex.stores.files import Files, Stored
+
+_MODIFIED = ("LastModified", "last_modified", "mtime")
+"""What object stores call the time of writing in their listings: S3, Azure, Google Cloud."""
 
 
 class RemoteFiles(Files):
@@ -52,10 +56,34 @@ class RemoteFiles(Files):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def stored(self, folder: str) -> list[Stored]:
+        """List every file below a folder, sorted by path."""
+        self.fs.invalidate_cache()
+        found = dict(self.fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True))
+        listed = [(path.removeprefix(f"{self._root}/"), about) for path, about in found.items()]
+        return sorted(
+            (Stored(path, int(about["size"]), self._modified(path, about)) for path, about in listed),
+            key=lambda file: file.path,
+        )
+
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError):
             self.fs.rm_file(f"{self._root}/{path}")
+
+    def prune(self, folder: str) -> None:
+        """Do nothing: an object store has no folders that outlive their files."""
+
+    def _modified(self, path: str, about: dict[str, Any]) -> float:
+        found = next((about[name] for name in _MODIFIED if name in about), None)
+        try:
+            found = self.fs.modified(f"{self._root}/{path}") if found is None else found
+        except NotImplementedError as error:
+            raise DataflexError(
+                f"{self.url} ({type(self.fs).__name__}) does not say when a file was written, so what a live writer "
+                "is about to commit cannot be told from a leftover; remove files there by hand"
+            ) from error
+        return found.timestamp() if isinstance(found, datetime) else float(found)
 
     def _create(self, path: str, data: bytes) -> bool:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dataflex.errors import CorruptionError, MismatchError
+from dataflex.errors import ConflictError, CorruptionError, MismatchError
 from dataflex.fingerprint import difference, digest
 from dataflex.stores.base import Layout
 from dataflex.stores.files import Files, LocalFiles
@@ -20,7 +20,10 @@ from dataflex.stores.states import StateStore
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("dataflex", "llamafactory", "numpy", "peft", "pyarrow", "torch", "transformers")
-_NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{32}")
+NAME = re.compile(r"[a-z][a-z0-9_]*-[0-9a-f]{32}")
+"""What a store's folder is called: its kind and the digest of its recipe."""
+REMOVING = "removing.json"
+"""Lies in a store's folder from the moment that its removal begins until nothing of it is left."""
 
 
 def open_files(root: str | os.PathLike[str]) -> Files:
@@ -47,8 +50,10 @@ class StoreRoot:
 
         Raises:
             MismatchError: the store there keeps other columns or another storage type, or a newer DataFlex wrote it.
+            ConflictError: it is being removed.
         """
-        folder = _folder(kind, recipe)
+        folder = folder_name(kind, recipe)
+        self._refuse_removal(folder)  # first: of a store that is found after this, a removal will see who uses it
         document = find_record(self.files, folder, "recipe")
         if document is None:
             body = {"kind": kind, "recipe": recipe, "layout": layout.plain(), "libraries": _libraries()}
@@ -68,7 +73,7 @@ class StoreRoot:
         Raises:
             MismatchError: a newer DataFlex wrote it.
         """
-        folder = _folder(kind, recipe)
+        folder = folder_name(kind, recipe)
         document = find_record(self.files, folder, "recipe")
         return None if document is None else _store(self.files, folder, document)
 
@@ -77,7 +82,7 @@ class StoreRoot:
         found = []
         for folder in self.files.names(""):
             try:
-                document = find_record(self.files, folder, "recipe") if _NAME.fullmatch(folder) else None
+                document = find_record(self.files, folder, "recipe") if NAME.fullmatch(folder) else None
                 if document is not None:
                     found.append(_store(self.files, folder, document))
             except (CorruptionError, MismatchError) as error:
@@ -88,6 +93,16 @@ class StoreRoot:
         """Return the store of this kind whose recipe differs least, and the fields that differ, `path: store → run`."""
         found = [(store, difference(recipe, store.recipe)) for store in self.stores() if store.kind == kind]
         return min(found, key=lambda pair: len(pair[1]), default=None)
+
+    def _refuse_removal(self, folder: str) -> None:
+        try:
+            self.files.read(f"{folder}/{REMOVING}", 1)
+        except FileNotFoundError:
+            return
+        raise ConflictError(
+            f"{self.files.name(folder)} is being removed by `dataflex store gc`; run again when that is done. If it "
+            "was interrupted, `dataflex store gc --leftovers --grace 0 --delete` finishes it"
+        )
 
 
 def open_store(path: str | os.PathLike[str]) -> ParquetStore:
@@ -105,9 +120,14 @@ def open_store(path: str | os.PathLike[str]) -> ParquetStore:
     return _store(files, folder, document, check_name=False)
 
 
-def _folder(kind: str, recipe: Mapping[str, Any]) -> str:
+def folder_name(kind: str, recipe: Mapping[str, Any]) -> str:
+    """Return the name of the folder that the store of a recipe has in every root.
+
+    Raises:
+        MismatchError: the kind cannot be part of a name.
+    """
     folder = f"{kind}-{digest(recipe)}"
-    if not _NAME.fullmatch(folder):
+    if not NAME.fullmatch(folder):
         raise MismatchError(f"a store cannot be of kind {kind!r}: use small letters, digits and _")
     return folder
 
@@ -118,7 +138,7 @@ def _store(files: Files, folder: str, document: dict[str, Any], check_name: bool
         store = ParquetStore(files, folder, document)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{where} is no recipe: {error!r}") from error
-    if check_name and folder != _folder(store.kind, store.recipe):
+    if check_name and folder != folder_name(store.kind, store.recipe):
         raise CorruptionError(f"{where} holds another recipe than its folder is named after; was the folder renamed?")
     return store
 

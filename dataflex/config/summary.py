@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dataflex.config.settings import Settings
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec
+from dataflex.features.spec import BASE, EmbeddingSpec, FeatureSpec, GradientSpec
 
 
 def summary(settings: Settings) -> list[str]:
@@ -44,7 +44,8 @@ def _features(settings: Settings) -> list[str]:
     found = []
     for need in settings.needs:
         which = "training rows" if need.of == "train" else "targets"
-        found.append(f"{_name(need.spec)} of the {which}, {live if need.state is None else f'at {need.state}'}")
+        state = live if need.state is None else "of the base model" if need.state == BASE else f"at {need.state}"
+        found.append(f"{_name(need.spec)} of the {which}, {state}")
     for spec in settings.dataflex.features:
         found.append(f"{_name(spec)} of training rows and targets, as asked for in dataflex.features")
     return found or ["none"]

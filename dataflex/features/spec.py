@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ENGINE_VERSION = 1
 """Version of our own numerics; part of every recipe. Raise it when values change."""
+
+BASE = "base"
+"""The state of a model before any training: the adapter that is trained is left out."""
 
 
 class _Frozen(BaseModel):
@@ -35,6 +39,13 @@ class LossSpec(_Frozen):
     """Sum of next-token cross-entropy (nats, float64) and number of supervised tokens."""
 
     kind: Literal["loss"] = "loss"
+    given: Literal["prompt", "nothing"] = Field(
+        "prompt", description="nothing: of the tokens from the first supervised one on, without what stands before it"
+    )
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what determines the values."""
+        return {"kind": self.kind} if self.given == "prompt" else self.model_dump()
 
 
 class EmbeddingSpec(_Frozen):
@@ -50,6 +61,10 @@ class EmbeddingSpec(_Frozen):
         description="another model that reads the rows' text: sentence-transformers (its own pooling) or a causal LM; "
         "default: the run's model",
     )
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what determines the values; what the other model is called does not."""
+        return self.model_dump(exclude={"embedding_model_name_or_path"})
 
 
 class GradientSpec(_Frozen):
@@ -75,7 +90,108 @@ class GradientSpec(_Frozen):
         return out
 
 
-FeatureSpec = Annotated[LossSpec | EmbeddingSpec | GradientSpec, Field(discriminator="kind")]
+class RewardSpec(_Frozen):
+    """A reward by name, as `dataflex.rewards` knows it; its own parameters stand beside `type`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str = Field(description="name of a reward, or module:Class")
+    weight: float = Field(1.0, description="factor, where the sum of several rewards is taken")
+
+    def params(self) -> dict[str, Any]:
+        """Return the reward's own parameters."""
+        return self.model_dump(exclude={"type", "weight"})
+
+
+class GeneratorSpec(_Frozen):
+    """Who writes the responses: the model that the gradient is of, or a server (off-policy)."""
+
+    type: Literal["model", "openai"] = "model"
+    base_url: str | None = Field(None, description="openai: address of the server, as http://localhost:8000/v1")
+    model: str | None = Field(None, description="openai: the server's name of its model")
+    api_key_env: str | None = Field(None, description="openai: environment variable that holds the key; none is sent")
+    timeout: float = Field(120.0, gt=0, description="openai: seconds for one request")
+    retries: int = Field(5, ge=0, description="openai: further attempts, after 1, 2, 4, ... seconds")
+    workers: int = Field(8, ge=1, description="openai: requests at a time")
+
+    @model_validator(mode="after")
+    def _server_is_named(self) -> GeneratorSpec:
+        if (self.type == "openai") != (self.base_url is not None) or (self.type == "openai") != (
+            self.model is not None
+        ):
+            raise ValueError("base_url and model belong to type openai, which needs both")
+        return self
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what names the writer; how patiently it is asked does not matter."""
+        return self.model_dump(include={"type", "base_url", "model"}, exclude_none=True)
+
+
+class PolicyGradientSpec(_Frozen):
+    """The projected gradient of one prompt's expected reward over responses that the model writes itself.
+
+    g = sum_c w_c grad(sum_t -log pi(y_ct)): like the gradient of a loss, it points where the reward falls.
+    """
+
+    kind: Literal["policy_gradient"] = "policy_gradient"
+    reward: tuple[RewardSpec, ...] = Field(min_length=1, description="one reward, or several that are added")
+    estimator: Literal["vanilla", "loo_baseline", "rejection", "hard_rejection", "topk"] = Field(
+        "loo_baseline", description="weights of the responses, see dataflex.features.policy"
+    )
+    mc_samples: int = Field(4, ge=1, description="C, responses for each prompt; the published commands use 20 to 500")
+    max_new_tokens: int = Field(512, ge=1, description="tokens of a response, at most")
+    on_policy: Literal["exact", "sampled"] = Field(
+        "exact",
+        description="exact: responses are drawn from the model itself; sampled: from its distribution changed by "
+        "temperature, top_p and top_k, or from another model, which biases the gradient",
+    )
+    temperature: float = Field(1.0, gt=0, description="sampled: divides the logits")
+    top_p: float = Field(1.0, gt=0, le=1, description="sampled: smallest set of tokens with this probability")
+    top_k: int = Field(0, ge=0, description="sampled: likeliest tokens, 0 for all")
+    seed: int = Field(0, ge=0, description="seed of the responses")
+    normalisation: Literal["sum", "mean"] = Field(
+        "sum", description="sum: over a response's tokens, the policy gradient; mean: short responses weigh more"
+    )
+    k: int = Field(10, ge=1, description="topk: best responses looked at")
+    generator: GeneratorSpec = GeneratorSpec()
+    projection: Projection = Projection()
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, Mapping | RewardSpec) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> PolicyGradientSpec:
+        if self.estimator == "loo_baseline" and self.mc_samples < 2:
+            raise ValueError("estimator loo_baseline compares responses, so mc_samples must be 2 or more")
+        if self.on_policy == "exact":
+            if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+                raise ValueError("temperature, top_p and top_k belong to on_policy: sampled")
+            if self.generator.type != "model":
+                raise ValueError("responses of another model are off-policy: set on_policy: sampled")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        """Return what determines a response beside the prompt, its number and the model."""
+        fields = {"max_new_tokens", "temperature", "top_p", "top_k", "seed"}
+        return {"generator": self.generator.recipe(), **self.model_dump(include=fields)}
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what determines the values, the rewards as they are written; fields that do not act are left out."""
+        out = {
+            "kind": self.kind,
+            "reward": [spec.model_dump() for spec in self.reward],
+            "sampling": self.sampling(),
+            "mc_samples": self.mc_samples,
+            "estimator": self.estimator,
+            "normalisation": self.normalisation,
+            "projection": GradientSpec(projection=self.projection).recipe()["projection"],
+        }
+        return out | ({"k": self.k} if self.estimator == "topk" else {})
+
+
+FeatureSpec = Annotated[LossSpec | EmbeddingSpec | GradientSpec | PolicyGradientSpec, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -85,7 +201,8 @@ class FeatureValues:
     Attributes:
         status: (R,) uint8 of `dataflex.rows.Status`; where it is not OK the values are zero.
         scalars: column name -> (R,) array. loss: `loss_sum` float64, `tokens` int32. embedding, gradient: `norm`
-            float32, L2 norm of the vector.
+            float32, L2 norm of the vector. policy_gradient: `norm`; `reward` float64, mean of the rewards; `scored`
+            int32, responses that have one.
         vectors: (R, D) float32, or None for a feature without vectors.
     """
 

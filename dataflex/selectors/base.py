@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from dataflex.features.spec import BASE as BASE
 from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Rows
 from dataflex.schedule import Round
@@ -21,7 +22,7 @@ class Need:
     Attributes:
         spec: the feature.
         of: of the training rows or of every target set.
-        state: folder of a checkpoint, or None for the model as it is at the update.
+        state: folder of a checkpoint, `BASE`, or None for the model as it is at the update.
     """
 
     spec: FeatureSpec
@@ -46,16 +47,54 @@ class View(Protocol):
         """Return a scalar column, (R,)."""
         ...
 
-    def blocks(self, size: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (rows (b,), vectors (b, D) float32) until every usable row came once, in the order of the storage."""
+    def blocks(self, size: int = 4096, part: tuple[int, int] = (0, 1)) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (rows (b,), vectors (b, D) float32) until every usable row came once, in the order of the storage.
+
+        With `part` (i, n), only the i-th of n shares of the rows; the shares of all i are a partition.
+        """
+        ...
+
+    def nearest(
+        self, queries: np.ndarray, k: int, metric: Literal["cosine", "ip", "l2"], approximate_above: int = 1_000_000
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the k nearest usable rows of each query, best first. Collective: ask alike on every rank.
+
+        Ties go by (row key, position): identical rows all appear, next to each other. A row of zeros has no cosine and
+        is no neighbour under `cosine`.
+
+        Args:
+            queries: (M, D) float32.
+            k: rows wanted per query.
+            metric: cosine or inner product, larger is better; or squared Euclidean distance, smaller is better.
+            approximate_above: usable rows of one store from which an inverted file is searched, which can miss some
+                neighbours; with fewer the answer is exact.
+
+        Returns:
+            Scores (M, k) float64 and positions in the view (M, k) int64.
+
+        Raises:
+            ConfigError: FAISS is not installed.
+            CoverageError: fewer than k rows can be neighbours.
+            DataflexError: a query is not finite, or is zero under `cosine`.
+            MismatchError: the queries do not fit the feature.
+        """
         ...
 
 
 class Features(Protocol):
-    """Gives features: from the stores, computed first where they are missing."""
+    """Gives features: from the stores, computed first where they are missing. Collective: ask alike on every rank."""
 
-    def __call__(self, spec: FeatureSpec, target: str | None = None, state: str | None = None) -> View:
-        """Return a feature of the training rows, or of the target set named; at a checkpoint, or of the live model."""
+    def __call__(
+        self, spec: FeatureSpec, target: str | None = None, state: str | None = None, rows: np.ndarray | None = None
+    ) -> View:
+        """Return a feature of the training rows, or of the target set named; `rows` (R,) takes some of them.
+
+        Args:
+            spec: the feature.
+            target: name of a target set.
+            state: as `Need.state`.
+            rows: positions; the view is of them, in their order.
+        """
         ...
 
 
@@ -69,6 +108,7 @@ class Context:
         features: gives the features that the selector declared in `needs`.
         round: the round to be filled.
         update: updates done before this one, over the whole run.
+        updates: updates of the flex epoch that this one is part of.
         history: rows of each earlier update, in order.
         seed: the run's seed.
     """
@@ -78,6 +118,7 @@ class Context:
     features: Features
     round: Round
     update: int
+    updates: int
     history: Sequence[np.ndarray]
     seed: int
 
@@ -107,11 +148,11 @@ class NativeSelector(Protocol):
     """A selector written for DataFlex: its parameters are a pydantic model beside it, called `Params`."""
 
     def needs(self) -> Sequence[Need]:
-        """Return every feature that `select` will ask for."""
+        """Return the features of all training rows, or of all targets, that `select` will ask for."""
         ...
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
-        """Choose `num_samples` rows. Called on rank 0 only."""
+        """Choose `num_samples` rows. Called on every rank alike; the answer of rank 0 counts."""
         ...
 
 

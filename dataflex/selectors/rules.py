@@ -7,32 +7,34 @@ import numpy as np
 from dataflex.errors import CoverageError
 
 
-def ranking(scores: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return the rows that can be chosen, best first: by (-score, row key, position).
+def ranking(scores: np.ndarray, keys: np.ndarray, ties: np.ndarray | None = None) -> np.ndarray:
+    """Return the rows that can be chosen, best first: by (-score, -tie, row key, position).
 
     The row key breaks ties, so the order of the pool does not matter; identical rows stay apart by position.
 
     Args:
         scores: (N,).
         keys: (N,) row keys.
+        ties: (N,) finite, larger goes first among equal scores; None: none does.
     """
     rows = np.flatnonzero(np.isfinite(scores))
     words = np.ascontiguousarray(keys[rows]).view(">u8").reshape(-1, 2)
-    return rows[np.lexsort((rows, words[:, 1], words[:, 0], -scores[rows]))]
+    first = np.zeros(len(rows)) if ties is None else -ties[rows]
+    return rows[np.lexsort((rows, words[:, 1], words[:, 0], first, -scores[rows]))]
 
 
-def top_k(scores: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
+def top_k(scores: np.ndarray, keys: np.ndarray, k: int, ties: np.ndarray | None = None) -> np.ndarray:
     """Return the k best rows, best first.
 
     Raises:
         CoverageError: fewer than k rows can be chosen.
     """
-    order = ranking(scores, keys)
+    order = ranking(scores, keys, ties)
     _require(len(order), k, len(scores))
     return order[:k]
 
 
-def round_robin(scores: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
+def round_robin(scores: np.ndarray, keys: np.ndarray, k: int, ties: np.ndarray | None = None) -> np.ndarray:
     """Let the J columns take turns, each taking its best row that is not yet taken.
 
     Every prefix of the result is the result for a smaller k.
@@ -41,11 +43,12 @@ def round_robin(scores: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
         scores: (N, J).
         keys: (N,) row keys.
         k: rows wanted.
+        ties: as for `ranking`.
 
     Raises:
         CoverageError: fewer than k rows can be chosen.
     """
-    orders = [ranking(column, keys) for column in scores.T]
+    orders = [ranking(column, keys, ties) for column in scores.T]
     _require(len(np.unique(np.concatenate(orders))), k, len(scores))
     taken = np.zeros(len(scores), dtype=bool)
     cursors, chosen = [0] * len(orders), []

@@ -1,0 +1,7 @@
+"""Rewards: how good a response is. `Reward` and `register_reward` are for your own."""
+
+from __future__ import annotations
+
+from dataflex.rewards.base import REWARDS, Reward, build_reward, register_reward
+
+__all__ = ["REWARDS", "Reward", "build_reward", "register_reward"]

@@ -1,0 +1,72 @@
+"""What a reward is, and how one is made from its name and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dataflex.errors import ConfigError
+from dataflex.registry import Registry
+
+
+class Reward(Protocol):
+    """Scores responses. Its parameters are a pydantic model beside it, called `Params`, which it is made from."""
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]) -> list[float | None]:
+        """Return the reward of each response, larger is better; None where it cannot be scored.
+
+        Raises:
+            UnavailableError: what scores is not there now; what was scored before is kept.
+        """
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return plain data that names everything a score depends on beside the texts."""
+        ...
+
+
+class RewardParams(BaseModel):
+    """Base of parameters: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+REWARDS: Registry[Any] = Registry(
+    "reward",
+    "dataflex.rewards",
+    {
+        "exact_match": "dataflex.rewards.exact_match:ExactMatch",
+        "regex": "dataflex.rewards.regex:Regex",
+        "number": "dataflex.rewards.number:Number",
+        "math_verify": "dataflex.rewards.math_verify:MathVerify",
+        "unit_tests": "dataflex.rewards.unit_tests:UnitTests",
+        "reward_model": "dataflex.rewards.reward_model:RewardModel",
+        "judge": "dataflex.rewards.judge:Judge",
+        "function": "dataflex.rewards.function:Function",
+    },
+)
+
+register_reward = REWARDS.register
+
+
+def build_reward(name: str, params: Mapping[str, Any], plugins: Iterable[str] = ()) -> Reward:
+    """Make a reward; models are loaded when it is first asked for a score.
+
+    Args:
+        name: a registered name or `module:Class`.
+        params: its parameters.
+        plugins: modules or files that may register it.
+
+    Raises:
+        ConfigError: there is none of that name, a parameter is wrong, or a package that it needs is missing.
+    """
+    cls = REWARDS.load(name, plugins)
+    try:
+        checked = cls.Params(**params)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}" for e in error.errors())
+        known = ", ".join(cls.Params.model_fields) or "none"
+        raise ConfigError(f"reward {name}: {'; '.join(faults)}. Its parameters: {known}") from error
+    return cls(checked)  # type: ignore[no-any-return]

@@ -1,0 +1,132 @@
+"""Cluster-LESS: LESS scores of a few rows of every cluster stand for the others'."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from dataflex import distributed
+from dataflex.selectors.base import Context, Selection
+from dataflex.selectors.choice import RoundRobin, TopK
+from dataflex.selectors.clustering import Method, clusters, representatives
+from dataflex.selectors.judgement import Judgement
+from dataflex.selectors.propagated import Propagated, PropagatedFields, candidates, vectors_of
+from dataflex.selectors.similarity import target_vectors, unit
+
+
+class ClusterLess(Propagated):
+    """Clusters the pool once by embeddings; at every update scores representatives of each cluster by LESS.
+
+    Source: the selector `cluster_less` of DataFlex (arXiv 2603.26164). There every member inherits the cosine of the
+    mean of its representatives' unit gradients, and ties at the boundary fall as they may. Deviations: within a cluster
+    the rows most like its best representative come first; `regress` predicts each row's score from all representatives;
+    target sets as in LESS; no LSH and no random partition, which group unrelated rows.
+    """
+
+    class Params(PropagatedFields):
+        """Parameters of `cluster_less`."""
+
+        cluster_size: int = Field(64, ge=1, description="rows per cluster on average")
+        num_clusters: int | None = Field(None, ge=1, description="clusters; default: rows / cluster_size, rounded up")
+        samples_per_cluster: int = Field(4, ge=1, description="representatives, whose gradients are computed")
+        clustering_method: Method = Field("kmeans", description="see dataflex.selectors.clustering")
+        clustering_max_iter: int = Field(20, ge=1, description="iterations of k-means")
+        representative_strategy: Literal["random", "nearest", "farthest", "mixed"] = Field(
+            "random", description="random: drawn anew at every update; the others: by distance from the centroid"
+        )
+        carry_over: Literal["inherit", "regress"] = Field(
+            "inherit", description="inherit: the cluster's score; regress: kernel ridge regression on the embeddings"
+        )
+        aggregation: Literal["max", "mean", "round_robin"] = Field(
+            "max", description="over target sets: best set, mean of sets, or sets taking turns"
+        )
+        embedding_model_dtype: Literal["auto"] = Field("auto", description="accepted for compatibility")
+        clustering_batch_size: int = Field(8, ge=1, description="accepted for compatibility")
+        assignment_chunk_size: int = Field(4096, ge=1, description="accepted for compatibility")
+        save_interval: int = Field(16, ge=1, description="accepted for compatibility; batches are filled by tokens")
+
+    def __init__(self, params: Params):
+        super().__init__(params)
+        self._clustered: tuple[bytes, np.ndarray, np.ndarray] | None = None
+
+    def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
+        """Score representatives, carry over, choose.
+
+        Raises:
+            CoverageError: no representative has a gradient, or too few rows can be chosen.
+        """
+        able, ids = self._clusters(context)
+        vectors = vectors_of(self.embeddings(context), able)
+        vectors = unit(vectors)[0]
+        chosen = self._representatives(context, able, ids, vectors)
+        rows = np.sort(able[chosen])
+        scores = self.exact(context, rows)
+        ties = None
+        if self.params.carry_over == "regress":
+            sets = self.regressed(context, rows, scores)
+        else:
+            sets, ties = self._inherited(context, able, ids, vectors, rows, scores)
+        combined = sets.mean(axis=1) if self.params.aggregation == "mean" else sets.max(axis=1)
+        judged = Judgement(context, combined, np.zeros(len(sets), np.int32), sets, ties)
+        return (RoundRobin() if self.params.aggregation == "round_robin" else TopK()).select(judged, num_samples)
+
+    def _clusters(self, context: Context) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that can be chosen, (n,) by key, and the cluster of each; made once, on rank 0."""
+        view = self.embeddings(context)
+        able = candidates(context, view)
+        pool = context.rows.keys[able].tobytes()
+        if self._clustered is None or self._clustered[0] != pool:
+            p = self.params
+            ids = None
+            if distributed.is_main():
+                vectors = unit(vectors_of(view, able))[0].astype(np.float32)
+                count = p.num_clusters or -(-len(able) // p.cluster_size)
+                ids = clusters(vectors, count, p.clustering_method, p.clustering_max_iter, context.seed)
+            found = distributed.broadcast(ids)
+            assert found is not None
+            self._clustered = pool, able, found
+        return self._clustered[1], self._clustered[2]
+
+    def _representatives(self, context: Context, able: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """Return positions in `able`."""
+        rng = context.rng("representatives", context.update)
+        order = np.argsort(ids, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(ids[order])) + 1)
+        count, strategy = self.params.samples_per_cluster, self.params.representative_strategy
+        return np.concatenate([representatives(group, vectors[group], count, strategy, rng) for group in groups])
+
+    def _inherited(
+        self,
+        context: Context,
+        able: np.ndarray,
+        ids: np.ndarray,
+        vectors: np.ndarray,
+        rows: np.ndarray,
+        scores: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return every row's cluster score (N, J), and its likeness to the cluster's best representative (N,)."""
+        place = np.full(len(context.rows), -1)
+        place[able] = np.arange(len(able))
+        of = ids[place[rows]]  # the cluster of each representative
+        view = context.features(self.params.train_spec, rows=rows)
+        sums: np.ndarray | None = None
+        for at, block in view.blocks():
+            directions, is_long = unit(block.astype(np.float64))
+            if sums is None:
+                sums = np.zeros((int(ids.max()) + 1, block.shape[1]))
+            np.add.at(sums, of[at[is_long]], directions[is_long])
+        means, is_known = unit(np.zeros((int(ids.max()) + 1, 1)) if sums is None else sums)
+        by_cluster = np.full((len(means), len(context.targets)), -np.inf)
+        for j, name in enumerate(context.targets):
+            target = target_vectors(context.features(self.params.target_spec, name), name, "cosine")
+            by_cluster[is_known, j] = means[is_known] @ unit(target)[0].mean(axis=0)
+        sets = np.full((len(context.rows), len(context.targets)), -np.inf)
+        sets[able] = by_cluster[ids]
+        best = np.full(len(means), -1)
+        for i in np.argsort(scores.max(axis=1), kind="stable"):
+            best[of[i]] = place[rows[i]]
+        ties = np.zeros(len(context.rows))
+        ties[able] = (vectors * vectors[best[ids]]).sum(axis=1)
+        return sets, ties

@@ -1,0 +1,73 @@
+"""Nearest rows of every target row, the target rows taking turns."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from dataflex.errors import MismatchError
+from dataflex.selectors.base import Context, Need
+from dataflex.selectors.choice import RoundRobin
+from dataflex.selectors.composed import Composed, Composition
+from dataflex.selectors.judgement import Judgement
+from dataflex.selectors.params import ExistingFile, load_array
+from dataflex.selectors.representation import EmbeddingVectors, GradientVectors, Part
+
+Compared = Annotated[EmbeddingVectors | GradientVectors, Field(discriminator="kind")]
+
+
+class Near(Composed):
+    """Walks through every target row's nearest rows: all first ones, then all second ones, each row once.
+
+    An update goes on where the one before stopped; after the whole pool the walk begins again.
+
+    Source: the selector `near` of DataFlex (arXiv 2603.26164), whose every update repeats the first rows of the walk
+    (`repeat: true`), and whose targets are 100 rows of the pool where none are named (here: an error).
+    """
+
+    class Params(Part):
+        """Parameters of `near`."""
+
+        representation: Compared = Field(EmbeddingVectors(), description="what is near: embeddings or gradients")
+        repeat: bool = Field(False, description="choose the same rows at every update, not the next-nearest")
+        indices_path: ExistingFile | None = Field(
+            None, description="precomputed: .npy of row positions (M, K), nearest first; nothing is computed then"
+        )
+        cache_dir: str | None = Field(
+            None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
+        )
+
+    def composition(self, params: Params) -> Composition:
+        """Return the parts."""
+        rule = RoundRobin(over="rows", repeat=params.repeat)
+        return Composition(representation=params.representation, similarity="cosine", within="max", rule=rule)
+
+    def needs(self) -> list[Need]:
+        """Return the representation's features, none where the neighbours are given."""
+        return [] if self.params.indices_path else super().needs()
+
+    def judge(self, context: Context) -> Judgement:
+        """Return the neighbours found, or given. Collective.
+
+        Raises:
+            MismatchError: the given ones are no row positions.
+        """
+        path = self.params.indices_path
+        if path is None:
+            return super().judge(context)
+        given = load_array(path)
+        size = len(context.rows)
+        if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
+            raise MismatchError(f"{path}: found {given.dtype} {list(given.shape)}; expected whole numbers (M, K)")
+        if given.min() < 0 or given.max() >= size:
+            raise MismatchError(
+                f"{path}: found positions {given.min()} to {given.max()}; the training set has rows 0 to {size - 1}"
+            )
+        scores = np.full(size, -np.inf)
+        for column in range(given.shape[1] - 1, -1, -1):
+            scores[given[:, column]] = -column
+        scores[context.rows.supervised == 0] = -np.inf
+        ages = np.full(size, -1, np.int32)
+        return Judgement(context, scores, ages, nearest=lambda k: (np.zeros((len(given), 0)), given[:, :k]))

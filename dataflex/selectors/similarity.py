@@ -1,0 +1,137 @@
+"""Similarity of training rows to target sets, block by block, each rank its share of the rows.
+
+N training rows, b of them in a block, J target sets of M_j rows, D numbers. No N x M matrix exists: inside a block the
+similarities to a set are reduced to one number at once. What travels between ranks is that number per row and set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import ConfigError, CoverageError
+from dataflex.selectors.base import View
+
+Similarity = Literal["cosine", "whitened_cosine", "inner_product", "l2"]
+Within = Literal["mean", "max"]
+WHITENED_MOST = 4096
+"""Numbers per vector up to which vectors are whitened: the covariance is a D x D matrix."""
+_RIDGE = 1e-5
+
+
+def set_scores(view: View, targets: Mapping[str, View], similarity: Similarity, within: Within) -> np.ndarray:
+    """Return the similarity of every row to every target set, (N, J) float64; -inf for rows without one. Collective.
+
+    Args:
+        view: the training rows.
+        targets: target sets by name.
+        similarity: of two vectors; `l2` is the negative squared Euclidean distance. `whitened_cosine` is the cosine
+            after subtracting the mean and multiplying with the inverse Cholesky factor of the covariance of all rows
+            and targets, 1e-5 of its mean diagonal added to the diagonal (after TAROT, arXiv 2412.00420, which adds
+            1e-5 itself and does not centre).
+        within: over the rows of a set: the mean of similarities (not the similarity to the mean), or the largest.
+
+    Raises:
+        CoverageError: a target set has no usable row.
+        ConfigError: vectors of more than `WHITENED_MOST` numbers are to be whitened.
+    """
+    sets = {name: target_vectors(target, name, similarity) for name, target in targets.items()}
+    prepare: Callable[[np.ndarray], np.ndarray] = _identity
+    if similarity == "whitened_cosine":
+        prepare = whitening(view, list(sets.values()))
+        sets = {name: prepare(vectors) for name, vectors in sets.items()}
+    if similarity in ("cosine", "whitened_cosine"):
+        sets = {name: unit(vectors)[0] for name, vectors in sets.items()}
+    scores = np.full((len(view.status), len(sets)), -np.inf)
+    for rows, vectors in shared_blocks(view):
+        wide = vectors.astype(np.float64)
+        usable = np.isfinite(wide).all(axis=1)
+        block = prepare(np.where(usable[:, None], wide, 0))
+        if similarity in ("cosine", "whitened_cosine"):
+            block, is_long = unit(block)
+            usable &= is_long
+        columns = [_reduced(block, vectors, similarity, within) for vectors in sets.values()]
+        scores[rows[usable]] = np.stack(columns, axis=1)[usable]
+    return joined(scores)
+
+
+def shared_blocks(view: View) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield this rank's share of a view: (rows (b,), vectors (b, D) float32)."""
+    yield from view.blocks(part=(distributed.rank(), distributed.world()))
+
+
+def joined(scores: np.ndarray) -> np.ndarray:
+    """Join arrays that each hold a rank's own rows, -inf in the others, on every rank. Collective."""
+    return np.maximum.reduce(distributed.gather(scores)) if distributed.world() > 1 else scores
+
+
+def target_vectors(view: View, name: str, similarity: Similarity) -> np.ndarray:
+    """Return a target set's usable vectors, (M, D) float64, by row; those without a direction left out for cosines.
+
+    Raises:
+        CoverageError: there is none.
+    """
+    parts = list(view.blocks())
+    rows = np.concatenate([rows for rows, _ in parts]) if parts else np.empty(0, np.int64)
+    vectors = np.concatenate([v for _, v in parts]).astype(np.float64)[np.argsort(rows)] if parts else np.empty((0, 0))
+    keep = np.isfinite(vectors).all(axis=1)
+    if similarity != "l2":
+        keep &= (vectors != 0).any(axis=1)
+    if not keep.any():
+        raise CoverageError(
+            f"target set {name}: found no usable row; expected at least one with supervised tokens and a finite vector"
+            + ("" if similarity == "l2" else " that is not zero")
+        )
+    return vectors[keep]
+
+
+def unit(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return vectors of length one, and whether each had a length, (b,) bool; the others stay zero."""
+    norms = np.linalg.norm(vectors, axis=1)
+    is_long = np.isfinite(norms) & (norms > 0)
+    return np.divide(vectors, norms[:, None], out=np.zeros_like(vectors), where=is_long[:, None]), is_long
+
+
+def whitening(view: View, targets: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the map x -> L^-1 (x - mean), L L^T the covariance of all training rows and targets. Collective.
+
+    Raises:
+        ConfigError: the vectors have more than `WHITENED_MOST` numbers.
+    """
+    width = targets[0].shape[1]
+    if width > WHITENED_MOST:
+        raise ConfigError(
+            f"similarity: whitened_cosine with {width} numbers per vector; expected at most {WHITENED_MOST}, as their "
+            "covariance is a square matrix; lower proj_dim"
+        )
+    count, total, square = 0, np.zeros(width), np.zeros((width, width))
+    for _, vectors in shared_blocks(view):
+        wide = vectors.astype(np.float64)
+        wide = wide[np.isfinite(wide).all(axis=1)]
+        count, total, square = count + len(wide), total + wide.sum(axis=0), square + wide.T @ wide
+    parts = distributed.gather((count, total, square))
+    count, total, square = (sum(column) for column in zip(*parts, strict=True))
+    for wide in targets:
+        count, total, square = count + len(wide), total + wide.sum(axis=0), square + wide.T @ wide
+    mean = total / count
+    covariance = square / count - np.outer(mean, mean)
+    ridge = _RIDGE * max(float(np.trace(covariance)) / width, np.finfo(np.float64).tiny)
+    factor = np.linalg.cholesky(covariance + ridge * np.eye(width))
+    return lambda vectors: np.linalg.solve(factor, (vectors - mean).T).T
+
+
+def _reduced(block: np.ndarray, targets: np.ndarray, similarity: Similarity, within: Within) -> np.ndarray:
+    """Return one number per row of a block, (b,)."""
+    if similarity != "l2":
+        return block @ targets.mean(axis=0) if within == "mean" else (block @ targets.T).max(axis=1)
+    own, theirs = (block**2).sum(axis=1), (targets**2).sum(axis=1)
+    if within == "mean":
+        return 2 * block @ targets.mean(axis=0) - own - theirs.mean()
+    return (2 * block @ targets.T - theirs).max(axis=1) - own
+
+
+def _identity(vectors: np.ndarray) -> np.ndarray:
+    return vectors

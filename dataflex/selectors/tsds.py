@@ -1,0 +1,75 @@
+"""TSDS: a draw whose distribution is transported from the targets to their neighbourhoods in the pool."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from dataflex.errors import MismatchError
+from dataflex.selectors.base import Context, Need, Selection
+from dataflex.selectors.choice import Choice, KnnKde, KnnUniform, drawn
+from dataflex.selectors.composed import Composed, Composition
+from dataflex.selectors.judgement import Judgement
+from dataflex.selectors.near import Compared
+from dataflex.selectors.params import ExistingFile, load_array
+from dataflex.selectors.representation import EmbeddingVectors, Part, part
+
+
+class Tsds(Composed):
+    """Draws rows near the targets, spread as far as `alpha` and `C` say, near duplicates sharing one row's chance.
+
+    Source: TSDS, arXiv 2410.11303; see `dataflex.selectors.transport`. Deviations: distances are between unit vectors,
+    and so C is 1 by default (5 in the official code); exact neighbours below a million rows; drawn without replacement
+    unless asked, from the run's seed.
+    """
+
+    class Params(Part):
+        """Parameters of `tsds`."""
+
+        representation: Compared = Field(EmbeddingVectors(), description="what is near: embeddings or gradients")
+        alpha: float = Field(0.6, ge=0, le=1, description="1: the nearest row alone; 0: spread as far as max_K")
+        C: float = Field(1.0, gt=0, description="length that distances are compared with; about 1 suits unit vectors")
+        max_K: int = Field(5000, ge=2, description="neighbours of a target row, at most a tenth of the pool")
+        density: Literal["kde", "uniform"] = Field(
+            "kde", description="kde: near duplicates share a chance; uniform: not"
+        )
+        sigma: float = Field(0.75, ge=0, description="kde: distance from which on rows are no near duplicates")
+        kde_K: int = Field(1000, ge=1, description="kde: neighbours that count, at most a tenth of the pool")
+        replacement: bool = Field(False, description="whether a row may be drawn again within an update")
+        probs_path: ExistingFile | None = Field(
+            None, description="precomputed: .npy of one probability per row (N,); nothing is computed then"
+        )
+        cache_dir: str | None = Field(
+            None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
+        )
+
+    def composition(self, params: Params) -> Composition:
+        """Return the parts."""
+        rule: Choice = part(KnnKde, params) if params.density == "kde" else part(KnnUniform, params)
+        return Composition(representation=params.representation, similarity="cosine", within="max", rule=rule)
+
+    def needs(self) -> list[Need]:
+        """Return the representation's features, none where the probabilities are given."""
+        return [] if self.params.probs_path else super().needs()
+
+    def select(self, model: object, step_id: int, num_samples: int, *, context: Context, **kwargs: object) -> Selection:
+        """Draw from the plan, or from the given probabilities.
+
+        Raises:
+            MismatchError: the given ones are no probabilities of the training rows.
+        """
+        path = self.params.probs_path
+        if path is None:
+            return super().select(model, step_id, num_samples, context=context)
+        p = load_array(path)
+        if p.shape != (len(context.rows),) or p.dtype.kind != "f" or not np.isfinite(p).all() or p.min(initial=0) < 0:
+            raise MismatchError(
+                f"{path}: found {p.dtype} {list(p.shape)}; expected {len(context.rows)} finite numbers of 0 or more, "
+                "one per training row"
+            )
+        scores = np.where((context.rows.supervised > 0) & (p > 0), p.astype(np.float64), -np.inf)
+        judged = Judgement(context, scores, np.full(len(scores), -1, np.int32))
+        rows = drawn(judged, np.maximum(scores, 0), num_samples, self.params.replacement)
+        return Selection(rows, scores[rows], judged.ages[rows], scores)

@@ -1,0 +1,101 @@
+"""The nearest rows of a view for each query, over the stores that it reads and the processes of a run.
+
+M queries, D numbers each, k neighbours; r rows of a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.stores import nearest as in_store
+from dataflex.stores.faiss_cache import load_or_build
+from dataflex.stores.faiss_index import FaissIndex, Kind, Metric
+from dataflex.stores.parquet import ParquetStore
+
+Part = tuple[ParquetStore, np.ndarray, np.ndarray]
+"""A store, the keys there (r,) of usable rows, and the positions (r,) of these rows in the view."""
+_Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores, keys and positions, (M, n) each, best first
+_SORTABLE = "S16"
+
+
+def nearest(
+    parts: Sequence[Part], queries: np.ndarray, k: int, metric: Metric, approximate_above: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what `dataflex.selectors.base.View.nearest` says. Collective: every rank searches for its share.
+
+    What ranks exchange is the answer, M k pairs of a score and a position.
+    """
+    parts = [part for part in parts if len(part[1])]
+    _check(parts, queries, k, metric)
+    share = np.ascontiguousarray(queries[distributed.rank() :: distributed.world()], np.float32)
+    found = []
+    for part in parts:
+        index = _index(part[0], metric, "ivf" if len(part[1]) >= approximate_above else "flat")
+        found.append(_of_part(part, index, share, k))
+    shares = distributed.gather(_merged(found, k, metric))
+    scores, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
+    for rank, (some_scores, some_rows) in enumerate(shares):
+        if len(some_rows) and some_rows.shape[1] < k:
+            raise CoverageError(
+                f"{k} neighbours wanted, {some_rows.shape[1]} usable rows have a direction, the others are zero; "
+                "ask for fewer"
+            )
+        if len(some_rows):
+            scores[rank :: len(shares)], rows[rank :: len(shares)] = some_scores, some_rows
+    return scores, rows
+
+
+def _check(parts: Sequence[Part], queries: np.ndarray, k: int, metric: Metric) -> None:
+    total = sum(len(rows) for _, _, rows in parts)
+    if metric not in ("cosine", "ip", "l2"):
+        raise ConfigError(f"no neighbours by {metric!r}: cosine, ip or l2")
+    if not 1 <= k <= total:
+        raise CoverageError(f"{k} neighbours wanted, {total} rows are usable")
+    width = parts[0][0].layout.width
+    if not width:
+        raise MismatchError(f"{parts[0][0].path} has no vectors to search")
+    if queries.ndim != 2 or queries.shape[1] != width or not len(queries):
+        raise MismatchError(f"queries are {list(queries.shape)}, {parts[0][0].path} takes (M > 0, {width})")
+    if not np.isfinite(queries).all():
+        raise DataflexError("a query holds NaN or infinity; leave out target rows whose status is not OK")
+    if metric == "cosine" and not queries.any(axis=1).all():
+        raise DataflexError("a query is zero and has no direction; leave it out")
+
+
+def _index(store: ParquetStore, metric: Metric, kind: Kind) -> FaissIndex:
+    """Return a store's index; where none is kept yet, rank 0 builds it and the others read it."""
+    index = load_or_build(store, metric, kind) if distributed.is_main() else None
+    distributed.barrier()
+    return index or load_or_build(store, metric, kind)
+
+
+def _of_part(part: Part, index: FaissIndex, queries: np.ndarray, k: int) -> _Found:
+    """Return the nearest rows of one part: k, or all that can be neighbours where there are fewer."""
+    store, keys, rows = part
+    distinct, at = np.unique(keys.view(_SORTABLE), return_inverse=True)
+    order = np.lexsort((rows, at))
+    bounds = np.searchsorted(at[order], np.arange(len(distinct) + 1))
+    scores, found = in_store.nearest(store, index, distinct.view(keys.dtype), queries, min(k, len(distinct)))
+    # Identical rows share a key and its score: each takes a place of its own, in the order of their positions.
+    which = np.searchsorted(distinct, found.view(_SORTABLE))
+    counts = bounds[which + 1] - bounds[which]
+    width = min([k, *counts.sum(axis=1).tolist()])
+    places = np.empty((len(queries), width), np.int64)
+    slots = np.empty((len(queries), width), np.int64)
+    for i, (begins, count) in enumerate(zip(bounds[which], counts, strict=True)):
+        slot = np.repeat(np.arange(len(count)), count)[:width]
+        slots[i] = slot
+        places[i] = order[begins[slot] + np.arange(width) - (np.cumsum(count) - count)[slot]]
+    return np.take_along_axis(scores, slots, axis=1), keys[places], rows[places]
+
+
+def _merged(found: Sequence[_Found], k: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores and positions (M, n) of the k best of all parts, by (score, row key, position)."""
+    scores, keys, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    ranks = np.unique(keys.view(_SORTABLE), return_inverse=True)[1].reshape(keys.shape)
+    order = np.lexsort((rows, ranks, scores if metric == "l2" else -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

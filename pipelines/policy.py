@@ -1,0 +1,235 @@
+"""Policy gradients of target rows: responses of the model, their rewards, and the gradient that both make."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dataflex.errors import ConfigError
+from dataflex.features.generation import Generator, Job, ModelGenerator, ServerGenerator
+from dataflex.features.policy import policy_gradients, response_weights
+from dataflex.features.spec import (
+    FeatureSpec,
+    FeatureValues,
+    GradientSpec,
+    LossSpec,
+    PolicyGradientSpec,
+    RewardSpec,
+)
+from dataflex.fingerprint import IGNORE_INDEX, digest, row_key, text_key
+from dataflex.pipelines.responses import ResponseStore, RewardStore, keys_of
+from dataflex.pipelines.sources import ModelSource
+from dataflex.pipelines.state import ModelState
+from dataflex.rewards import Reward, build_reward
+from dataflex.rows import Rows, Status
+from dataflex.stores.root import StoreRoot, folder_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a target row asks and what it expects.
+
+    Attributes:
+        prompt: token ids before the first supervised one; empty where the row has none that is supervised.
+        text: the prompt as text.
+        reference: the answer as text.
+    """
+
+    prompt: np.ndarray
+    text: str
+    reference: str
+
+
+class PolicySource:
+    """The model in the trainer's hands as the one that answers, a reward as the one that judges.
+
+    Args:
+        model: computes the gradients.
+        state: names the model's state.
+        root: where responses and rewards are kept.
+        section: the run file's `dataflex` section (token_budget, plugins).
+        note: takes the name of every store before it is opened.
+
+    Raises:
+        ConfigError: the model is sharded by ZeRO-3.
+    """
+
+    is_collective = False
+
+    def __init__(
+        self, model: ModelSource, state: ModelState, root: StoreRoot, section: Any, note: Callable[[str], None]
+    ):
+        if state.is_zero3:
+            raise ConfigError(
+                "policy_gradient: a model that DeepSpeed ZeRO-3 shards cannot write responses here; use ZeRO-2 or DDP"
+            )
+        self._model, self._state, self._root, self._section, self._note = model, state, root, section, note
+        self._tokenizer = state.trainer.processing_class
+        self._rewards: dict[str, Reward] = {}
+
+    def keys(self, rows: Rows) -> np.ndarray:
+        """Return the keys of tokens and texts: rewards read the texts, which the tokens alone do not tell."""
+        targets = (self._target(rows, row) for row in range(len(rows)))
+        return keys_of(
+            [key.tobytes() + text_key(t.text, t.reference) for key, t in zip(rows.keys, targets, strict=True)]
+        )
+
+    def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
+        """Return the feature with its rewards by content, the model's state, tokenizer and stop tokens."""
+        assert isinstance(spec, PolicyGradientSpec)
+        recipe = self._state.recipe(GradientSpec(projection=spec.projection))
+        rewards = [{"weight": each.weight, **self._reward(each).identity()} for each in spec.reward]
+        self._note(folder_name("response", self._response_recipe(spec)))
+        for each in spec.reward:
+            self._note(folder_name("reward", self._reward_recipe(each)))
+        return {**recipe, "feature": {**spec.recipe(), "reward": rewards}, **self._words}
+
+    def width(self, spec: FeatureSpec) -> int:
+        """Return D."""
+        assert isinstance(spec, PolicyGradientSpec)
+        return self._model.width(GradientSpec(projection=spec.projection))
+
+    def compute(
+        self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
+    ) -> list[FeatureValues]:
+        """Write, score and differentiate what is missing for rows `at`.
+
+        Raises:
+            ConfigError: a row has no prompt.
+            UnavailableError: a server does not answer; what it has answered is kept.
+        """
+        targets = [self._target(rows, int(row)) for row in at]
+        return [self._values(targets, spec) for spec in specs if isinstance(spec, PolicyGradientSpec)]
+
+    def _values(self, targets: Sequence[Target], spec: PolicyGradientSpec) -> FeatureValues:
+        usable = [row for row, target in enumerate(targets) if len(target.prompt)]
+        count = spec.mc_samples
+        responses = self._responses([targets[row] for row in usable], spec)
+        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        asked = [targets[row] for row in usable for _ in range(count)]
+        rewards = self._scores(asked, texts, spec).reshape(-1, count)
+        reference = np.full(len(usable), np.nan)
+        if spec.estimator == "hard_rejection":
+            some = [targets[row] for row in usable]
+            reference = self._scores(some, [target.reference for target in some], spec)
+        weights = [response_weights(spec.estimator, r, ref, spec.k) for r, ref in zip(rewards, reference, strict=True)]
+        vectors, found = policy_gradients(
+            self._model.engine,
+            [targets[row].prompt for row in usable],
+            [responses[i : i + count] for i in range(0, len(responses), count)],
+            weights,
+            spec.projection,
+            spec.normalisation,
+        )
+        scored = (~np.isnan(rewards)).sum(axis=1)
+        self._report(spec, rewards, found)
+        status = np.full(len(targets), Status.NO_LABELS, dtype=np.uint8)
+        whole = np.zeros((len(targets), vectors.shape[1]), dtype=np.float32)
+        scalars = {
+            "norm": np.zeros(len(targets), np.float32),
+            "reward": np.zeros(len(targets)),
+            "scored": np.zeros(len(targets), np.int32),
+        }
+        status[usable], whole[usable], scalars["scored"][usable] = found, vectors, scored
+        scalars["norm"][usable] = np.linalg.norm(vectors, axis=1)
+        scalars["reward"][usable] = np.nansum(rewards, axis=1) / np.maximum(1, scored)
+        return FeatureValues(status, scalars, whole)
+
+    def _responses(self, targets: Sequence[Target], spec: PolicyGradientSpec) -> list[np.ndarray]:
+        """Return the responses to every target, `mc_samples` to each, in order."""
+        jobs = []
+        for target in targets:
+            key = row_key(target.prompt, np.full(len(target.prompt), IGNORE_INDEX))
+            if spec.generator.type != "model":
+                key += text_key(target.text, "")  # a server reads the text
+            jobs += [Job(target.prompt, target.text, key, sample) for sample in range(spec.mc_samples)]
+        generate = self._generator(spec)
+        kept = ResponseStore(self._root, self._response_recipe(spec), spec.max_new_tokens)
+        return kept.get(jobs, lambda missing: generate(missing, spec))
+
+    def _generator(self, spec: PolicyGradientSpec) -> Generator:
+        if spec.generator.type != "model":
+            return ServerGenerator(spec, self._tokenizer, self._tokenizer.eos_token_id)
+        trainer = self._state.trainer
+        return ModelGenerator(
+            trainer.model,
+            stop=self._words["stop"],
+            pad_token_id=self._tokenizer.pad_token_id or 0,
+            token_budget=self._section.token_budget,
+            autocast=trainer.accelerator.autocast,
+        )
+
+    def _scores(self, targets: Sequence[Target], texts: Sequence[str], spec: PolicyGradientSpec) -> np.ndarray:
+        """Return the weighted sum of the rewards of each text, NaN where one could not score it."""
+        total = np.zeros(len(texts))
+        for each in spec.reward:
+            kept = RewardStore(self._root, self._reward_recipe(each), self._reward(each))
+            columns = [target.text for target in targets], texts, [target.reference for target in targets]
+            total += each.weight * kept.get(*columns)
+        return total
+
+    def _reward(self, spec: RewardSpec) -> Reward:
+        named = digest({"type": spec.type, "params": spec.params()})
+        if named not in self._rewards:
+            self._rewards[named] = build_reward(spec.type, spec.params(), self._section.plugins)
+        return self._rewards[named]
+
+    def _reward_recipe(self, spec: RewardSpec) -> dict[str, Any]:
+        return {"feature": {"kind": "reward", **self._reward(spec).identity()}}
+
+    def _response_recipe(self, spec: PolicyGradientSpec) -> dict[str, Any]:
+        recipe: dict[str, Any] = {"feature": {"kind": "response", "version": 1, **spec.sampling()}, **self._words}
+        if spec.generator.type == "model":
+            # As for a loss: an adapter that does not act yet writes what its base writes.
+            state = self._state.recipe(LossSpec())
+            recipe |= {name: state[name] for name in ("model", "numerics")}
+        return recipe
+
+    @cached_property
+    def _words(self) -> dict[str, Any]:
+        """What the tokens mean, and which of them end a response."""
+        stop = getattr(self._state.model, "generation_config", None)
+        stops = [self._tokenizer.eos_token_id, getattr(stop, "eos_token_id", None)]
+        flat = [i for each in stops for i in (each if isinstance(each, list) else [each]) if i is not None]
+        return {"tokenizer": digest(self._tokenizer.get_vocab()), "stop": sorted(set(flat))}
+
+    def _target(self, rows: Rows, row: int) -> Target:
+        """Split a row at its first supervised token.
+
+        Of a row with one answer the texts are those of its record; of a conversation whose every answer is supervised
+        they are decoded from the tokens, since the record's last answer is not the one that follows the prompt.
+        """
+        example = rows.examples[row]
+        ids, labels = np.asarray(example["input_ids"], np.int64), np.asarray(example["labels"])
+        supervised = np.flatnonzero(labels != IGNORE_INDEX)
+        if not len(supervised):
+            return Target(ids[:0], "", "")
+        start, count = int(supervised[0]), len(supervised)
+        if start == 0:
+            raise ConfigError(
+                f"policy_gradient: row {row} of the target set begins with a supervised token, so it has no prompt to "
+                "respond to; use stage: sft without train_on_prompt"
+            )
+        if supervised[-1] - start + 1 == count:
+            return Target(ids[:start], *rows.text(row))
+        ignored = np.flatnonzero(labels[start:] == IGNORE_INDEX)
+        answer = ids[start : start + int(ignored[0])]
+        prompt, reference = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], answer))
+        return Target(ids[:start], prompt, reference)
+
+    def _report(self, spec: PolicyGradientSpec, rewards: np.ndarray, status: np.ndarray) -> None:
+        unscored = int(np.isnan(rewards).sum())
+        silent = int((status == Status.NO_LABELS).sum())
+        mean = float(np.nanmean(rewards)) if unscored < rewards.size else float("nan")
+        log.info("policy gradients of %d prompts: mean reward %.4g of %d responses, %d prompts without a signal",
+                 len(status), mean, rewards.size, silent)  # fmt: skip
+        if unscored:
+            names = ", ".join(each.type for each in spec.reward)
+            log.warning("%d of %d responses could not be scored by %s; left out", unscored, rewards.size, names)

@@ -1,0 +1,73 @@
+"""Stores and kept states by the runs that refer to them, and removals, in words."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dataflex.stores.files import Files
+from dataflex.stores.gc import Item, Scope
+from dataflex.stores.root import NAME
+from dataflex.stores.runs import read_runs
+from dataflex.stores.unused import by_folder, is_there
+
+
+def by_runs(files: Files) -> list[dict[str, Any]]:
+    """Return each run with what it refers to, the one that wrote last first, and at the end what no run refers to.
+
+    Each is plain data: `id` (None at the end), `stage`, `method`, `state`, `output_dir`, `modified` (seconds since
+    1970), and `uses`: `kind`, `name`, `bytes` (None where it is gone).
+    """
+    listing = by_folder(files.stored(""))
+    sizes = {
+        ("store" if NAME.fullmatch(folder) else "state", folder.removeprefix("states/")): sum(f.bytes for f in listed)
+        for folder, listed in listing.items()
+        if (NAME.fullmatch(folder) or folder.startswith("states/")) and is_there(folder, listed)
+    }
+    young_since = Scope().young_since
+    runs = read_runs(files)
+    found: list[dict[str, Any]] = [
+        {
+            "id": run.id,
+            "stage": run.stage,
+            "method": run.method,
+            "state": run.state(young_since),
+            "output_dir": run.output_dir,
+            "modified": run.modified,
+            "uses": [{"kind": kind, "name": name, "bytes": sizes.get((kind, name))} for kind, name in run.uses],
+        }
+        for run in runs
+    ]
+    used = {each for run in runs for each in run.uses}
+    rest = [
+        {"kind": kind, "name": name, "bytes": size} for (kind, name), size in sizes.items() if (kind, name) not in used
+    ]
+    return [*found, {"id": None, "uses": rest}] if rest else found
+
+
+def lines_of(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Describe what `by_runs` found."""
+    lines = []
+    for run in runs:
+        if run["id"] is None:
+            lines.append("no run")
+        else:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run["modified"]))
+            what = f"{run['stage'] or '?'} {run['method']}".strip()
+            lines.append(f"{run['id'][:8]}  {run['output_dir'] or '?'}  {what}, {run['state']}, last record {when}")
+        for used in run["uses"]:
+            size = "removed" if used["bytes"] is None else f"{used['bytes']:,} bytes"
+            lines.append(f"  {used['kind']:<5} {size:>21}  {used['name']}")
+    return lines or ["no runs and no stores"]
+
+
+def lines_of_removal(items: Sequence[Item], is_done: bool) -> list[str]:
+    """Describe a plan or, if `is_done`, what came of it."""
+    said = {True: "removed" if is_done else "would go", False: "stays"}
+    lines = [f"{said[i.goes]:<8}  {i.bytes:>15,} bytes  {i.kind:<9}  {i.name}: {i.why}" for i in items]
+    going = [item for item in items if item.goes]
+    total = f"{len(going)} things, {sum(item.bytes for item in going):,} bytes"
+    if not going:
+        return [*lines, "nothing to remove"]
+    return [*lines, f"removed {total}" if is_done else f"{total} would go; --delete removes them"]

@@ -1,0 +1,156 @@
+"""Which run uses which stores and kept states: small documents under `runs/` of a root, which are only ever added.
+
+runs/<id>/begun.<launch>.json     what the run is; one for each time it was started
+runs/<id>/store.<folder>.json     it reads or writes that store; there before the store is opened
+runs/<id>/state.<lineage>.json    it keeps that state or starts from it; there before the state is looked for
+runs/<id>/finished.<launch>.json  that launch came to its end
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dataflex.errors import CorruptionError, DataflexError
+from dataflex.fingerprint import digest
+from dataflex.stores.files import Files, Stored
+from dataflex.stores.record import claim, read_record
+
+Kind = Literal["store", "state"]
+State = Literal["running", "finished", "not finished"]
+Used = tuple[Kind, str]
+"""A store's folder name or a state's lineage."""
+
+FOLDER = "runs"
+_ID = re.compile(r"[0-9a-f]{32}")
+_NOTE = re.compile(r"(begun|store|state|finished)\.([A-Za-z0-9_-]+)(?:~\d+)?\.json")
+_log = logging.getLogger(__name__)
+
+
+class RunRecord:
+    """Writes down what one launch of a run uses; for one of its processes. A run that uses nothing has no record.
+
+    Where a root cannot be written to, the run goes on unrecorded, and a warning says so.
+
+    Args:
+        files: the root's files.
+        output_dir: the run's output folder.
+        stage: the command.
+        identity: what the run's decisions depend on.
+        method: the selector's name.
+    """
+
+    def __init__(self, files: Files, output_dir: str | os.PathLike[str], stage: str, identity: str, method: str = ""):
+        self.files = files
+        self.about = {"output_dir": os.path.abspath(output_dir), "stage": stage, "identity": identity}
+        self.id = digest(self.about)
+        self._method = method
+        self._launch = uuid.uuid4().hex
+        self._written: set[str] = set()
+        self._is_refused = False
+
+    def uses(self, kind: Kind, name: str) -> None:
+        """Record a store or a kept state, durably, before it is opened; once for each."""
+        self._write(f"begun.{self._launch}", {**self.about, "method": self._method})
+        self._write(f"{kind}.{name}", {kind: name})
+
+    def finish(self) -> None:
+        """Record that this launch came to its end."""
+        if self._written:
+            self._write(f"finished.{self._launch}", {})
+
+    def _write(self, stem: str, body: dict[str, Any]) -> None:
+        if stem in self._written or self._is_refused:
+            return
+        try:
+            claim(self.files, f"{FOLDER}/{self.id}", stem, body)
+            self._written.add(stem)
+        except (OSError, DataflexError) as error:
+            self._is_refused = True
+            _log.warning(
+                "this run is not recorded, so `dataflex store gc` elsewhere cannot spare what it uses: %s", error
+            )
+
+
+@dataclass(frozen=True)
+class KnownRun:
+    """A run as its documents tell of it.
+
+    Attributes:
+        id: names its folder.
+        output_dir: of its latest launch; empty where that document is missing or damaged.
+        stage: the command; likewise.
+        method: the selector; likewise.
+        uses: stores and states, sorted.
+        is_over: whether its latest launch came to its end.
+        was_finished: whether any launch did.
+        modified: when its newest document was written, seconds since 1970.
+        files: its documents.
+    """
+
+    id: str
+    output_dir: str
+    stage: str
+    method: str
+    uses: tuple[Used, ...]
+    is_over: bool
+    was_finished: bool
+    modified: float
+    files: tuple[Stored, ...]
+
+    def state(self, young_since: float) -> State:
+        """Return how the run stands; one that has not ended, and wrote nothing since `young_since`, is not running.
+
+        A finished run that was started again and broken off is still a finished one.
+        """
+        if not self.is_over and self.modified >= young_since:
+            return "running"
+        return "finished" if self.was_finished else "not finished"
+
+    def is_called(self, name: str) -> bool:
+        """Say whether a run is meant by its output folder, its id, or how the id begins (8 digits at least)."""
+        return (len(name) >= 8 and self.id.startswith(name)) or self.output_dir == os.path.abspath(name)
+
+
+def read_runs(files: Files) -> list[KnownRun]:
+    """Return the runs that are recorded under a root, the one that wrote last first.
+
+    A damaged document counts by its name, so that it protects what it was written for.
+
+    Raises:
+        MismatchError: a newer DataFlex wrote a run's description.
+    """
+    found: dict[str, list[Stored]] = {}
+    for file in files.stored(FOLDER):
+        _, run, *name = file.path.split("/")
+        if _ID.fullmatch(run) and len(name) == 1:
+            found.setdefault(run, []).append(file)
+    return sorted((_known(files, run, several) for run, several in found.items()), key=lambda run: -run.modified)
+
+
+def _known(files: Files, run: str, documents: Iterable[Stored]) -> KnownRun:
+    notes = [(match[1], match[2], file) for file in documents if (match := _NOTE.fullmatch(file.path.split("/")[-1]))]
+    launches = sorted((file.modified, name, file.path) for kind, name, file in notes if kind == "begun")
+    ended = {name for kind, name, _ in notes if kind == "finished"}
+    about: dict[str, Any] = {}
+    if launches:
+        try:
+            about = read_record(files, launches[-1][2])
+        except (FileNotFoundError, CorruptionError) as error:
+            _log.warning("%s; the run %s is known by its id only", error, run)
+    return KnownRun(
+        id=run,
+        output_dir=str(about.get("output_dir", "")),
+        stage=str(about.get("stage", "")),
+        method=str(about.get("method", "")),
+        uses=tuple(sorted({(kind, name) for kind, name, _ in notes if kind in ("store", "state")})),  # type: ignore[misc]
+        is_over=bool(launches) and launches[-1][1] in ended,
+        was_finished=bool(ended),
+        modified=max((file.modified for file in documents), default=0.0),
+        files=tuple(documents),
+    )

@@ -1,0 +1,73 @@
+"""Files under a root that no reader ever opens: what crashes and lost races leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from dataflex.stores.files import Files, Stored
+from dataflex.stores.log import Log
+from dataflex.stores.record import find_record
+from dataflex.stores.root import NAME
+
+Listing = Mapping[str, Sequence[Stored]]
+"""Files by the folder that they belong to: a store's, `states/<lineage>`, or the first part of any other path."""
+
+
+def by_folder(files: Sequence[Stored]) -> dict[str, list[Stored]]:
+    """Return the files of a root, or of a part of it, as a listing."""
+    found: dict[str, list[Stored]] = {}
+    for file in files:
+        parts = file.path.split("/")
+        is_state = parts[0] == "states" and len(parts) > 2 and parts[1] != "tmp"
+        found.setdefault("/".join(parts[: 2 if is_state else 1]), []).append(file)
+    return found
+
+
+def is_there(folder: str, files: Sequence[Stored]) -> bool:
+    """Say whether a store's or a state's folder has the document without which it is not found; damaged counts too."""
+    stem = "manifest" if folder.startswith("states/") else "recipe"
+    names = [file.path.removeprefix(f"{folder}/") for file in files]
+    return any(name.startswith(stem) and name.endswith(".json") for name in names)
+
+
+def unused(files: Files, folder: str, listed: Sequence[Stored]) -> Iterator[tuple[str, list[Stored]]]:
+    """Yield why, and files of one folder that are unused for that reason and stand or fall together.
+
+    Take the listing first: what is committed after it is then seen as used.
+
+    Raises:
+        MismatchError: a newer DataFlex wrote there.
+    """
+    for file in listed:
+        if "tmp" in file.path.split("/")[:2]:
+            yield "a write that was broken off", [file]
+    if folder.startswith("states/"):
+        yield from _of_state(files, folder, listed)
+    elif NAME.fullmatch(folder) and is_there(folder, listed):
+        yield from _of_store(files, folder, listed)
+
+
+def _of_store(files: Files, folder: str, listed: Sequence[Stored]) -> Iterator[tuple[str, list[Stored]]]:
+    log = Log(files, f"{folder}/log")
+    log.refresh()
+    data = {f"{folder}/data/{entry.data}.parquet" for entry in log.entries.values()}
+    for file in listed:
+        # A damaged entry may stand for any of the files: `store repair` decides first.
+        if file.path.startswith(f"{folder}/data/") and file.path not in data and not log.damaged:
+            yield "in no log entry", [file]
+        if file.path.startswith(f"{folder}/log/") and not file.path.endswith(".json"):
+            yield "no log entry", [file]
+
+
+def _of_state(files: Files, folder: str, listed: Sequence[Stored]) -> Iterator[tuple[str, list[Stored]]]:
+    manifest = find_record(files, folder, "manifest")
+    if manifest is None and is_there(folder, listed):
+        return  # damaged, or put there after the listing
+    copies: dict[str, list[Stored]] = {}
+    for file in listed:
+        parts = file.path.split("/")
+        if len(parts) > 3:
+            copies.setdefault(parts[2], []).append(file)
+    for copy, several in copies.items():
+        if manifest is None or copy != manifest["folder"]:
+            yield "in no manifest", several  # one copy of a state: its last file may be young while its first is old

@@ -1,0 +1,77 @@
+"""Every run file under examples/selectors, trained by the real trainer on a tiny pool, and resumed inside a round."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from dataflex.registry import SELECTORS
+
+FILES = sorted((Path(__file__).parents[1] / "examples" / "selectors").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def shared(tiny: Any, workspace_class: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One workspace for all: what one method's run has computed, the next one's reuses."""
+    yield workspace_class(tmp_path_factory.mktemp("examples"), tiny)
+
+
+def small(path: Path, workspace: Any, output: str) -> Path:
+    """Return the run file with the tiny model and pool, and fewer steps."""
+    written: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    section = {**written["dataflex"], "store": str(workspace.folder / "store")}
+    params = json.loads(
+        json.dumps(section.get("params", {})).replace("2048", "128").replace('"max_K": 100', '"max_K": 6')
+    )
+    keys = {
+        "model_name_or_path": str(workspace.tiny.model),
+        "dataset_dir": str(workspace.tiny.dataset_dir),
+        "output_dir": str(workspace.folder / "out" / output),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_step": min(written["warmup_step"], 1),
+        "update_step": 2,
+        "update_times": 2,
+        "save_steps": 1,
+        "cutoff_len": 128,
+        "lora_rank": 4,
+        "lora_dropout": 0.1,
+        "dataflex": {**section, **({"params": params} if params else {})},
+    }
+    if "eval_dataset" in written:
+        keys["eval_dataset"] = ",".join(workspace.tiny.targets[:2])
+    file: Path = workspace.folder / f"{output}.yaml"
+    file.write_text(OmegaConf.to_yaml(written | keys), "utf-8")
+    return file
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_trains_and_resumes_inside_a_round_to_the_same_rows(path: Path, shared: Any) -> None:
+    whole = shared.run("train", small(path, shared, path.stem))
+    rounds = shared.rounds(path.stem)
+    updates = [rows for rows in rounds if len(rows) == 8]
+    assert len(updates) == 2
+    assert all(0 <= row < 62 for rows in rounds for row in rows)
+    out = shared.folder / "out"
+    shutil.copytree(out / path.stem, out / f"{path.stem}-again")
+    for step in range(whole["steps"] - 2, whole["steps"] + 1):  # what is left ends inside the first update's round
+        shutil.rmtree(out / f"{path.stem}-again" / f"checkpoint-{step}", ignore_errors=True)
+    shutil.rmtree(out / f"{path.stem}-again" / "rounds")
+    again = shared.run("train", small(path, shared, f"{path.stem}-again"))
+    assert shared.rounds(f"{path.stem}-again") == rounds
+    assert again["computed"] == 0
+    weights, expected = shared.weights(f"{path.stem}-again"), shared.weights(path.stem)
+    assert weights.keys() == expected.keys() != set()
+    assert all(bool((weights[name] == tensor).all()) for name, tensor in expected.items())
+
+
+def test_every_method_has_a_run_file() -> None:
+    named = {str(OmegaConf.load(path)["component_name"]) for path in FILES}
+    quickstart = {"static", "random"}  # examples/quickstart has theirs
+    assert named | quickstart == set(SELECTORS.places())

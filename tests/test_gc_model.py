@@ -1,0 +1,181 @@
+"""Hypothesis drives runs, writers, crashes and removals side by side with a model of what must still be there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from dataflex.errors import ConflictError
+from dataflex.rows import KEY_DTYPE
+from dataflex.stores.base import Layout, Values
+from dataflex.stores.files import LocalFiles
+from dataflex.stores.gc import Scope, plan
+from dataflex.stores.removal import carry_out
+from dataflex.stores.root import StoreRoot, folder_name
+from dataflex.stores.runs import RunRecord, read_runs
+
+LAYOUT = Layout({"value": "int64"})
+STORES, RUNS = st.integers(0, 1), st.integers(0, 2)
+DIES = st.one_of(st.just(10**9), st.integers(1, 45))
+HOURS = st.sampled_from([0, 1, 30])
+
+
+class Killed(BaseException):
+    """The process is gone; nothing it would still do happens."""
+
+
+class Mortal(LocalFiles):
+    """Files whose owner dies at the n-th operation and can do nothing afterwards."""
+
+    left = 10**9
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise Killed
+
+    def _create(self, path: Path) -> BinaryIO:
+        self.step()
+        return super()._create(path)
+
+    def _sync(self, file: BinaryIO) -> None:  # the kernel outlives the process, so nothing need be synced
+        self.step()
+
+    def _sync_folder(self, folder: Path) -> None:
+        pass
+
+    def _link(self, temporary: Path, path: Path) -> bool:
+        self.step()
+        return super()._link(temporary, path)
+
+    def _replace(self, temporary: Path, path: Path) -> None:
+        self.step()
+        super()._replace(temporary, path)
+
+    def _unlink(self, path: Path) -> None:
+        self.step()
+        super()._unlink(path)
+
+
+class Collected(RuleBasedStateMachine):
+    """`committed` is what a protected store must still hold; a store is protected while a run in `using` uses it."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = Path(tempfile.mkdtemp())
+        self.committed: dict[int, set[int]] = {}
+        self.using: dict[int, set[int]] = {}
+
+    def teardown(self) -> None:
+        """Whatever happened, what is old can all be removed."""
+        if not hasattr(self, "folder"):
+            return
+        self.pass_time(100)
+        names = tuple(run.id for run in read_runs(self.files()))
+        scope = Scope(names, unreferenced=True, leftovers=True, include_finished=bool(names))
+        carry_out(self.files(), plan(self.files(), scope), scope)
+        assert [path for path in self.folder.rglob("*") if path.is_file()] == []
+        shutil.rmtree(self.folder)
+
+    def files(self, left: int = 10**9) -> Mortal:
+        files = Mortal(self.folder)
+        files.left = left
+        return files
+
+    @rule(run=RUNS, store=STORES, fragment=st.integers(0, 3), dies=DIES, finishes=st.booleans())
+    def use(self, run: int, store: int, fragment: int, dies: int, finishes: bool) -> None:
+        """A run uses a store, writes a fragment, and may be killed on the way."""
+        files = self.files(dies)
+        record = RunRecord(files, f"out/{run}", "train", "identity")
+        noted = False
+        try:
+            record.uses("store", folder_name("loss", {"r": store}))
+            noted = True
+            self.using.setdefault(run, set()).add(store)
+            opened = StoreRoot(files).open("loss", {"r": store}, LAYOUT)
+            self.recorded(store, opened.committed_fragments())
+            opened.append(f"f{fragment}", values(fragment))
+            self.committed.setdefault(store, set()).add(fragment)
+            if finishes:
+                record.finish()
+        except ConflictError:  # refused, because a removal of the store was broken off
+            assert noted
+        except Killed:
+            pass
+
+    def recorded(self, store: int, fragments: list[str]) -> None:
+        """What is found in a store is used from then on, whoever committed it."""
+        self.committed[store] = {int(name.removeprefix("f")) for name in fragments}
+
+    def pass_time(self, hours: int) -> None:
+        """Everything gets older."""
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                then = path.stat().st_mtime - 3600 * hours
+                os.utime(path, (then, then))
+
+    @rule(
+        hours=HOURS,
+        named=st.lists(RUNS, unique=True, max_size=2),
+        unreferenced=st.booleans(),
+        include_finished=st.booleans(),
+        dies=DIES,
+    )
+    def collect(self, hours: int, named: list[int], unreferenced: bool, include_finished: bool, dies: int) -> None:
+        """Some time later, a removal, which may be killed."""
+        self.pass_time(hours)
+        known = {run: each for run in named for each in read_runs(self.files()) if each.is_called(f"out/{run}")}
+        scope = Scope(tuple(f"out/{run}" for run in known), unreferenced, True, include_finished and bool(known))
+        day_ago = time.time() - 24 * 3600
+        for run, each in known.items():
+            finished = each.was_finished and not (not each.is_over and each.modified >= day_ago)
+            running = not each.is_over and each.modified >= day_ago
+            if not running and (not finished or include_finished):
+                self.using.pop(run, None)  # it may go
+        files = self.files()
+        planned = plan(files, scope)
+        files.left = dies
+        try:
+            carry_out(files, planned, scope)
+        except Killed:
+            pass
+
+    @invariant()
+    def what_is_used_is_there(self) -> None:
+        """Every store that a protected run uses holds what was committed, and nothing in it is damaged."""
+        if not hasattr(self, "folder"):
+            return
+        root = StoreRoot(self.files())
+        for store in {store for stores in self.using.values() for store in stores}:
+            found = root.find("loss", {"r": store})
+            there = set() if found is None else {int(name[1:]) for name in found.committed_fragments()}
+            assert self.committed.get(store, set()) <= there
+            for fragment in there if found is not None else ():
+                read = found.read(values(fragment).keys)
+                np.testing.assert_array_equal(read.scalars["value"], values(fragment).scalars["value"])
+        for each in root.stores():
+            assert [problem for problem in each.verify() if not problem.harmless] == []
+        self.committed = {
+            store: fragments
+            for store, fragments in self.committed.items()
+            if any(store in stores for stores in self.using.values())
+        }
+
+
+def values(fragment: int) -> Values:
+    keys = np.array([bytes([fragment, i]) + b"x" * 14 for i in range(3)], "S16").view(KEY_DTYPE)
+    columns: dict[str, Any] = {"value": np.arange(3, dtype=np.int64) + 10 * fragment}
+    return Values(keys, np.zeros(3, np.uint8), columns)
+
+
+TestCollected = Collected.TestCase
+TestCollected.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
