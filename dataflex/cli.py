@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,
 )
-store_app = typer.Typer(help="Look at stores of features.", no_args_is_help=True, rich_markup_mode=None)
+store_app = typer.Typer(help="Look at stores of features, and make room.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(store_app, name="store")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file: LLaMA-Factory's keys and DataFlex's.")]
@@ -213,7 +213,11 @@ def collect_garbage(
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Remove stores, kept states and unused files: what --run, --unreferenced and --leftovers name."""
+    """Remove stores, kept states and unused files: what --run, --unreferenced and --leftovers name.
+
+    Without --delete it only says what would go. What a finished run refers to stays unless the run is named and
+    --include-finished is given; what a running one refers to stays always.
+    """
     from dataflex.stores.gc import Scope, plan
     from dataflex.stores.listing import lines_of_removal
     from dataflex.stores.removal import carry_out

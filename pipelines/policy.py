@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from dataflex.errors import ConfigError
-from dataflex.features.generation import Generator, Job, ModelGenerator, ServerGenerator
+from dataflex.features.generation import Generator, Job, ModelGenerator
 from dataflex.features.policy import policy_gradients, response_weights
+from dataflex.features.served import ServerGenerator
 from dataflex.features.spec import (
     FeatureSpec,
     FeatureValues,
@@ -106,41 +107,38 @@ class PolicySource:
             UnavailableError: a server does not answer; what it has answered is kept.
         """
         targets = [self._target(rows, int(row)) for row in at]
-        return [self._values(targets, spec) for spec in specs if isinstance(spec, PolicyGradientSpec)]
+        usable = [row for row, target in enumerate(targets) if len(target.prompt)]
+        asked = [targets[row] for row in usable]
+        return [
+            _spread(self._values(asked, spec), usable, len(targets))
+            for spec in specs
+            if isinstance(spec, PolicyGradientSpec)
+        ]
 
     def _values(self, targets: Sequence[Target], spec: PolicyGradientSpec) -> FeatureValues:
-        usable = [row for row, target in enumerate(targets) if len(target.prompt)]
         count = spec.mc_samples
-        responses = self._responses([targets[row] for row in usable], spec)
+        responses = self._responses(targets, spec)
         texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-        asked = [targets[row] for row in usable for _ in range(count)]
-        rewards = self._scores(asked, texts, spec).reshape(-1, count)
-        reference = np.full(len(usable), np.nan)
+        rewards = self._scores([t for t in targets for _ in range(count)], texts, spec).reshape(-1, count)
+        reference = np.full(len(targets), np.nan)
         if spec.estimator == "hard_rejection":
-            some = [targets[row] for row in usable]
-            reference = self._scores(some, [target.reference for target in some], spec)
-        weights = [response_weights(spec.estimator, r, ref, spec.k) for r, ref in zip(rewards, reference, strict=True)]
-        vectors, found = policy_gradients(
+            reference = self._scores(targets, [target.reference for target in targets], spec)
+        vectors, status = policy_gradients(
             self._model.engine,
-            [targets[row].prompt for row in usable],
-            [responses[i : i + count] for i in range(0, len(responses), count)],
-            weights,
+            [target.prompt for target in targets],
+            [responses[start : start + count] for start in range(0, len(responses), count)],
+            [response_weights(spec.estimator, r, ref, spec.k) for r, ref in zip(rewards, reference, strict=True)],
             spec.projection,
             spec.normalisation,
         )
+        self._report(spec, rewards, status)
         scored = (~np.isnan(rewards)).sum(axis=1)
-        self._report(spec, rewards, found)
-        status = np.full(len(targets), Status.NO_LABELS, dtype=np.uint8)
-        whole = np.zeros((len(targets), vectors.shape[1]), dtype=np.float32)
         scalars = {
-            "norm": np.zeros(len(targets), np.float32),
-            "reward": np.zeros(len(targets)),
-            "scored": np.zeros(len(targets), np.int32),
+            "norm": np.linalg.norm(vectors, axis=1).astype(np.float32),
+            "reward": np.nansum(rewards, axis=1) / np.maximum(1, scored),
+            "scored": scored.astype(np.int32),
         }
-        status[usable], whole[usable], scalars["scored"][usable] = found, vectors, scored
-        scalars["norm"][usable] = np.linalg.norm(vectors, axis=1)
-        scalars["reward"][usable] = np.nansum(rewards, axis=1) / np.maximum(1, scored)
-        return FeatureValues(status, scalars, whole)
+        return FeatureValues(status, scalars, vectors)
 
     def _responses(self, targets: Sequence[Target], spec: PolicyGradientSpec) -> list[np.ndarray]:
         """Return the responses to every target, `mc_samples` to each, in order."""
@@ -233,3 +231,15 @@ class PolicySource:
         if unscored:
             names = ", ".join(each.type for each in spec.reward)
             log.warning("%d of %d responses could not be scored by %s; left out", unscored, rewards.size, names)
+
+
+def _spread(found: FeatureValues, rows: Sequence[int], count: int) -> FeatureValues:
+    """Place values at their rows among `count`; the other rows have no supervised token, so nothing was asked there."""
+    assert found.vectors is not None
+    status = np.full(count, Status.NO_LABELS, dtype=np.uint8)
+    vectors = np.zeros((count, found.vectors.shape[1]), dtype=np.float32)
+    scalars = {name: np.zeros(count, column.dtype) for name, column in found.scalars.items()}
+    status[rows], vectors[rows] = found.status, found.vectors
+    for name, column in found.scalars.items():
+        scalars[name][rows] = column
+    return FeatureValues(status, scalars, vectors)

@@ -65,12 +65,22 @@ class WarmState:
         self.run.access.note("state", self.lineage)
         found = distributed.broadcast(states.find(self.lineage) is not None if distributed.is_main() else None)
         if not found:
+            if distributed.is_main():
+                self._explain(states.infos())
             return None
         folder = self._fetch(self.lineage)
         log.info("starting from the kept state %s: %d steps of warm-up are done", self.lineage[:8], self._end)
         self.loaded = True
         restore_rounds(self.run, folder)
         return str(folder)
+
+    def _explain(self, kept: list[dict[str, Any]]) -> None:
+        """Say what keeps the nearest kept state from being this run's."""
+        assert self._story is not None
+        story = self._story
+        differences = [[name for name in story if story[name] != other.get(name)] for other in kept]
+        if nearest := min(differences, key=len, default=None):
+            log.info("no kept state fits, warming up anew; the nearest differs in %s", ", ".join(nearest))
 
     def _fetch(self, lineage: str) -> Path:
         """Return the kept state's folder on this node; one process of each node downloads it from a remote root."""

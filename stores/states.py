@@ -70,6 +70,11 @@ class StateStore:
         manifest = self._manifest(lineage)
         return None if manifest is None else dict(manifest["info"])
 
+    def infos(self) -> list[dict[str, Any]]:
+        """Return the info of every kept state; damaged manifests are logged and left out."""
+        found = [self.find(name) for name in self.files.names("states") if _LINEAGE.fullmatch(name)]
+        return [info for info in found if info is not None]
+
     def fetch(self, lineage: str, scratch: str | os.PathLike[str]) -> Path:
         """Return a local folder with the files of a kept state, each checked against its SHA-256.
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dataflex.errors import DataflexError, UnavailableError
-from dataflex.features.generation import Job, ModelGenerator, ServerGenerator, draw, uniform
+from dataflex.features.generation import Job, ModelGenerator, draw, uniform
+from dataflex.features.served import ServerGenerator
 from dataflex.features.spec import PolicyGradientSpec
 from dataflex.fingerprint import row_key
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dataflex.config import load
 from dataflex.stores.root import StoreRoot
 
 
@@ -107,6 +109,53 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
     assert workspace.rounds("one")[0] == workspace.rounds("two")[0]
 
 
+SEVERAL = """
+import sys
+import torch
+from dataflex.config import load
+from dataflex.pipelines.train import train
+
+torch.distributed.destroy_process_group = lambda *_: None  # LLaMA-Factory's last act; the next run needs the group
+for path in sys.argv[1:]:
+    train(load(path))
+"""
+CHOOSING = {
+    "less": {"proj_dim": 256},
+    "near": {},
+    "tsds": {"max_K": 6},
+    "cluster_less": {"proj_dim": 256, "cluster_size": 8, "samples_per_cluster": 2},
+    "delta_loss": {"window_size": 0.4},
+    "composed": {"representation": {"kind": "gradient", "proj_dim": 64}, "similarity": "whitened_cosine"},
+}
+
+
+@pytest.mark.timeout(400)
+def test_every_way_of_choosing_is_the_same_with_two_processes(workspace: Any) -> None:
+    """At the same initial state, so that nothing but the choosing could differ; also with gradient accumulation."""
+
+    def write(name: str, method: str, **keys: Any) -> Path:
+        section = {"store": str(workspace.folder / name / "store"), "params": CHOOSING[method], "storage": "float32"}
+        once = {"warmup_step": 0, "update_times": 1, "save_strategy": "no", "lora_dropout": 0.0}
+        return workspace.write(f"{name}-{method}", component_name=method, dataflex=section, **(once | keys))  # type: ignore[no-any-return]
+
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    several = workspace.folder / "several.py"
+    several.write_text(SEVERAL)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741"]
+    files = [str(write("two", method, **batches)) for method in CHOOSING]
+    done = subprocess.run(
+        [*launcher, str(several), *files], env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for method in CHOOSING:
+        workspace.run("train", write("one", method, per_device_train_batch_size=4, gradient_accumulation_steps=1))
+        workspace.run("train", write("four", method, per_device_train_batch_size=1, gradient_accumulation_steps=4))
+        one = workspace.rounds(f"one-{method}")
+        assert [len(rows) for rows in one] == [8]
+        assert workspace.rounds(f"four-{method}") == one, method
+        assert workspace.rounds(f"two-{method}") == one, method
+
+
 @pytest.mark.timeout(600)  # DeepSpeed compiles its communication first
 @pytest.mark.parametrize("stage", [2, 3])
 def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage: int) -> None:
@@ -131,6 +180,13 @@ def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage
     assert sharded.keys() == alone.keys()
     for key, expected in alone.items():
         np.testing.assert_allclose(sharded[key], expected, atol=2e-4 * np.abs(expected).max())
+    # And so the selection is one process's, but for rows whose scores differ by less than that.
+    chosen = workspace.folder / "chosen.json"
+    from dataflex.pipelines.select import select
+
+    select(load(workspace.folder / "alone.yaml"), 8, chosen)
+    rows = pq.read_table(chosen.with_suffix(".parquet"))["index"].to_pylist()
+    assert len(set(rows) & set(workspace.rounds("sharded")[1])) >= 7
 
 
 @pytest.mark.timeout(300)

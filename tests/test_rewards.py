@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from dataflex.errors import ConfigError, DataflexError, UnavailableError
-from dataflex.rewards import build_reward, sandbox
+from dataflex.rewards import REWARDS, build_reward, sandbox
 
 
 def scores(name: str, pairs: list[tuple[str, str]], **params: Any) -> list[float | None]:
@@ -168,7 +170,9 @@ def test_nothing_outlives_the_run_and_there_is_no_network(tmp_path: Path) -> Non
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="the kernel does not count root's processes")
 def test_processes_are_counted() -> None:
     many = "import os\nfor _ in range(5000):\n    if os.fork() == 0:\n        import time; time.sleep(30)\n"
-    assert scores("unit_tests", [(many + GOOD, TEST)], isolation=isolation()) == [0]
+    few = many.replace("5000", "5")
+    if isolation() == "namespaces":
+        assert scores("unit_tests", [(many + GOOD, TEST), (few + GOOD, TEST)], seconds=10) == [0, 1]
 
 
 def test_code_is_not_run_without_namespaces_unless_that_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +199,8 @@ def reward_model(tiny: Any, tmp_path_factory: pytest.TempPathFactory, request: p
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_labels": 1}
-    config = Qwen2Config(**sizes, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id)
+    sizes |= {"max_position_embeddings": 64, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(**sizes)
     Qwen2ForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -345,3 +350,24 @@ def test_identities_are_plain_and_tell_parameters_apart() -> None:
         assert identity != build_reward(name, other).identity()
     patient = {"base_url": "x", "model": "y", "retries": 9, "workers": 1, "api_key_env": "K"}
     assert build_reward("judge", patient).identity() == build_reward("judge", cases[3][1]).identity()
+
+
+def test_the_page_lists_every_reward_and_parameter() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text("utf-8")
+    lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and "`type`" not in line}
+    builtin = {name: place for name, place in REWARDS.places().items() if place.startswith("dataflex.")}
+    assert lines.keys() == builtin.keys()
+    for name, line in lines.items():
+        fields = REWARDS.load(name).Params.model_fields
+        assert set(re.findall(r"`(\w+)`", line.rpartition(" | ")[2])) == set(fields)
+        shown = re.findall(r"`(\w+)` \(([\w.-]+)", line.rpartition(" | ")[2])
+        for key, text in shown:
+            default = fields[key].default
+            assert default is None or yaml.safe_load(text) == default or float(text) == default, key
+
+
+def test_the_pages_function(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text("utf-8")
+    path = tmp_path / "my_rewards.py"
+    path.write_text(page.split("```python\n")[1].split("```")[0])
+    assert build_reward("function", {"function": f"{path}:brevity"}).score([""], ["abcd"], [""]) == [-0.04]

@@ -1,4 +1,4 @@
-"""Responses that the live model, or a server, writes to prompts; each a pure function of seed, prompt and number.
+"""Responses that the live model writes to prompts, each a function of seed, prompt and number alone.
 
 B responses of a batch, V vocabulary.
 """
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from dataflex.chat import ChatServer
 from dataflex.errors import DataflexError
 from dataflex.features.batching import plan_batches
 from dataflex.features.spec import PolicyGradientSpec
@@ -26,7 +25,6 @@ Responses = Iterator[list[tuple[int, np.ndarray]]]
 """Groups of (position of the job, token ids (t,) int64), each group as soon as it is written."""
 
 _MORE = 4  # times the token budget: no activations are kept, only keys and values
-_ASKED = 4  # requests for each worker, whose answers are handed on together
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,9 @@ class ModelGenerator:
             yield [(int(i), np.empty(0, np.int64)) for i in none]
         for limit in np.unique(room[room > 0]).tolist():
             at = np.flatnonzero(room == limit)
-            for batch in plan_batches([len(jobs[i].prompt) + limit for i in at], self._budget):
-                rows = at[batch]
-                yield list(zip(rows.tolist(), self._batch([jobs[i] for i in rows], spec, limit), strict=True))
+            for batch in plan_batches([len(jobs[i].prompt) + limit for i in at.tolist()], self._budget):
+                rows = at[batch].tolist()
+                yield list(zip(rows, self._batch([jobs[i] for i in rows], spec, limit), strict=True))
 
     def _batch(self, jobs: Sequence[Job], spec: PolicyGradientSpec, limit: int) -> list[np.ndarray]:
         width = max(len(job.prompt) for job in jobs)
@@ -189,52 +187,3 @@ class _Draws(LogitsProcessor):
         at = torch.tensor(numbers, dtype=torch.float64, device=scores.device)
         drawn = draw(scores, at, spec.temperature, spec.top_p, spec.top_k)
         return torch.full_like(scores, -math.inf).scatter_(1, drawn[:, None], 0.0)
-
-
-class ServerGenerator:
-    """Another model, on an OpenAI-compatible server: off-policy.
-
-    The server is sent the prompt's text and puts it into its own template. Its answer is turned into tokens by the
-    training tokenizer, which need not be those that it wrote, and ended by `stop` where the server says that it
-    stopped by itself. The seed is sent; whether the server honours it is its own affair.
-
-    Args:
-        spec: says where the server is.
-        tokenizer: the training tokenizer.
-        stop: token that ends a response, or None where there is none.
-    """
-
-    def __init__(self, spec: PolicyGradientSpec, tokenizer: Any, stop: int | None) -> None:
-        g = spec.generator
-        assert g.base_url is not None
-        self._server = ChatServer(g.base_url, g.api_key_env, g.timeout, g.retries, g.workers)
-        self._tokenizer, self._stop = tokenizer, stop
-
-    def __call__(self, jobs: Sequence[Job], spec: PolicyGradientSpec) -> Responses:
-        """Yield the responses in groups.
-
-        Raises:
-            UnavailableError: the server does not answer; the groups before were handed on.
-        """
-        size = _ASKED * self._server.workers
-        for start in range(0, len(jobs), size):
-            some = jobs[start : start + size]
-            answers = self._server.complete([self._payload(job, spec) for job in some])
-            yield [(start + i, self._ids(*answer, spec.max_new_tokens)) for i, answer in enumerate(answers)]
-
-    def _payload(self, job: Job, spec: PolicyGradientSpec) -> dict[str, Any]:
-        payload = {
-            "model": spec.generator.model,
-            "messages": [{"role": "user", "content": job.text}],
-            "max_tokens": spec.max_new_tokens,
-            "temperature": spec.temperature,
-            "top_p": spec.top_p,
-            "seed": int(uniform(spec.seed, job.key, job.sample, 0) * (1 << 31)),
-        }
-        return payload | ({"top_k": spec.top_k} if spec.top_k else {})
-
-    def _ids(self, text: str, reason: str | None, limit: int) -> np.ndarray:
-        ids = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        if reason == "stop" and self._stop is not None:
-            ids.append(self._stop)
-        return np.array(ids[:limit], dtype=np.int64)

@@ -24,8 +24,8 @@ _AT_A_TIME = 512  # responses whose gradients are held together
 def response_weights(estimator: Estimator, rewards: np.ndarray, reference: float = np.nan, k: int = 10) -> np.ndarray:
     """Return the weight of each response, (C,) float64; 0 for all where there is nothing to learn.
 
-    vanilla: R_c, so that a constant added to all rewards changes the gradient's expectation not, but its value.
-    loo_baseline: R_c minus the mean of the other rewards: the same expectation, and no such constant acts.
+    vanilla: R_c; a constant added to all rewards adds noise, though nothing to the expectation.
+    loo_baseline: R_c minus the mean of the other rewards: the same expectation, and such a constant does not act.
     rejection: R_c / n for the n responses with R_c > 0. hard_rejection: for those that are no worse than the
     reference. topk: as rejection, among the k best; ties go to the earlier.
 

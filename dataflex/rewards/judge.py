@@ -39,7 +39,8 @@ class Judge:
         api_key_env: str | None = Field(None, description="environment variable that holds the key; none is sent")
         template: str = Field(_TEMPLATE, description="what the judge is asked, with {prompt}, {response}, {reference}")
         pattern: str = Field(
-            r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)", description="regular expression whose group is the score; the last counts"
+            r"(?i)score[\s:=*]*(-?\d+(?:\.\d+)?)",
+            description="regular expression whose group is the score; the last counts",
         )
         temperature: float = Field(0.0, ge=0, description="of the judge")
         max_tokens: int = Field(512, ge=1, description="tokens of a reply, at most")

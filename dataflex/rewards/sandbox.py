@@ -1,8 +1,8 @@
 """Run Python code that a model wrote, in a process of its own that can be ended with all that it started.
 
 Limited: wall clock and CPU time, memory of each process, size of each file, standard streams (none), environment
-(empty), and where the kernel counts them (not for root) processes. With namespaces: no network, and no process
-outlives the run. Not isolated: the file system. The code can read and write what the user who runs it can.
+(nothing of ours). With namespaces: no network, no process outlives the run, and at most 64 of them, which the kernel
+counts for any user but root. Not isolated: the file system. The code can read and write what the user who runs it can.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def namespaces() -> tuple[str, ...]:
 
 def command(arguments: list[str], seconds: float, memory_mb: int, isolated: bool) -> list[str]:
     """Return the command that runs this Python with arguments, under limits."""
-    limits = [str(int(seconds) + 1), str(memory_mb << 20), str(_FILE_BYTES), str(_PROCESSES)]
+    # Outside a namespace of its own the count would hold all of the user's processes and threads, ours too.
+    processes = _PROCESSES if isolated else -1
+    limits = [str(int(seconds) + 1), str(memory_mb << 20), str(_FILE_BYTES), str(processes)]
     confine = str(Path(__file__).with_name("confine.py"))
     prefix = list(namespaces()) if isolated else []
     return [*prefix, sys.executable, "-I", confine, *limits, sys.executable, "-I", *arguments]
