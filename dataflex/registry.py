@@ -147,6 +147,7 @@ SELECTORS: Registry[Any] = Registry(
         "static": "dataflex.selectors.static:Static",
         "random": "dataflex.selectors.random:Random",
         "less": "dataflex.selectors.less:Less",
+        "nice": "dataflex.selectors.nice:Nice",
         "loss": "dataflex.selectors.loss:ByLoss",
         "delta_loss": "dataflex.selectors.loss:ByDeltaLoss",
         "ifd": "dataflex.selectors.loss:Ifd",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ import torch
 
 from dataflex import distributed
 from dataflex.errors import CoverageError
-from dataflex.features.spec import FeatureSpec
-from dataflex.pipelines.refresh import due
+from dataflex.features.spec import FeatureSpec, LossSpec
+from dataflex.pipelines.refresh import anchors, first, moved, rest
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.views import Mixed, Snapshot
 from dataflex.rows import Rows
@@ -59,6 +59,16 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
         The selection, and for each training row the update at which its features were computed, (N,) int32.
     """
     features = UpdateFeatures(run, round)
+    selection = _ask(run, round, count, features)
+    if features.waiting and selection.pool is not None:
+        features.refresh(selection.pool)
+        selection = _ask(run, round, count, features)
+    run.check(selection.rows, count)
+    return selection, features.updated
+
+
+def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:
+    """Return the selector's answer, the same on every rank. Collective."""
     trainer, native = run.trainer, hasattr(run.selector, "needs")
     history = [run.decided(r).rows for r in run.updates if r.number < round.number]
     updates = sum(r.epoch == round.epoch for r in run.updates)
@@ -77,9 +87,8 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
     )
     if not native:
         trainer.model.zero_grad()
-    selection = distributed.broadcast(found if isinstance(found, Selection) else Selection(_flat(found)))
-    run.check(selection.rows, count)
-    return selection, features.updated
+    answer: Selection = distributed.broadcast(found if isinstance(found, Selection) else Selection(_flat(found)))
+    return answer
 
 
 def ensure_base(run: Run) -> None:
@@ -103,10 +112,11 @@ class UpdateFeatures:
         self.updated = np.full(len(run.rows), self.update, dtype=np.int32)
         self._views: dict[_Asked, View] = {}
         self._policy = run.settings.dataflex.refresh
-        last = self._last_pool()
+        last = self._last_updated()
         if last is not None:
-            fresh = due(self._policy, self.update, last[1], last[0])
-            self.updated = np.where(fresh, self.update, last[1]).astype(np.int32)
+            fresh = first(self._policy, self.update, last)
+            self.updated = np.where(fresh, self.update, last).astype(np.int32)
+        self.waiting = self._policy.policy == "rotating" and bool((self.updated != self.update).any())
         groups = [
             ([need for need in run.needs if (need.of, need.state) == (of, state)], name)
             for of, state in dict.fromkeys((need.of, need.state) for need in run.needs)
@@ -117,6 +127,17 @@ class UpdateFeatures:
             for needs, name in groups:
                 for need, view in zip(needs, self._together(needs, name), strict=True):
                     self._views[need.spec, name, need.state] = view
+
+    def refresh(self, scores: np.ndarray) -> None:
+        """Compute the rest of the share: the best rows by reused values, (N,). Collective."""
+        access = self.run.access
+        needs = [need for need in self.run.live_needs if need.of == "train"]
+        asked = access.tally.computed + access.tally.reused
+        self.updated[rest(self._policy, self.updated == self.update, scores)] = self.update
+        with access.progress.showing(access.passes([need.spec for need in needs], self.run.rows)):
+            for need, view in zip(needs, self._together(needs, None), strict=True):
+                self._views[need.spec, None, None] = view
+        access.tally.reused = asked - access.tally.computed  # each row counts once, as what it was in the end
 
     def get(
         self, spec: FeatureSpec, target: str | None = None, state: str | None = None, rows: np.ndarray | None = None
@@ -148,7 +169,7 @@ class UpdateFeatures:
         return [access.view(need.spec, rows, store) for need, store in zip(needs, stores, strict=True)]
 
     def _joined(self, needs: list[Need]) -> list[View]:
-        """Give several features of the training rows, each joined from several updates."""
+        """Give several features of the training rows, each joined from several updates and moved to this one."""
         access, specs = self.run.access, [need.spec for need in needs]
         parts: list[list[tuple[np.ndarray, Snapshot]]] = [[] for _ in needs]
         for update in np.unique(self.updated).tolist():
@@ -162,7 +183,21 @@ class UpdateFeatures:
                 access.progress.skip(access.passes(specs, some))
             for part, spec, store in zip(parts, specs, stores, strict=True):
                 part.append((at, access.view(spec, some, store, self.update - update)))
+        if self._policy.policy == "rotating":
+            self._move(needs, parts)
         return [Mixed.of(part, len(self.run.rows)) for part in parts]
+
+    def _move(self, needs: list[Need], parts: list[list[tuple[np.ndarray, Snapshot]]]) -> None:
+        """Move the vectors of earlier updates by what the anchors' have moved."""
+        fixed = self.run.rows.take(anchors(self._policy, len(self.run.rows)))
+        for need, part in zip(needs, parts, strict=True):
+            if isinstance(need.spec, LossSpec):
+                continue
+            values = [self.run.access.view(need.spec, fixed, view.store).dense() for _, view in part]
+            part[:] = [
+                (at, view if view.ages[0] == 0 else replace(view, shift=moved(values[-1], before)))
+                for (at, view), before in zip(part, values, strict=True)
+            ]
 
     def _earlier(self, update: int, need: Need) -> ParquetStore:
         """Open the store that an earlier update of this run used."""
@@ -176,8 +211,8 @@ class UpdateFeatures:
             )
         return store
 
-    def _last_pool(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return last scores and the update of each row's value; None where everything is computed anew."""
+    def _last_updated(self) -> np.ndarray | None:
+        """Return the update of each row's last value, (N,); None where everything is computed anew."""
         run = self.run
         if self.update == 0 or self._policy.policy == "full" or not run.live_needs:
             return None
@@ -188,7 +223,7 @@ class UpdateFeatures:
                 f"refresh policy {self._policy.policy}: round {last.number} recorded no scores of the pool; the policy "
                 "needs a selector that returns them (Selection.pool). Use dataflex.refresh.policy: full"
             )
-        return found
+        return found[1]
 
 
 def round_seconds(seconds: float) -> float:

@@ -22,12 +22,14 @@ class Snapshot:
         keys: (R,) the key of each row in this store.
         status: (R,) uint8.
         ages: (R,) int32.
+        shift: (D,) float32 that `blocks` and `dense` add to each vector, or None; `nearest` searches what is stored.
     """
 
     store: ParquetStore
     keys: np.ndarray
     status: np.ndarray
     ages: np.ndarray
+    shift: np.ndarray | None = None
 
     @classmethod
     def of(cls, store: ParquetStore, keys: np.ndarray, age: int = 0) -> Snapshot:
@@ -61,7 +63,17 @@ class Snapshot:
             count = np.searchsorted(wanted, values.keys, side="right") - first
             source = np.repeat(np.arange(len(values.keys)), count)
             target = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)])
-            yield order[target], values.vectors[source]
+            vectors = values.vectors[source]
+            if self.shift is not None:  # a vector of zeros says that there is no gradient, not where it points
+                vectors = np.where(vectors.any(axis=1, keepdims=True), vectors + self.shift, vectors)
+            yield order[target], vectors
+
+    def dense(self) -> np.ndarray:
+        """Return all vectors at once, (R, D) float32; NaN where a row is not usable."""
+        found = np.full((len(self.keys), self.store.layout.width), np.nan, dtype=np.float32)
+        for rows, vectors in self.blocks():
+            found[rows] = vectors
+        return found
 
     def nearest(
         self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = 1_000_000

@@ -6,7 +6,7 @@ Every method that judges rows by cached features is one of these, under its own 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,8 +15,15 @@ from dataflex.errors import ConfigError
 from dataflex.selectors.base import Context, Need, Selection, View
 from dataflex.selectors.choice import NEIGHBOURLY, Choice, RoundRobin, TopK
 from dataflex.selectors.judgement import Judgement
-from dataflex.selectors.representation import GradientVectors, Numbers, Part, Representation, Vectors
+from dataflex.selectors.numbers import DeltaLoss, InstructionDifficulty, Loss
+from dataflex.selectors.representation import Numbers, Part, Vectors
 from dataflex.selectors.similarity import Similarity, Within, set_scores, target_vectors, unit
+from dataflex.selectors.vectors import EmbeddingVectors, GradientVectors, PolicyVectors
+
+Representation = Annotated[
+    GradientVectors | PolicyVectors | EmbeddingVectors | Loss | DeltaLoss | InstructionDifficulty,
+    Field(discriminator="kind"),
+]
 
 
 class Composition(Part):

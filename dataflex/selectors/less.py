@@ -8,8 +8,9 @@ from pydantic import Field
 
 from dataflex.selectors.choice import RoundRobin, TopK
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.representation import GradientFields, GradientVectors, part
+from dataflex.selectors.representation import part
 from dataflex.selectors.similarity import Similarity
+from dataflex.selectors.vectors import GradientFields, GradientVectors
 
 
 class Less(Composed):

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from dataflex.features.spec import BASE
 from dataflex.selectors.choice import Bands, Choice, Middle, TopK, Window
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.representation import DeltaLoss, InstructionDifficulty, Loss, Part, part
+from dataflex.selectors.numbers import DeltaLoss, InstructionDifficulty, Loss
+from dataflex.selectors.representation import Part, part
 
 
 class ByLoss(Composed):

@@ -13,7 +13,8 @@ from dataflex.selectors.choice import RoundRobin
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.judgement import Judgement
 from dataflex.selectors.params import ExistingFile, load_array
-from dataflex.selectors.representation import EmbeddingVectors, GradientVectors, Part
+from dataflex.selectors.representation import Part
+from dataflex.selectors.vectors import EmbeddingVectors, GradientVectors
 
 Compared = Annotated[EmbeddingVectors | GradientVectors, Field(discriminator="kind")]
 

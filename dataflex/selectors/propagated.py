@@ -13,8 +13,8 @@ from dataflex.selectors.base import Context, Need, Selection, View
 from dataflex.selectors.choice import RoundRobin, TopK
 from dataflex.selectors.judgement import Judgement
 from dataflex.selectors.regression import kernel_ridge
-from dataflex.selectors.representation import EmbeddingVectors, GradientFields
 from dataflex.selectors.similarity import joined, set_scores, shared_blocks, unit
+from dataflex.selectors.vectors import EmbeddingVectors, GradientFields
 
 
 class PropagatedFields(GradientFields):

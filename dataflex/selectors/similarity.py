@@ -48,7 +48,7 @@ def set_scores(view: View, targets: Mapping[str, View], similarity: Similarity, 
     scores = np.full((len(view.status), len(sets)), -np.inf)
     for rows, vectors in shared_blocks(view):
         wide = vectors.astype(np.float64)
-        usable = np.isfinite(wide).all(axis=1)
+        usable = np.asarray(np.isfinite(wide).all(axis=1))
         block = prepare(np.where(usable[:, None], wide, 0))
         if similarity in ("cosine", "whitened_cosine"):
             block, is_long = unit(block)

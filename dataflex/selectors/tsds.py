@@ -14,7 +14,8 @@ from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.judgement import Judgement
 from dataflex.selectors.near import Compared
 from dataflex.selectors.params import ExistingFile, load_array
-from dataflex.selectors.representation import EmbeddingVectors, Part, part
+from dataflex.selectors.representation import Part, part
+from dataflex.selectors.vectors import EmbeddingVectors
 
 
 class Tsds(Composed):
