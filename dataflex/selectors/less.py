@@ -10,7 +10,7 @@ from dataflex.selectors.choice import RoundRobin, TopK
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.representation import part
 from dataflex.selectors.similarity import Similarity
-from dataflex.selectors.vectors import GradientFields, GradientVectors
+from dataflex.selectors.vectors import CheckpointFields, GradientVectors
 
 
 class Less(Composed):
@@ -25,7 +25,7 @@ class Less(Composed):
     of the maximum does as well or a little better in arXiv 2602.14696.
     """
 
-    class Params(GradientFields):
+    class Params(CheckpointFields):
         """Parameters of `less`."""
 
         aggregation: Literal["max", "mean", "round_robin"] = Field(

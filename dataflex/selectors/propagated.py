@@ -39,8 +39,6 @@ class Propagated:
 
     def __init__(self, params: Any):
         self.params = params
-        if params.checkpoints:
-            raise ConfigError("dataflex.params.checkpoints: found some; this method uses the live model; leave it out")
         self._embedding = EmbeddingVectors(
             pooling=params.pooling,
             layer=params.embedding_layer,

@@ -40,19 +40,6 @@ class GradientFields(Part):
         "sjlt", description="random projection; see dataflex.features.spec.Projection"
     )
     sparsity: int = Field(1, ge=1, description="sjlt: non-zeros per coordinate")
-    checkpoints: tuple[str, ...] = Field(
-        (), description="offline: LLaMA-Factory checkpoint folders; empty: the live model"
-    )
-    weights: tuple[float, ...] | None = Field(
-        None, description="offline: weight of each checkpoint; default: mean learning rate of its span"
-    )
-
-    @model_validator(mode="after")
-    def _weights_fit(self) -> GradientFields:
-        given = self.weights
-        if given is not None and (len(given) != len(self.checkpoints) or min(given) < 0 or sum(given) <= 0):
-            raise ValueError("as many weights as checkpoints, each 0 or more, not all 0")
-        return self
 
     @property
     def train_spec(self) -> GradientSpec:
@@ -68,7 +55,29 @@ class GradientFields(Part):
         return GradientSpec(direction="sgd", projection=projection)
 
 
-class GradientVectors(GradientFields, Vectors):
+class CheckpointFields(GradientFields):
+    """Gradients of the live model, or a sum over given checkpoints."""
+
+    checkpoints: tuple[str, ...] = Field(
+        (), description="offline: LLaMA-Factory checkpoint folders; empty: the live model"
+    )
+    weights: tuple[float, ...] | None = Field(
+        None, description="offline: weight of each checkpoint; default: mean learning rate of its span"
+    )
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> CheckpointFields:
+        given = self.weights
+        if given is not None and (len(given) != len(self.checkpoints) or min(given) < 0 or sum(given) <= 0):
+            raise ValueError("as many weights as checkpoints, each 0 or more, not all 0")
+        return self
+
+    def term_weights(self) -> np.ndarray:
+        """Return the learning-rate weight of each checkpoint."""
+        return checkpoint_weights(self.checkpoints, self.weights) if self.checkpoints else np.ones(1)
+
+
+class GradientVectors(CheckpointFields, Vectors):
     """Projected gradients: of the training rows as the optimizer would step, of the targets plain."""
 
     kind: Literal["gradient"] = "gradient"
@@ -77,12 +86,8 @@ class GradientVectors(GradientFields, Vectors):
         """Return one term per checkpoint, or one of the live model."""
         return [Term(self.train_spec, self.target_spec, state) for state in self.checkpoints or (None,)]
 
-    def term_weights(self) -> np.ndarray:
-        """Return the learning-rate weight of each checkpoint."""
-        return checkpoint_weights(self.checkpoints, self.weights) if self.checkpoints else np.ones(1)
 
-
-class PolicyFields(GradientFields):
+class PolicyFields(CheckpointFields):
     """What determines the gradient of the targets' expected reward."""
 
     reward: tuple[RewardSpec, ...] = Field(
@@ -142,10 +147,6 @@ class PolicyVectors(PolicyFields, Vectors):
     def terms(self) -> list[Term]:
         """Return one term per checkpoint, or one of the live model."""
         return [Term(self.train_spec, self.policy_spec, state) for state in self.checkpoints or (None,)]
-
-    def term_weights(self) -> np.ndarray:
-        """Return the learning-rate weight of each checkpoint."""
-        return checkpoint_weights(self.checkpoints, self.weights) if self.checkpoints else np.ones(1)
 
 
 class EmbeddingFields(Part):
