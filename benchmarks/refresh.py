@@ -87,7 +87,7 @@ class Policy:
             fresh = first(self.refresh, update, self.updated)
             if self.refresh.policy == "rotating":
                 found = select(self._view(history, fresh)) if self.rescores else self.selection
-                fresh = rest(self.refresh, fresh, found.pool)
+                fresh = rest(self.refresh, fresh, found.pool, found.rows)
             self.selection = select(self._view(history, fresh))
             self.updated = np.where(fresh, update, self.updated)
         return self.selection
@@ -207,9 +207,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }
         write_datasets(folder / "data", {"pool": read["pool"][: args.rows], "target": read["target_arithmetic"]})
     else:
-        from benchmarks import precision
+        from benchmarks import selection_quality
 
-        study = precision.prepare(args.data, args.model, folder, args.rows, [args.target])
+        study = selection_quality.easy(args.data, args.model, folder, args.rows, [args.target])
         target = json.loads((folder / "data" / f"{args.target}.json").read_text("utf-8"))
         write_datasets(folder / "data", {"pool": study.pool, "target": target})
     return {"model_name_or_path": str(folder / "model"), "dataset_dir": str(folder / "data")}
@@ -263,7 +263,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model folder; default: the quickstart's model and pool are built")
-    parser.add_argument("--data", type=Path, help="with --model: folder as benchmarks.precision takes it")
+    parser.add_argument("--data", type=Path, help="with --model: folder as benchmarks.selection_quality takes it")
     parser.add_argument("--target", default="gsm8k", help="with --model: target set")
     parser.add_argument("--rows", type=int, default=1200)
     parser.add_argument("--updates", type=int, default=10)

@@ -41,9 +41,9 @@ class RoundDirector:
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Put the run together and choose where to start: a checkpoint, a kept state, or the beginning."""
         self.run: Run = open_run(self.settings, trainer, self.stage)
-        self._refuse_too_few_rows()
-        # Before any weight is loaded: of a model trained whole, this is the only time that its base is at hand.
-        update.ensure_base(self.run)
+        self._refuse_hopeless()
+        if not self.run.state.has_adapter:  # of a model trained whole, the base is at hand before any weight is loaded
+            update.ensure_base(self.run)
         self.warm = warmup.WarmState(self.run)
         if checkpoint is not None:
             self.warm.lineage = None  # what came before the checkpoint may have been trained otherwise
@@ -54,9 +54,15 @@ class RoundDirector:
         distributed.barrier()
         return self.warm.start()
 
-    def _refuse_too_few_rows(self) -> None:
-        """Refuse, before anything is computed, updates that no selection can fill."""
+    def _refuse_hopeless(self) -> None:
+        """Refuse, before anything is computed, updates that no selection can fill and targets that say nothing."""
         run = self.run
+        for name, target in run.targets.items() if any(need.of == "targets" for need in run.needs) else ():
+            if not (target.supervised > 0).any():
+                raise CoverageError(
+                    f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "
+                    "template and cutoff_len"
+                )
         largest = max((round.steps for round in run.updates), default=0) * run.trainer.global_batch
         if self.stage == "train" and run.needs and self.schedule.update_step > 0 and largest > len(run.eligible):
             raise CoverageError(

@@ -14,7 +14,7 @@ import numpy as np
 from dataflex import distributed
 from dataflex.errors import DataflexError
 from dataflex.features.batching import count_batches
-from dataflex.features.spec import FeatureSpec
+from dataflex.features.spec import FeatureSpec, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.pipelines.progress import Progress
 from dataflex.pipelines.sources import Source
@@ -27,9 +27,10 @@ _SMALLEST = 64  # rows; below, a fragment's files and batches cost more than wha
 
 @dataclass
 class Tally:
-    """What one rank did in a stage. Rows are distinct rows, summed over features."""
+    """What one rank did in a stage. Rows are distinct rows, summed over features; `gradients` are backward passes."""
 
     computed: int = 0
+    gradients: int = 0
     reused: int = 0
     tokens: int = 0
     batches: int = 0
@@ -99,6 +100,7 @@ class Work:
                     tally.skipped[status.name.lower()] = tally.skipped.get(status.name.lower(), 0) + count
         lengths = self.rows.length[at]
         tally.computed += len(at) * len(self.specs)
+        tally.gradients += len(at) * any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in self.specs)
         tally.tokens += int(lengths.sum())
         tally.batches += max(least, count_batches(lengths, self.token_budget))
         bad = max(int((values.status == Status.NONFINITE).sum()) for values in found)

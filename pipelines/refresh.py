@@ -6,7 +6,7 @@ The targets are few and are refreshed at every update, but under `static`.
 Rotating works in two passes. Before anything is scored, `first` names the anchors (the same rows at every update), rows
 that are too old, and some of the oldest. `moved` tells from the anchors by how much the vectors of all rows have moved
 since an earlier update; the reused ones are moved along. With them every row is scored against the targets of now, and
-what is left of the share goes to the best (`rest`), before the selector chooses.
+what is left of the share goes to the selected and the next best (`rest`), before the selector chooses again.
 
 Vectors move together because Adam's momentum is a part of every row's step, and the larger one. It turns within a few
 steps, and without moving the reused vectors along they would be compared with the targets under a momentum of the past.
@@ -53,15 +53,18 @@ def first(refresh: Any, update: int, updated: np.ndarray) -> np.ndarray:
     return _with_best(chosen, age, min(share // _EACH, share - int(chosen.sum())))
 
 
-def rest(refresh: Any, chosen: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Add the best rows to those computed already until the share is used up, (N,) bool.
+def rest(refresh: Any, chosen: np.ndarray, scores: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """Add rows to those computed already until the share is used up, (N,) bool: selected ones, then the best.
 
     Args:
         refresh: refresh_fraction.
         chosen: (N,) bool, what `first` named.
         scores: (N,) by reused vectors and the targets of now; -inf where a row has none.
+        selected: (k,) rows that would be chosen by them; not those of the best scores under every rule.
     """
-    return _with_best(chosen, scores, _share(refresh, len(chosen)) - int(chosen.sum()))
+    values = scores.copy()
+    values[selected] = np.inf
+    return _with_best(chosen, values, _share(refresh, len(chosen)) - int(chosen.sum()))
 
 
 def moved(now: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -56,13 +56,26 @@ class ModelState:
         """Which state the model is in, for as long as this object lives."""
         return self._checkpoint, self.trainer.state.global_step
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the base is what is left when the adapter is left out, at any time."""
+        return hasattr(self.model, "disable_adapter")
+
     def require_runnable(self) -> None:
-        """Refuse to compute features of a base model whose own weights have been trained.
+        """Refuse to compute features of a base model that is not at hand.
 
         Raises:
-            CoverageError: they have.
+            CoverageError: its own weights have been trained.
+            ConfigError: ZeRO-3 has sharded it, and its engine does not run yet.
         """
-        if self._checkpoint == BASE and not hasattr(self.model, "disable_adapter") and self.trainer.state.global_step:
+        if self._checkpoint != BASE or self.has_adapter:
+            return
+        if self.is_zero3:
+            raise ConfigError(
+                "deepspeed: features of the base of a model that is trained whole cannot be computed under ZeRO-3; use "
+                "ZeRO-2, or compute them with `dataflex featurize` without it"
+            )
+        if self.trainer.state.global_step:
             raise CoverageError(
                 "features of the base model are missing, and its weights have been trained meanwhile; compute them "
                 "with `dataflex featurize` first"

@@ -20,7 +20,9 @@ def write_summary(path: Path, stage: str, run: Run, seconds: float, about: dict[
     for tally in tallies:
         for reason, count in tally.skipped.items():
             skipped[reason] = skipped.get(reason, 0) + count
-    total = {name: sum(getattr(t, name) for t in tallies) for name in ("computed", "tokens", "batches", "bytes")}
+    counted = ("computed", "gradients", "tokens", "batches", "bytes")
+    total = {name: sum(getattr(t, name) for t in tallies) for name in counted}
+    chosen = sum(round.steps for round in run.updates) * run.trainer.global_batch
     summary = {
         "stage": stage,
         "seconds": float(f"{seconds:.2f}"),
@@ -32,6 +34,7 @@ def write_summary(path: Path, stage: str, run: Run, seconds: float, about: dict[
         "without_labels": len(run.rows) - len(run.eligible),
         **total,
         "reused": tallies[0].reused,
+        "gradients_per_chosen_row": float(f"{total['gradients'] / max(1, chosen):.3f}"),
         "skipped": skipped,
         "store": run.access.url,
         **about,

@@ -61,7 +61,7 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
     features = UpdateFeatures(run, round)
     selection = _ask(run, round, count, features)
     if features.waiting and selection.pool is not None:
-        features.refresh(selection.pool)
+        features.refresh(selection.pool, selection.rows)
         selection = _ask(run, round, count, features)
     run.check(selection.rows, count)
     return selection, features.updated
@@ -128,12 +128,12 @@ class UpdateFeatures:
                 for need, view in zip(needs, self._together(needs, name), strict=True):
                     self._views[need.spec, name, need.state] = view
 
-    def refresh(self, scores: np.ndarray) -> None:
-        """Compute the rest of the share: the best rows by reused values, (N,). Collective."""
+    def refresh(self, scores: np.ndarray, selected: np.ndarray) -> None:
+        """Compute the rest of the share, given scores (N,) by reused values and the rows (k,) selected. Collective."""
         access = self.run.access
         needs = [need for need in self.run.live_needs if need.of == "train"]
         asked = access.tally.computed + access.tally.reused
-        self.updated[rest(self._policy, self.updated == self.update, scores)] = self.update
+        self.updated[rest(self._policy, self.updated == self.update, scores, selected)] = self.update
         with access.progress.showing(access.passes([need.spec for need in needs], self.run.rows)):
             for need, view in zip(needs, self._together(needs, None), strict=True):
                 self._views[need.spec, None, None] = view

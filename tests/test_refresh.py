@@ -33,7 +33,7 @@ def test_the_two_passes_use_up_the_share(fraction: float, size: int) -> None:
     rng = np.random.default_rng(0)
     fresh = first(refresh, 5, rng.integers(0, 5, size))
     scores = rng.standard_normal(size)
-    chosen = rest(refresh, fresh, scores)
+    chosen = rest(refresh, fresh, scores, np.empty(0, np.int64))
     assert chosen.sum() == int(np.ceil(fraction * size))
     assert chosen[fresh].all()
     assert fresh[anchors(refresh, size)].all()
@@ -53,7 +53,17 @@ def test_no_row_is_older_than_max_age() -> None:
     refresh = Refresh(policy="rotating", refresh_fraction=0.05, max_age=2)
     fresh = first(refresh, 2, np.repeat([0, 1], 100))
     assert fresh[:100].all()
-    assert (rest(refresh, fresh, np.arange(200.0)) == fresh).all()
+    assert (rest(refresh, fresh, np.arange(200.0), np.array([199])) == fresh).all()
+
+
+def test_selected_rows_go_before_better_ones() -> None:
+    """A rule need not choose the best scores."""
+    fresh = first(ROTATING, 1, np.zeros(1000, int))
+    selected = np.flatnonzero(~fresh)[5:25]
+    chosen = rest(ROTATING, fresh, np.arange(1000.0), selected)
+    assert chosen[selected].all()
+    assert chosen[990:].all()
+    assert chosen.sum() == 100
 
 
 def test_anchors_are_the_same_rows_at_every_update() -> None:

@@ -23,6 +23,7 @@ def test_later_experiments_compute_what_is_new_only(workspace: Any, caplog: pyte
     caplog.set_level(logging.INFO, logger="dataflex")
     first = run(workspace, "less", "less", {"proj_dim": 256})
     assert (first["computed"], first["started_from"]) == (POOL + TARGETS, None)
+    assert first["gradients_per_chosen_row"] == round((POOL + TARGETS) / 8, 3)
     later = {
         "another rule": run(workspace, "rule", "less", {"proj_dim": 256, "aggregation": "round_robin"}),
         "another budget": run(workspace, "budget", "less", {"proj_dim": 256}, update_step=3),
@@ -44,6 +45,19 @@ def test_later_experiments_compute_what_is_new_only(workspace: Any, caplog: pyte
     anew = run(workspace, "cosine", "less", {"proj_dim": 256}, lr_scheduler_type="cosine")
     assert (anew["computed"], anew["started_from"]) == (POOL + TARGETS, None)
     assert "the nearest differs in learning rates" in caplog.text
+
+
+@pytest.mark.timeout(300)
+def test_featurize_asks_what_a_selector_finds_out_while_choosing(workspace: Any) -> None:
+    """The representatives of clusters are known once the embeddings are; their gradients are computed ahead too."""
+    section = {"store": str(workspace.folder / "store")}
+    section["params"] = {"proj_dim": 256, "cluster_size": 8, "samples_per_cluster": 2}  # type: ignore[assignment]
+    path = workspace.write("ahead", component_name="cluster_less", dataflex=section, update_times=1)
+    ahead = workspace.run("featurize", path)
+    clusters = -(-62 // 8)  # rows that can be chosen, the duplicate among them
+    assert ahead["gradients"] <= 2 * clusters + TARGETS < POOL
+    trained = workspace.run("train", path)
+    assert (trained["computed"], trained["gradients_per_chosen_row"]) == (0, 0)
 
 
 @pytest.mark.timeout(300)
