@@ -33,6 +33,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> component_name and
     "less": ("less", {}),
     "less, round-robin": ("less", {"aggregation": "round_robin"}),
     "less, whitened": ("less", {"proj_dim": 1024, "similarity": "whitened_cosine"}),
+    "nice": (
+        "nice",
+        {
+            "reward": {"type": "function", "function": "benchmarks.selection_quality:overlap"},
+            "max_new_tokens": 16,
+        },
+    ),
     "cluster_less": ("cluster_less", {"cluster_size": 16}),
     "influence_distillation": ("influence_distillation", {"landmarks": 64}),
     "embedding": ("embedding", {}),
@@ -47,6 +54,15 @@ BLIND = ("random", "loss", "delta_loss", "ifd")
 """Methods that do not look at the target: what they choose first is chosen for every target."""
 NOISE = "noise"
 """The field of a record that says what is wrong with it."""
+
+
+def overlap(prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Return the F1 of each response's words against the reference's; a reward that a small model gets now and then."""
+    scores = []
+    for response, reference in zip(responses, references, strict=True):
+        ours, theirs = set(response.split()), set(reference.split())
+        scores.append(2 * len(ours & theirs) / max(1, len(ours) + len(theirs)))
+    return scores
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataflex.selectors.base import Context, Need, Selection
-from dataflex.selectors.rules import top_k
+from dataflex.selectors.sampling import sample
 
 
 class Random:
@@ -31,11 +31,11 @@ class Random:
         return []
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
-        """Draw `num_samples` of the rows that have supervised tokens."""
+        """Draw `num_samples` of the rows that have supervised tokens.
+
+        Raises:
+            CoverageError: there are fewer.
+        """
         rng = context.rng("random", self.params.seed or 0, context.update)
-        usable = np.flatnonzero(context.rows.supervised > 0)
-        if self.params.replacement:
-            return Selection(usable[rng.integers(len(usable), size=num_samples)])
-        scores = np.full(len(context.rows), -np.inf)
-        scores[usable] = rng.random(len(usable))
-        return Selection(top_k(scores, context.rows.keys, num_samples))
+        weights = (context.rows.supervised > 0).astype(np.float64)
+        return Selection(sample(weights, context.rows.keys, num_samples, rng, self.params.replacement))
