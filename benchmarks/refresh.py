@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="with --model: folder as benchmarks.selection_quality takes it")
     parser.add_argument("--target", default="gsm8k", help="with --model: target set")
     parser.add_argument("--rows", type=int, default=1200)
-    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--updates", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=40, help="steps")
     parser.add_argument("--steps", type=int, default=4, help="between updates")
     parser.add_argument("--batch", type=int, default=4)

@@ -59,10 +59,12 @@ class FeatureAccess:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
         return {**self._source(spec).recipe(spec), "storage": self._section.storage}
 
-    def view(self, spec: FeatureSpec, rows: Rows, store: ParquetStore, age: int = 0) -> Snapshot:
-        """Return a view of rows that a store has."""
+    def view(
+        self, spec: FeatureSpec, rows: Rows, store: ParquetStore, age: int = 0, is_target: bool = False
+    ) -> Snapshot:
+        """Return a view of rows that a store has; training rows without labels are not usable."""
         self.note("store", store.folder)
-        return Snapshot.of(store, self._source(spec).keys(rows), age)
+        return Snapshot.of(store, self._source(spec).keys(rows), age, None if is_target else rows.supervised)
 
     def note(self, kind: Kind, name: str) -> None:
         """Record, before a store or kept state is opened, that the run uses it: `store gc` leaves it alone then."""

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 
 from dataflex.errors import MismatchError
 
+SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+"""What scales the weights of an adapter, which the weights do not tell."""
+
 
 @contextlib.contextmanager
 def loaded(folder: Path, model: Any, scaling: dict[str, Any]) -> Iterator[None]:
@@ -42,9 +45,11 @@ def _read(folder: Path, model: Any, ours: dict[str, Any], scaling: dict[str, Any
     if adapter.is_file():
         found = {_with_adapter(key, str(model.active_adapter)): value for key, value in load_file(adapter).items()}
         theirs = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        for name, value in scaling.items():
-            if theirs.get(name) != value:
-                raise MismatchError(f"{folder}/adapter_config.json: {name} is {theirs.get(name)}, this run has {value}")
+        for name in SCALING:
+            if (theirs.get(name) or None) != (scaling.get(name) or None):  # an option that is off may be left out
+                raise MismatchError(
+                    f"{folder}/adapter_config.json: {name} is {theirs.get(name)}, this run has {scaling.get(name)}"
+                )
     elif shards := sorted(folder.glob("model*.safetensors")):
         found = {key: value for shard in shards for key, value in load_file(shard).items()}
     else:

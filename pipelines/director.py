@@ -63,8 +63,11 @@ class RoundDirector:
                     f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "
                     "template and cutoff_len"
                 )
+        if hasattr(run.selector, "prepare"):
+            run.selector.prepare()
         largest = max((round.steps for round in run.updates), default=0) * run.trainer.global_batch
-        if self.stage == "train" and run.needs and self.schedule.update_step > 0 and largest > len(run.eligible):
+        is_distinct = getattr(run.selector, "chooses_distinct", False)
+        if self.stage == "train" and is_distinct and self.schedule.update_step > 0 and largest > len(run.eligible):
             raise CoverageError(
                 f"update_step: an update needs {largest} rows ({largest // run.trainer.global_batch} steps of "
                 f"{run.trainer.global_batch}), found {len(run.eligible)} that can be chosen; lower "

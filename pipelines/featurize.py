@@ -17,6 +17,7 @@ from dataflex.pipelines.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.stores.faiss_cache import load_or_build
+from dataflex.stores.faiss_index import kind_for, load_faiss
 from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)
@@ -106,8 +107,10 @@ class FeaturizeDirector(RoundDirector):
             found = [(specs, access.ensure(specs, rows, state)) for specs, rows, state in wanted]
         for specs, stores in found:
             for spec, store in zip(specs, stores, strict=True):
-                if isinstance(spec, EmbeddingSpec) and distributed.is_main():
-                    load_or_build(store)
+                if isinstance(spec, EmbeddingSpec):
+                    load_faiss()  # where it is missing, every rank says so
+                    if distributed.is_main():
+                        load_or_build(store, kind=kind_for(len(self.run.rows)))
         if getattr(self.run.selector, "is_adaptive", False):
             choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))
         distributed.barrier()

@@ -13,7 +13,7 @@ from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.stores import nearest as in_store
 from dataflex.stores.faiss_cache import load_or_build
-from dataflex.stores.faiss_index import FaissIndex, Kind, Metric
+from dataflex.stores.faiss_index import FaissIndex, Kind, Metric, kind_for
 from dataflex.stores.parquet import ParquetStore
 
 Part = tuple[ParquetStore, np.ndarray, np.ndarray]
@@ -34,7 +34,7 @@ def nearest(
     share = np.ascontiguousarray(queries[distributed.rank() :: distributed.world()], np.float32)
     found = []
     for part in parts:
-        index = _index(part[0], metric, "ivf" if len(part[1]) >= approximate_above else "flat")
+        index = _index(part[0], metric, kind_for(len(part[1]), approximate_above))
         found.append(_of_part(part, index, share, k))
     shares = distributed.gather(_merged(found, k, metric))
     scores, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)

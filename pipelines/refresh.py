@@ -20,9 +20,9 @@ import numpy as np
 
 from dataflex.selectors.base import generator
 
-_EACH = 10
+_EACH = 20
 """One row in so many of the share is an anchor, and one is of the oldest."""
-_ANCHORS = (16, 1024)
+_ANCHORS = (4, 1024)
 """Fewest anchors, if half of the share is as many, and most: more would not make their mean much surer."""
 
 
@@ -50,7 +50,7 @@ def first(refresh: Any, update: int, updated: np.ndarray) -> np.ndarray:
     chosen[anchors(refresh, len(updated))] = True
     if refresh.max_age is not None:
         chosen |= age >= refresh.max_age
-    return _with_best(chosen, age, min(share // _EACH, share - int(chosen.sum())))
+    return _with_best(chosen, age, min(max(1, share // _EACH), share - int(chosen.sum())))
 
 
 def rest(refresh: Any, chosen: np.ndarray, scores: np.ndarray, selected: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.fingerprint import digest, file_digest, keys_digest
 from dataflex.pipelines.access import FeatureAccess
@@ -79,9 +80,18 @@ class Run:
         """Hold a selector's answer against what was asked.
 
         Raises:
-            CoverageError: it has another number of rows, or positions that the training set does not have.
+            CoverageError: it has another number of rows, positions that the training set does not have, or rows without
+                a label; the last is a warning for a selector of the documented kind.
         """
         low, high = rows.min(initial=0), rows.max(initial=0)
+        unlabelled = int((self.rows.supervised[rows] == 0).sum()) if low >= 0 and high < len(self.rows) else 0
+        if unlabelled and hasattr(self.selector, "needs"):
+            raise CoverageError(
+                f"{self.settings.component_name}: {unlabelled} of the chosen rows have no supervised token; there is "
+                "nothing to learn from them"
+            )
+        if unlabelled:
+            log.warning("%d of the chosen rows have no supervised token", unlabelled)
         if len(rows) != count or low < 0 or high >= len(self.rows):
             raise CoverageError(
                 f"{self.settings.component_name}: returned {len(rows)} rows between {low} and {high}; expected {count} "
@@ -89,12 +99,14 @@ class Run:
             )
 
     def decided(self, round: Round) -> DecidedRound:
-        """Return an earlier round of this run.
+        """Return an earlier round of this run, as rank 0 recorded it. Collective.
 
         Raises:
             CoverageError: it is not in the journal.
         """
-        found = self.journal.read(round, self.rows.keys, self.trainer.global_batch)
+        found = distributed.broadcast(
+            self.journal.read(round, self.rows.keys, self.trainer.global_batch) if distributed.is_main() else None
+        )
         if found is None:
             raise CoverageError(f"{self.journal.path(round.number)}: missing; a later round builds on it")
         return found

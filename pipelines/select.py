@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataflex import distributed
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, CoverageError
 from dataflex.pipelines.featurize import FeaturizeDirector, run_until_update
 from dataflex.pipelines.update import choose
 from dataflex.rows import Rows
@@ -58,6 +58,15 @@ class SelectDirector(FeaturizeDirector):
         super().__init__(settings)
         self.num = num
         self.output = output
+
+    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
+        """Refuse, before anything is computed, more rows than there are."""
+        start = super().begin(trainer, checkpoint)
+        if getattr(self.run.selector, "chooses_distinct", False) and self.num > len(self.run.eligible):
+            raise CoverageError(
+                f"--num: found {self.num}; expected at most {len(self.run.eligible)}, the rows with labels"
+            )
+        return start
 
     def at_update(self, round: Round) -> None:
         """Choose and write."""

@@ -27,7 +27,6 @@ _DRAWN = (
     "pissa_iter",
 )  # fmt: skip
 """Options under which frozen weights come from a random draw, and not from the files alone."""
-_SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 class ModelState:
@@ -187,7 +186,7 @@ class ModelState:
         if not configs:
             return {}
         config = configs[self.model.active_adapter]
-        return {name: _plain(getattr(config, name)) for name in _SCALING if getattr(config, name, None)}
+        return {name: _plain(getattr(config, name)) for name in checkpoint.SCALING if getattr(config, name, None)}
 
     def _numerics(self) -> dict[str, Any]:
         args = self.trainer.args

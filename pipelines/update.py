@@ -148,7 +148,7 @@ class UpdateFeatures:
             return self._views[asked]
         wanted = self._rows(target) if rows is None else self._rows(target).take(rows)
         (store,) = self.run.access.ensure([spec], wanted, state)
-        view = self.run.access.view(spec, wanted, store)
+        view = self.run.access.view(spec, wanted, store, is_target=target is not None)
         if rows is None:
             self._views[asked] = view
         return view
@@ -162,11 +162,12 @@ class UpdateFeatures:
         rows = self._rows(name)
         if state is None and name is not None and self._policy.policy == "static" and self.update > 0:
             access.progress.skip(access.passes([need.spec for need in needs], rows))
-            return [access.view(need.spec, rows, self._earlier(0, need), self.update) for need in needs]
+            return [access.view(need.spec, rows, self._earlier(0, need), self.update, is_target=True) for need in needs]
         if state is None and name is None and (self.updated != self.update).any():
             return self._joined(needs)
         stores = access.ensure([need.spec for need in needs], rows, state)
-        return [access.view(need.spec, rows, store) for need, store in zip(needs, stores, strict=True)]
+        is_target = name is not None
+        return [access.view(n.spec, rows, store, is_target=is_target) for n, store in zip(needs, stores, strict=True)]
 
     def _joined(self, needs: list[Need]) -> list[View]:
         """Give several features of the training rows, each joined from several updates and moved to this one."""
@@ -217,7 +218,7 @@ class UpdateFeatures:
         if self.update == 0 or self._policy.policy == "full" or not run.live_needs:
             return None
         last = run.updates[self.update - 1]
-        found = run.journal.read_pool(last.number)
+        found = distributed.broadcast(run.journal.read_pool(last.number) if distributed.is_main() else None)
         if found is None:
             raise CoverageError(
                 f"refresh policy {self._policy.policy}: round {last.number} recorded no scores of the pool; the policy "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,13 +32,22 @@ class Snapshot:
     shift: np.ndarray | None = None
 
     @classmethod
-    def of(cls, store: ParquetStore, keys: np.ndarray, age: int = 0) -> Snapshot:
+    def of(cls, store: ParquetStore, keys: np.ndarray, age: int = 0, supervised: np.ndarray | None = None) -> Snapshot:
         """Return a view of rows that were computed `age` updates ago.
+
+        Args:
+            store: has every row.
+            keys: (R,) their keys.
+            age: in updates.
+            supervised: (R,) supervised tokens of rows that may be trained on: one without any is not usable, whatever
+                is known of it.
 
         Raises:
             CoverageError: some are missing.
         """
         status = store.read(keys, columns=[], vectors=False).status
+        if supervised is not None:
+            status = np.where((status == Status.OK) & (supervised == 0), Status.NO_LABELS, status).astype(np.uint8)
         return cls(store, keys, status, np.full(len(keys), age, dtype=np.int32))
 
     def scalar(self, name: str) -> np.ndarray:
@@ -75,6 +84,10 @@ class Snapshot:
             found[rows] = vectors
         return found
 
+    def take(self, rows: np.ndarray) -> Snapshot:
+        """Return the view of some of the rows, in the order given."""
+        return replace(self, keys=self.keys[rows], status=self.status[rows], ages=self.ages[rows])
+
     def nearest(
         self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = 1_000_000
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +115,17 @@ class Mixed:
         for rows, view in parts:
             status[rows], ages[rows] = view.status, view.ages
         return cls(parts, status, ages)
+
+    def take(self, rows: np.ndarray) -> Mixed:
+        """Return the view of some of the rows, in the order given."""
+        parts = []
+        for at, view in self.parts:
+            place = np.full(len(self.status), -1)
+            place[at] = np.arange(len(at))
+            mine = np.flatnonzero(place[rows] >= 0)
+            if len(mine):
+                parts.append((mine, view.take(place[rows[mine]])))
+        return Mixed(parts, self.status[rows], self.ages[rows])
 
     def scalar(self, name: str) -> np.ndarray:
         """Return a scalar column, (R,)."""

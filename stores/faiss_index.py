@@ -139,6 +139,11 @@ def _prepared(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     return unit
 
 
+def kind_for(rows: int, approximate_above: int = IVF_ROWS) -> Literal["flat", "ivf"]:
+    """Return the kind of index that so many usable rows are searched by."""
+    return "ivf" if rows >= approximate_above else "flat"
+
+
 def load_faiss() -> Any:
     """Import FAISS, or say how to get it."""
     both = [name for name in _DISTRIBUTIONS if _is_installed(name)]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from dataflex.config import load
+from dataflex.errors import ConfigError
 from dataflex.registry import SELECTORS
 
 FILES = sorted((Path(__file__).parents[1] / "examples" / "selectors").glob("*.yaml"))
@@ -78,3 +80,41 @@ def test_every_method_has_a_run_file() -> None:
     named = {str(OmegaConf.to_container(OmegaConf.load(path))["component_name"]) for path in FILES}  # type: ignore[call-overload, index]
     quickstart = {"static", "random"}  # examples/quickstart has theirs
     assert named | quickstart == set(SELECTORS.places())
+
+
+STALE = {
+    "loss": {"mode": "topk_low"},
+    "delta_loss": {},
+    "less": {"proj_dim": 128, "aggregation": "round_robin"},
+    "composed": {"representation": {"kind": "embedding", "model": "live"}, "within": "max"},
+}
+
+
+@pytest.mark.parametrize("policy", ["rotating", "static"])
+@pytest.mark.parametrize("method", STALE)
+def test_methods_of_the_live_model_choose_from_older_values(method: str, policy: str, shared: Any) -> None:
+    refresh = {"policy": policy, **({"refresh_fraction": 0.3} if policy == "rotating" else {})}
+    section = {"store": str(shared.folder / "stale"), "params": STALE[method], "refresh": refresh}
+    run = shared.write(
+        f"{method}-{policy}", component_name=method, dataflex=section, update_times=3, save_strategy="no"
+    )
+    summary = shared.run("train", run)
+    later = summary["updates"][1:]
+    targets = 0 if "loss" in method or policy == "static" else 8
+    share = -(-62 * 3 // 10) if policy == "rotating" else 0
+    assert all(update["computed"] <= share + targets for update in later)
+    assert all(update["reused"] > 0 for update in later)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "policy"),
+    [
+        ("cluster_less", {}, "rotating"),
+        ("influence_distillation", {}, "static"),
+        ("near", {"representation": {"kind": "gradient"}}, "rotating"),
+    ],
+)
+def test_methods_that_need_one_state_refuse_older_values(method: str, params: Any, policy: str, shared: Any) -> None:
+    run = shared.write("refused", component_name=method, dataflex={"params": params, "refresh": {"policy": policy}})
+    with pytest.raises(ConfigError, match=f"dataflex.refresh.policy: found '{policy}'; expected full"):
+        load(run)

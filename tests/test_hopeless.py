@@ -21,7 +21,12 @@ def director(targets: dict[str, Any], needs: list[Need], steps: int = 1) -> Roun
     made = RoundDirector(SimpleNamespace(schedule=Schedule(0, steps, 1)))
     rounds = [SimpleNamespace(steps=steps)]
     made.run = SimpleNamespace(  # type: ignore[assignment]
-        updates=rounds, trainer=SimpleNamespace(global_batch=4), needs=needs, targets=targets, eligible=np.arange(10)
+        selector=SimpleNamespace(chooses_distinct=True),
+        updates=rounds,
+        trainer=SimpleNamespace(global_batch=4),
+        needs=needs,
+        targets=targets,
+        eligible=np.arange(10),
     )
     return made
 

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from dataflex.errors import CoverageError
 from dataflex.features.spec import BASE, FeatureSpec, LossSpec
 from dataflex.rows import Status
+from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.loss import ByDeltaLoss, ByLoss, Ifd
-from dataflex.selectors.sampling import band_weights, sample, window_weights
+from dataflex.selectors.sampling import band_logits, logs, sample, window_weights
 from tests.held import Held, context, pool
 
 NAN = float("nan")
@@ -52,9 +53,10 @@ LIVE, AT_BASE = (LossSpec(), None), (LossSpec(), BASE)
     ],
 )
 def test_weights_of_bands(values: list[float], focus: str, expected: list[float]) -> None:
-    found = band_weights(np.array(values), (0.33, 0.66), focus, 5.0, 1.0)
-    np.testing.assert_allclose(found, expected)
-    np.testing.assert_allclose(band_weights(np.array(values), (0.33, 0.66), focus, 5.0, 4.0), np.power(expected, 0.25))
+    found = band_logits(np.array(values), (0.33, 0.66), focus, 5.0, 1.0)
+    np.testing.assert_allclose(np.exp(found), expected)
+    tempered = band_logits(np.array(values), (0.33, 0.66), focus, 5.0, 4.0)
+    np.testing.assert_allclose(np.exp(tempered), np.power(expected, 0.25))
 
 
 def test_draws_have_the_stated_frequencies() -> None:
@@ -65,7 +67,7 @@ def test_draws_have_the_stated_frequencies() -> None:
     count, draws = np.zeros(6), 20_000
     rng = np.random.default_rng(0)
     for _ in range(draws):
-        drawn = sample(weights, keys, 2, rng, replacement=False)
+        drawn = sample(logs(np.nan_to_num(weights)), keys, 2, rng, replacement=False)
         assert len(set(drawn.tolist())) == 2
         count[drawn] += 1
     usable = np.array(expected) > 0
@@ -77,16 +79,27 @@ def test_draws_have_the_stated_frequencies() -> None:
 def test_a_draw_follows_the_keys_and_not_the_order() -> None:
     weights, keys = np.arange(1.0, 9.0), pool(8).keys
     order = np.random.default_rng(3).permutation(8)
-    one = sample(weights, keys, 3, np.random.default_rng(9), False)
-    other = sample(weights[order], keys[order], 3, np.random.default_rng(9), False)
+    one = sample(logs(weights), keys, 3, np.random.default_rng(9), False)
+    other = sample(logs(weights)[order], keys[order], 3, np.random.default_rng(9), False)
     assert order[other].tolist() == one.tolist()
 
 
 def test_too_few_rows_are_refused() -> None:
-    weights = np.array([1.0, 0.0, NAN])
+    weights = np.array([0.0, -np.inf, NAN])
     with pytest.raises(CoverageError, match="2 rows wanted at one update, found 1 of 3"):
         sample(weights, pool(3).keys, 2, np.random.default_rng(0), False)
     assert sample(weights, pool(3).keys, 4, np.random.default_rng(0), True).tolist() == [0, 0, 0, 0]
+
+
+def test_extreme_temperatures_draw_the_favoured() -> None:
+    """Weights that no float64 holds are still told from each other."""
+    views = {LIVE: losses([float(i) for i in range(9)])}
+    cold = ByLoss(ByLoss.Params.model_validate({"focus": "high", "temperature": 1e-4}))
+    draws = [select(cold, views, 3, update=u) for u in range(8)]
+    assert all(set(rows) == {6, 7, 8} for rows in draws)
+    assert len({tuple(rows) for rows in draws}) > 1
+    parts = {"representation": {"kind": "loss"}, "rule": {"kind": "sample", "temperature": 1e-9}}
+    assert select(Composed(Composition.model_validate(parts)), views, 4) == [8, 7, 6, 5]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +155,27 @@ def test_scores_of_learning(score: str, expected: int) -> None:
     selector = ByDeltaLoss(ByDeltaLoss.Params.model_validate({"score": score, "rule": "top_k"}))
     assert select(selector, views, 1) == [expected]
     assert {(n.spec, n.state) for n in selector.needs()} == {AT_BASE, LIVE}
+
+
+def test_the_window_moves_with_the_updates_of_an_epoch() -> None:
+    views = {AT_BASE: losses([5.0 - i / 10 for i in range(20)]), LIVE: losses([1.0] * 20)}
+    selector = ByDeltaLoss(ByDeltaLoss.Params.model_validate({"window_size": 0.2, "outside": 0}))
+    windows = [sorted(select(selector, views, 4, update=u, updates=5)) for u in range(5)]
+    assert windows == [[i, i + 1, i + 2, i + 3] for i in (0, 1, 8, 14, 15)]  # int(16 sigmoid(10 (x - 1/2)))
+
+
+def test_what_a_rule_prefers_is_what_rotation_computes_first() -> None:
+    """Larger is better in the record of the pool, also where the lowest losses are wanted."""
+    views = {LIVE: losses([3, 2, NAN, 1, 4])}
+    given = context(pool(5), [], lambda spec, target, state: views[LIVE])
+    low = ByLoss(ByLoss.Params.model_validate({"mode": "topk_low"})).select(None, 0, 2, context=given)
+    assert low.pool is not None
+    assert low.scores is not None
+    assert np.argsort(-low.pool).tolist()[:4] == [3, 1, 0, 4]
+    assert low.scores.tolist() == [1, 2]
+    medium = ByLoss(ByLoss.Params.model_validate({"focus": "medium"})).select(None, 0, 2, context=given)
+    assert medium.pool is not None
+    assert int(medium.pool.argmax()) == 1
 
 
 def test_one_update_and_later_epochs_have_a_window() -> None:

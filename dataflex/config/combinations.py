@@ -114,6 +114,11 @@ class Combinations:
         self._refuse_if_set("fsdp", "There are no per-example features of an FSDP-sharded model; use DDP or DeepSpeed")
         self._refuse_if_set("mixture_of_depths", "Which tokens a layer sees depends on the other rows of the batch")
 
+    def check_base(self) -> None:
+        """Refuse adapters without which the model is not its base."""
+        why = "PiSSA takes the adapter's first weights out of the frozen ones, so there is no base model to look at"
+        self._refuse_if_set("pissa_init", why)
+
     def check_gradients(self, schedule: Schedule, specs: Sequence[GradientSpec], is_live: bool) -> None:
         """Refuse what there is no exact per-example gradient of.
 

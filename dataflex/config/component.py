@@ -30,11 +30,15 @@ class Component:
         cls: the class.
         params: an instance of `cls.Params`; for a class without one, the constructor arguments given.
         needs: the features it declares (`dataflex.selectors.base.Need`).
+        asked: features of some rows that it asks for while choosing.
+        refreshes: the refresh policies that it works under.
     """
 
     cls: type[Any]
     params: BaseModel | dict[str, Any]
     needs: tuple[Any, ...]
+    asked: tuple[Any, ...] = ()
+    refreshes: tuple[str, ...] = ("full", "rotating", "static")
 
 
 def component(
@@ -74,12 +78,16 @@ def component(
     params = _checked(cls, values, place, problems)
     if params is None:
         return None
+    if not isinstance(params, BaseModel) or not hasattr(cls, "needs"):
+        return Component(cls, params, ())
     try:
-        needs = tuple(cls(params).needs()) if isinstance(params, BaseModel) and hasattr(cls, "needs") else ()
+        made = cls(params)
+        needs = tuple(made.needs())
     except ConfigError as error:
         problems.say(document.origin, "dataflex.params", str(error))
         return None
-    return Component(cls, params, needs)
+    policies = getattr(made, "refreshes", Component.refreshes)
+    return Component(cls, params, needs, tuple(getattr(made, "asked", ())), policies)
 
 
 def find_file(path: str, run_file: Path) -> Path | None:

@@ -177,7 +177,11 @@ class _Loading:
         """Hold the keys against each other, as far as the run makes use of them."""
         check = Combinations(llamafactory, self.origin, self.problems)
         needs = found.needs if found else ()
-        specs = [*(need.spec for need in needs), *section.features]
+        specs = [*(need.spec for need in needs), *(found.asked if found else ()), *section.features]
+        if found and section.refresh.policy not in found.refreshes:
+            expected = f"{' or '.join(found.refreshes)} with these parameters"
+            why = "What the method compares must be of one state of the model"
+            self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
         gradients = [spec for spec in specs if isinstance(spec, GradientSpec)]
         if not is_dynamic and not specs:
             if llamafactory.get("model_name_or_path") is None:
@@ -200,5 +204,7 @@ class _Loading:
             check.check_adam()
         for state in dict.fromkeys(need.state for need in needs if need.state not in (None, BASE)):
             if not os.path.isdir(state):
-                self.problems.add(self.origin, "dataflex.params.checkpoints", "folders that exist", state)
+                self.problems.add(self.origin, "dataflex.params", "checkpoint folders that exist", state)
+        if any(need.state == BASE for need in needs):
+            check.check_base()
         self.notes += check.notes

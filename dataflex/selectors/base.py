@@ -43,6 +43,10 @@ class View(Protocol):
         """(R,) int32, updates since each row's value was computed; 0 is fresh."""
         ...
 
+    def take(self, rows: np.ndarray) -> View:
+        """Return the view of some of the rows, in the order given."""
+        ...
+
     def scalar(self, name: str) -> np.ndarray:
         """Return a scalar column, (R,)."""
         ...

@@ -18,7 +18,7 @@ def checkpoint_weights(checkpoints: Sequence[str], given: Sequence[float] | None
     their sum does not change a ranking.
 
     Raises:
-        ConfigError: a checkpoint has no log of learning rates.
+        ConfigError: a checkpoint has no log of learning rates, or all of them are 0.
     """
     if given is not None:
         return np.asarray(given) / sum(given)
@@ -40,4 +40,6 @@ def checkpoint_weights(checkpoints: Sequence[str], given: Sequence[float] | None
             )
         means.append(float(np.mean(rates)))
         before = step
+    if not sum(means) > 0:
+        raise ConfigError(f"{checkpoints[0]}: every learning rate logged is 0; give dataflex.params.weights")
     return np.asarray(means) / sum(means)

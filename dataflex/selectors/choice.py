@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from dataflex.selectors.interleave import interleaved
 from dataflex.selectors.judgement import Judgement
 from dataflex.selectors.representation import Part
 from dataflex.selectors.rules import ranking, round_robin, top_k
-from dataflex.selectors.sampling import band_weights, sample, window_weights
+from dataflex.selectors.sampling import band_logits, logs, sample, window_weights
 from dataflex.selectors.transport import Transport, clipped, kernel_density, knn_kde, knn_uniform
 
 log = logging.getLogger(__name__)
@@ -23,19 +24,38 @@ log = logging.getLogger(__name__)
 class Rule(Part):
     """Base of rules."""
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
-        """Return k rows, best first.
+    def select(self, judged: Judgement, k: int) -> Selection:
+        """Return k rows, best first, and what the journal records.
+
+        `Selection.pool` is what the rule prefers, larger is better: `refresh: rotating` computes such rows first.
 
         Raises:
-            CoverageError: fewer than k can be chosen.
+            CoverageError: fewer than k rows can be chosen.
         """
         raise NotImplementedError
 
+
+class Draw(Rule):
+    """Base of rules that draw."""
+
+    replacement: bool = Field(False, description="whether a row may be drawn again within an update")
+
+    def logits(self, judged: Judgement) -> np.ndarray:
+        """Return the logarithm of every row's weight, (N,); -inf or NaN is never drawn."""
+        raise NotImplementedError
+
     def select(self, judged: Judgement, k: int) -> Selection:
-        """Return the rows with what the journal records of them."""
-        rows = self.choose(judged, k)
-        pool = np.where(np.isfinite(judged.scores), judged.scores, -np.inf)
-        return Selection(rows, pool[rows], judged.ages[rows], pool)
+        """Draw k rows by a generator of the run's seed and the update."""
+        context = judged.context
+        logits = np.where(np.isfinite(judged.scores), self.logits(judged), -np.inf)
+        rows = sample(logits, context.rows.keys, k, context.rng("draw", context.update), self.replacement)
+        return recorded(judged, rows, logits)
+
+
+def recorded(judged: Judgement, rows: np.ndarray, preference: np.ndarray) -> Selection:
+    """Return the selection of rows (k,), given what the rule prefers (N,)."""
+    pool = np.where(np.isfinite(judged.scores) & np.isfinite(preference), preference, -np.inf)
+    return Selection(rows, judged.scores[rows], judged.ages[rows], pool)
 
 
 class TopK(Rule):
@@ -44,10 +64,10 @@ class TopK(Rule):
     kind: Literal["top_k"] = "top_k"
     order: Literal["high", "low"] = Field("high", description="which end of the scores is taken")
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
+    def select(self, judged: Judgement, k: int) -> Selection:
         """Return the k best by (-score, tie, row key, position)."""
         scores = judged.scores if self.order == "high" else -judged.scores
-        return top_k(scores, judged.context.rows.keys, k, judged.ties)
+        return recorded(judged, top_k(scores, judged.context.rows.keys, k, judged.ties), scores)
 
 
 class RoundRobin(Rule):
@@ -59,52 +79,58 @@ class RoundRobin(Rule):
         False, description="over rows: begin with the nearest at every update; else go on with the next-nearest"
     )
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
-        """Return the next k rows of the walk; when the pool has been walked through, the walk begins again."""
+    @model_validator(mode="after")
+    def _acts(self) -> RoundRobin:
+        if self.over == "sets" and self.repeat:
+            raise ValueError("repeat only with over: rows; target sets begin anew at every update")
+        return self
+
+    def select(self, judged: Judgement, k: int) -> Selection:
+        """Return the next k rows; when the whole pool has been chosen, it is walked through again."""
         if self.over == "sets":
             assert judged.sets is not None
-            return round_robin(judged.sets, judged.context.rows.keys, k, judged.ties)
-        assert judged.nearest is not None
+            rows = round_robin(judged.sets, judged.context.rows.keys, k, judged.ties)
+        else:
+            rows = self._next(judged, k)
+        return recorded(judged, rows, judged.scores)
+
+    def _next(self, judged: Judgement, k: int) -> np.ndarray:
+        """Walk through the target rows' neighbours, passing over what this pass through the pool has chosen."""
         size = len(judged.usable)
         if size < k:
             raise CoverageError(f"{k} rows wanted at one update, found {size} that can be chosen; lower update_step")
-        start = 0 if self.repeat else sum(len(rows) for rows in judged.context.history) % size
-        walk = self._walk(judged, min(start + k, size))
-        return np.concatenate([walk[start : start + k], walk[: max(0, start + k - size)]])
+        taken = np.empty(0, np.int64) if self.repeat else _this_pass(judged.context.history, judged.scores, size)
+        walk = self._walk(judged, min(size, len(taken) + k))
+        fresh = walk[~np.isin(walk, taken)][:k]
+        return np.concatenate([fresh, walk[~np.isin(walk, fresh)][: k - len(fresh)]])
 
     def _walk(self, judged: Judgement, length: int) -> np.ndarray:
         """Return the first rows of the walk, from as few neighbours of each target as that takes."""
         assert judged.nearest is not None
-        width = min(length, len(judged.usable))
-        depth = min(width, max(16, -(-2 * width // max(1, self._targets(judged)))))
+        depth = min(judged.reach, max(16, -(-2 * length // max(1, self._targets(judged)))))
         while True:
             walk, is_short = interleaved(judged.nearest(depth)[1], length, np.isfinite(judged.scores))
-            if not is_short or depth == len(judged.usable):
+            if not is_short or depth == judged.reach:
                 return walk
-            depth = min(2 * depth, len(judged.usable))
+            depth = min(2 * depth, judged.reach)
 
     @staticmethod
     def _targets(judged: Judgement) -> int:
         return sum(len(rows) for rows in judged.context.targets.values())
 
 
-class Sample(Rule):
+class Sample(Draw):
     """A draw with probability softmax(score / temperature)."""
 
     kind: Literal["sample"] = "sample"
     temperature: float = Field(1.0, gt=0, description="towards 0 the best are certain, towards infinity all are alike")
-    replacement: bool = Field(False, description="whether a row may be drawn again within an update")
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
-        """Draw k rows."""
-        weights = np.zeros(len(judged.scores))
-        usable = judged.usable
-        if len(usable):
-            weights[usable] = np.exp((judged.scores[usable] - judged.scores[usable].max()) / self.temperature)
-        return drawn(judged, weights, k, self.replacement)
+    def logits(self, judged: Judgement) -> np.ndarray:
+        """Return score / temperature."""
+        return judged.scores / self.temperature
 
 
-class Bands(Rule):
+class Bands(Draw):
     """A draw in which one third of the scores is favoured."""
 
     kind: Literal["bands"] = "bands"
@@ -112,7 +138,6 @@ class Bands(Rule):
     focus_weight: float = Field(5.0, gt=0, description="weight of a row in it; 1 elsewhere")
     quantiles: tuple[float, float] = Field((0.33, 0.66), description="where the bands meet")
     temperature: float = Field(1.0, gt=0, description="weights are raised to 1 / temperature")
-    replacement: bool = Field(False, description="whether a row may be drawn again within an update")
 
     @model_validator(mode="after")
     def _ascend(self) -> Bands:
@@ -120,13 +145,12 @@ class Bands(Rule):
             raise ValueError("quantiles that ascend within 0 to 1")
         return self
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
-        """Draw k rows."""
-        weights = band_weights(judged.scores, self.quantiles, self.focus, self.focus_weight, self.temperature)
-        return drawn(judged, weights, k, self.replacement)
+    def logits(self, judged: Judgement) -> np.ndarray:
+        """Return the bands' weights."""
+        return band_logits(judged.scores, self.quantiles, self.focus, self.focus_weight, self.temperature)
 
 
-class Middle(Rule):
+class Middle(Draw):
     """An even draw from the scores between two quantiles."""
 
     kind: Literal["middle"] = "middle"
@@ -138,47 +162,42 @@ class Middle(Rule):
             raise ValueError("quantiles that ascend within 0 to 1")
         return self
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
-        """Draw k rows."""
+    def logits(self, judged: Judgement) -> np.ndarray:
+        """Return 0 within the band."""
         scores = judged.scores
         low, high = np.quantile(scores[judged.usable], self.quantiles) if len(judged.usable) else (0.0, 0.0)
-        return drawn(judged, ((scores >= low) & (scores <= high)).astype(np.float64), k, False)
+        return np.where((scores >= low) & (scores <= high), 0.0, -np.inf)
 
 
-class Window(Rule):
+class Window(Draw):
     """A draw from a window over the ranking that moves from the top to the bottom as the updates of an epoch go by."""
 
     kind: Literal["window"] = "window"
     size: float = Field(0.2, gt=0, le=1, description="width, as a share of the usable rows")
     outside: float = Field(0.025, ge=0, description="weight of a row outside; 1 inside")
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
-        """Draw k rows."""
+    def logits(self, judged: Judgement) -> np.ndarray:
+        """Return the window's weights."""
         context = judged.context
         steps = context.updates - 1
         progress = (context.round.update - 1) / steps if steps > 0 else 0.0
         ranks = ranking(judged.scores, context.rows.keys)
-        weights = window_weights(judged.scores, ranks, self.size, min(1.0, max(0.0, progress)), self.outside)
-        return drawn(judged, weights, k, False)
+        return logs(window_weights(judged.scores, ranks, self.size, min(1.0, max(0.0, progress)), self.outside))
 
 
-class _Plan(Rule):
+class _Plan(Draw):
     """Base of the rules that send every target row's mass to its nearest training rows."""
 
     alpha: float = Field(0.5, ge=0, le=1, description="1: the nearest row alone; 0: spread as far as max_K")
-    C: float = Field(5.0, gt=0, description="length that distances are compared with; about 1 suits unit vectors")
+    C: float = Field(1.0, gt=0, description="length that distances are compared with; about 1 suits unit vectors")
     max_K: int = Field(5000, ge=2, description="neighbours of a target row, at most a tenth of the pool")
-    replacement: bool = Field(False, description="whether a row may be drawn again within an update")
 
-    def choose(self, judged: Judgement, k: int) -> np.ndarray:
-        """Draw k rows from the plan's probabilities."""
+    def logits(self, judged: Judgement) -> np.ndarray:
+        """Return the plan's probabilities."""
         plan = self.plan(judged)
-        log.info(
-            "transport: a target row's mass goes to %.1f rows on average, %d rows can be drawn",
-            plan.neighbourhood,
-            plan.support,
-        )
-        return drawn(judged, plan.p, k, self.replacement)
+        said = "transport: a target row's mass goes to %.1f rows on average, %d rows can be drawn"
+        log.info(said, plan.neighbourhood, plan.support)
+        return logs(plan.p)
 
     def plan(self, judged: Judgement) -> Transport:
         """Return what every training row gets."""
@@ -215,14 +234,16 @@ class KnnKde(_Plan):
         return knn_kde(neighbours, distances, density, len(judged.scores), self.alpha, self.C)
 
 
+def _this_pass(history: Sequence[np.ndarray], scores: np.ndarray, size: int) -> np.ndarray:
+    """Return the rows that the present pass through the `size` usable rows has chosen already."""
+    once = [rows[np.sort(np.unique(rows, return_index=True)[1])] for rows in history]
+    chosen = np.concatenate([np.empty(0, np.int64), *once])
+    chosen = chosen[np.isfinite(scores[chosen])]
+    return chosen[len(chosen) - len(chosen) % size :]
+
+
 Choice = Annotated[
     TopK | RoundRobin | Sample | Bands | Middle | Window | KnnUniform | KnnKde, Field(discriminator="kind")
 ]
 NEIGHBOURLY = (KnnUniform, KnnKde)
 """Rules that look at the nearest rows of every target; so does `RoundRobin` over rows."""
-
-
-def drawn(judged: Judgement, weights: np.ndarray, k: int, replacement: bool) -> np.ndarray:
-    """Draw k rows by a generator of the run's seed and the update."""
-    context = judged.context
-    return sample(weights, context.rows.keys, k, context.rng("draw", context.update), replacement)

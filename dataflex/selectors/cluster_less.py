@@ -12,8 +12,8 @@ from dataflex.selectors.base import Context, Selection
 from dataflex.selectors.choice import RoundRobin, TopK
 from dataflex.selectors.clustering import Method, clusters, representatives
 from dataflex.selectors.judgement import Judgement
-from dataflex.selectors.propagated import Propagated, PropagatedFields, candidates, vectors_of
-from dataflex.selectors.similarity import target_vectors, unit
+from dataflex.selectors.propagated import Propagated, PropagatedFields, candidates
+from dataflex.selectors.similarity import target_vectors, unit, vectors_of
 
 
 class ClusterLess(Propagated):
@@ -61,7 +61,7 @@ class ClusterLess(Propagated):
         vectors = vectors_of(self.embeddings(context), able)
         vectors = unit(vectors)[0]
         chosen = self._representatives(context, able, ids, vectors)
-        rows = np.sort(able[chosen])
+        rows = able[chosen]
         scores = self.exact(context, rows)
         ties = None
         if self.params.carry_over == "regress":
@@ -81,7 +81,7 @@ class ClusterLess(Propagated):
             p = self.params
             ids = None
             if distributed.is_main():
-                vectors = unit(vectors_of(view, able))[0].astype(np.float32)
+                vectors = unit(vectors_of(view, able))[0]
                 count = p.num_clusters or -(-len(able) // p.cluster_size)
                 ids = clusters(vectors, count, p.clustering_method, p.clustering_max_iter, context.seed)
             found = distributed.broadcast(ids)
@@ -120,7 +120,7 @@ class ClusterLess(Propagated):
         means, is_known = unit(np.zeros((int(ids.max()) + 1, 1)) if sums is None else sums)
         by_cluster = np.full((len(means), len(context.targets)), -np.inf)
         for j, name in enumerate(context.targets):
-            target = target_vectors(context.features(self.params.target_spec, name), name, "cosine")
+            target = target_vectors(context.features(self.params.target_spec, name), name)
             by_cluster[is_known, j] = means[is_known] @ unit(target)[0].mean(axis=0)
         sets = np.full((len(context.rows), len(context.targets)), -np.inf)
         sets[able] = by_cluster[ids]

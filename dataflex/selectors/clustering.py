@@ -47,7 +47,7 @@ def _farthest_first(vectors: np.ndarray, count: int, seed: int) -> np.ndarray:
     distance = np.full(len(vectors), np.inf)
     centre = int(np.random.default_rng(seed).integers(len(vectors)))
     for number in range(count):
-        squared = ((vectors - vectors[centre]) ** 2).sum(axis=1)
+        squared = 2 - 2 * vectors @ vectors[centre]
         closer = squared < distance
         nearest[closer], distance[closer] = number, squared[closer]
         centre = int(distance.argmax())

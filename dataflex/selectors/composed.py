@@ -5,20 +5,24 @@ Every method that judges rows by cached features is one of these, under its own 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, CoverageError
+from dataflex.rows import Status
 from dataflex.selectors.base import Context, Need, Selection, View
 from dataflex.selectors.choice import NEIGHBOURLY, Choice, RoundRobin, TopK
 from dataflex.selectors.judgement import Judgement
 from dataflex.selectors.numbers import DeltaLoss, InstructionDifficulty, Loss
 from dataflex.selectors.representation import Numbers, Part, Vectors
-from dataflex.selectors.similarity import Similarity, Within, set_scores, target_vectors, unit
+from dataflex.selectors.similarity import Similarity, Within, set_scores, target_vectors, unit, vectors_of
 from dataflex.selectors.vectors import EmbeddingVectors, GradientVectors, PolicyVectors
+
+log = logging.getLogger(__name__)
 
 Representation = Annotated[
     GradientVectors | PolicyVectors | EmbeddingVectors | Loss | DeltaLoss | InstructionDifficulty,
@@ -37,16 +41,21 @@ class Composition(Part):
 
     @model_validator(mode="after")
     def _fits(self) -> Composition:
-        looks_around = isinstance(self.rule, NEIGHBOURLY) or (
-            isinstance(self.rule, RoundRobin) and self.rule.over == "rows"
-        )
         if isinstance(self.representation, Numbers) and isinstance(self.rule, (*NEIGHBOURLY, RoundRobin)):
             raise ValueError(f"a rule other than {self.rule.kind} with {self.representation.kind}: it has no targets")
-        if looks_around and isinstance(self.representation, Vectors) and len(self.representation.terms()) > 1:
+        unused = self.model_fields_set & {"similarity", "within", "across"}
+        if isinstance(self.representation, Numbers) and unused:
+            raise ValueError(f"no {', '.join(sorted(unused))} with {self.representation.kind}, which has no targets")
+        if self.looks_around and isinstance(self.representation, Vectors) and len(self.representation.terms()) > 1:
             raise ValueError(f"one checkpoint with the rule {self.rule.kind}: neighbours are those of one model state")
-        if looks_around and self.similarity == "whitened_cosine":
+        if self.looks_around and self.similarity == "whitened_cosine":
             raise ValueError(f"a similarity other than whitened_cosine with the rule {self.rule.kind}")
         return self
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether the rule asks for the nearest rows of every target."""
+        return isinstance(self.rule, NEIGHBOURLY) or (isinstance(self.rule, RoundRobin) and self.rule.over == "rows")
 
 
 class Composed:
@@ -66,6 +75,26 @@ class Composed:
         """
         assert isinstance(params, Composition)
         return params
+
+    @property
+    def refreshes(self) -> tuple[str, ...]:
+        """The refresh policies that it works under: neighbours are searched among vectors as they were computed."""
+        is_live = any(need.state is None for need in self.needs())
+        return ("full", "static") if self.parts.looks_around and is_live else ("full", "rotating", "static")
+
+    @property
+    def chooses_distinct(self) -> bool:
+        """Whether an update holds each row once."""
+        return not getattr(self.parts.rule, "replacement", False)
+
+    def prepare(self) -> None:
+        """Check what can be checked before anything is computed.
+
+        Raises:
+            ConfigError: checkpoints have no weights.
+        """
+        if isinstance(self.parts.representation, Vectors):
+            self.parts.representation.term_weights()
 
     def needs(self) -> list[Need]:
         """Return the representation's features."""
@@ -93,29 +122,49 @@ class Composed:
     def _compared(self, context: Context, representation: Vectors) -> Judgement:
         """Sum the terms' similarities to every target set, then join the sets."""
         terms, parts = representation.terms(), self.parts
-        sets = np.zeros((len(context.rows), len(context.targets)))
+        views = [{name: context.features(term.target, name, term.state) for name in context.targets} for term in terms]
+        names = speaking(context.targets, views)
+        sets = np.zeros((len(context.rows), len(names)))
         ages = np.zeros(len(context.rows), dtype=np.int32)
-        for term, weight in zip(terms, representation.term_weights(), strict=True):
+        for term, weight, found in zip(terms, representation.term_weights(), views, strict=True):
             view = context.features(term.train, state=term.state)
-            targets = {name: context.features(term.target, name, term.state) for name in context.targets}
+            targets = {name: found[name] for name in names}
             sets += weight * set_scores(view, targets, parts.similarity, parts.within)
             ages = np.maximum(ages, view.ages)
         scores = sets.max(axis=1) if parts.across == "max" else sets.mean(axis=1)
-        if len(terms) > 1 or parts.similarity == "whitened_cosine":
+        if not parts.looks_around:
             return Judgement(context, scores, ages, sets)
+        usable = np.isfinite(scores) if parts.similarity == "cosine" else view.status == Status.OK
         nearest, vectors = neighbourhood(view, targets, parts.similarity)
-        return Judgement(context, scores, ages, sets, nearest=nearest, vectors=vectors)
+        return Judgement(context, scores, ages, sets, None, nearest, int(usable.sum()), vectors)
+
+
+def speaking(names: Iterable[str], views: Sequence[Mapping[str, View]]) -> list[str]:
+    """Return the target sets that have a usable row in every view; the others are left out, with a warning.
+
+    Raises:
+        CoverageError: there is none.
+    """
+    silent = [name for name in names if any((view[name].status != Status.OK).all() for view in views)]
+    if len(silent) == len(views[0]):
+        raise CoverageError(
+            f"target sets {', '.join(silent)}: found no usable row; expected supervised tokens and finite values, and "
+            "for policy gradients responses whose rewards differ"
+        )
+    for name in silent:
+        log.warning("target set %s has no usable row at this update and is left out", name)
+    return [name for name in names if name not in silent]
 
 
 def neighbourhood(
-    view: View, targets: dict[str, View], similarity: Similarity
+    view: View, targets: Mapping[str, View], similarity: Similarity
 ) -> tuple[Callable[[int], tuple[np.ndarray, np.ndarray]], Callable[[np.ndarray], np.ndarray]]:
     """Return the functions of `Judgement.nearest` and `Judgement.vectors`.
 
     Distances are Euclidean, between unit vectors for cosines, where the order is that of the cosines. For inner
     products, which have no distance, what is returned in their place is the largest product less each.
     """
-    queries = np.concatenate([target_vectors(target, name, similarity) for name, target in targets.items()])
+    queries = np.concatenate([target_vectors(target, name) for name, target in targets.items()])
     if similarity == "cosine":
         queries = unit(queries)[0]
 
@@ -129,12 +178,7 @@ def neighbourhood(
         return scores.max(initial=0) - scores, rows
 
     def vectors(rows: np.ndarray) -> np.ndarray:
-        found = np.zeros((len(rows), queries.shape[1]))
-        place = np.full(len(view.status), -1)
-        place[rows] = np.arange(len(rows))
-        for at, block in view.blocks():
-            mine = place[at] >= 0
-            found[place[at[mine]]] = block[mine]
+        found = vectors_of(view, rows)
         return unit(found)[0] if similarity == "cosine" else found
 
     return nearest, vectors

@@ -22,6 +22,7 @@ class Judgement:
         ties: (N,) float64, larger goes first among equal scores; None: by row key.
         nearest: k -> (distances (M, k), rows (M, k)) of the k nearest usable rows to each of the M target rows, nearest
             first; None where there is no single vector per row.
+        reach: the largest k that `nearest` takes.
         vectors: rows (R,) -> their vectors (R, D) float64, as distances are between; None with `nearest`.
     """
 
@@ -31,6 +32,7 @@ class Judgement:
     sets: np.ndarray | None = None
     ties: np.ndarray | None = None
     nearest: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
+    reach: int = 0
     vectors: Callable[[np.ndarray], np.ndarray] | None = None
 
     @property

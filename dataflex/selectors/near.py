@@ -71,4 +71,6 @@ class Near(Composed):
             scores[given[:, column]] = -column
         scores[context.rows.supervised == 0] = -np.inf
         ages = np.full(size, -1, np.int32)
-        return Judgement(context, scores, ages, nearest=lambda k: (np.zeros((len(given), 0)), given[:, :k]))
+        return Judgement(
+            context, scores, ages, nearest=lambda k: (np.zeros((len(given), 0)), given[:, :k]), reach=given.shape[1]
+        )

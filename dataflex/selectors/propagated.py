@@ -8,13 +8,18 @@ import numpy as np
 from pydantic import Field
 
 from dataflex.errors import ConfigError, CoverageError
+from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Status
 from dataflex.selectors.base import Context, Need, Selection, View
 from dataflex.selectors.choice import RoundRobin, TopK
 from dataflex.selectors.judgement import Judgement
 from dataflex.selectors.regression import kernel_ridge
-from dataflex.selectors.similarity import joined, set_scores, shared_blocks, unit
+from dataflex.selectors.sampling import by_key
+from dataflex.selectors.similarity import joined, set_scores, shared_blocks, unit, vectors_of
 from dataflex.selectors.vectors import EmbeddingVectors, GradientFields
+
+MOST = 16_384
+"""Rows that a regression takes: its kernel is then 2 GB."""
 
 
 class PropagatedFields(GradientFields):
@@ -35,6 +40,8 @@ class Propagated:
     """Base: exact scores of the rows that `sources` names, carried over to the others."""
 
     is_adaptive = True
+    chooses_distinct = True
+    refreshes = ("full",)
     Params = PropagatedFields
 
     def __init__(self, params: Any):
@@ -51,6 +58,11 @@ class Propagated:
             Need(self._embedding.train, "train", self._embedding.state),
             Need(self.params.target_spec, "targets"),
         ]
+
+    @property
+    def asked(self) -> list[FeatureSpec]:
+        """What it asks for of some rows."""
+        return [self.params.train_spec]
 
     def embeddings(self, context: Context) -> View:
         """Return the view of the training rows' embeddings."""
@@ -73,39 +85,27 @@ class Propagated:
 
         Raises:
             CoverageError: none of the rows has a score.
+            ConfigError: more than `MOST` of them have.
         """
         view = self.embeddings(context)
         known = np.isfinite(scores).all(axis=1)
         if not known.any():
             raise CoverageError(f"none of {len(rows)} rows has a usable gradient, so no score can be carried over")
+        if known.sum() > MOST:
+            raise ConfigError(
+                f"{int(known.sum())} rows with known scores are too many for a regression, whose kernel is a square "
+                f"matrix; expected at most {MOST}: fewer landmarks or samples_per_cluster, or carry_over: inherit"
+            )
         vectors = unit(vectors_of(view, rows[known]))[0]
         predict = kernel_ridge(vectors, scores[known], self.params.damping)
-        out = np.full((len(view.status), scores.shape[1]), -np.inf)
-        for at, block in shared_blocks(view):
-            out[at] = predict(unit(block.astype(np.float64))[0])
-        out = joined(out)
-        out[context.rows.supervised == 0] = -np.inf
-        return out
+        found = [(at, predict(unit(block.astype(np.float64))[0])) for at, block in shared_blocks(view)]
+        return joined(found, len(view.status), scores.shape[1])
 
 
 def candidates(context: Context, view: View) -> np.ndarray:
     """Return the rows with an embedding and supervised tokens, in the order of their keys, (n,)."""
     rows = np.flatnonzero((view.status == Status.OK) & (context.rows.supervised > 0))
-    words = np.ascontiguousarray(context.rows.keys[rows]).view(">u8").reshape(-1, 2)
-    return rows[np.lexsort((rows, words[:, 1], words[:, 0]))]
-
-
-def vectors_of(view: View, rows: np.ndarray) -> np.ndarray:
-    """Return the vectors of some rows, (R, D) float64, zero where a row is not usable."""
-    place = np.full(len(view.status), -1)
-    place[rows] = np.arange(len(rows))
-    found: np.ndarray | None = None
-    for at, block in view.blocks():
-        if found is None:
-            found = np.zeros((len(rows), block.shape[1]))
-        mine = place[at] >= 0
-        found[place[at[mine]]] = block[mine]
-    return np.zeros((len(rows), 1)) if found is None else found
+    return rows[by_key(context.rows.keys[rows])]
 
 
 class InfluenceDistillation(Propagated):
@@ -122,7 +122,7 @@ class InfluenceDistillation(Propagated):
         adam_variant: Literal["pytorch", "less_reference", "precond_only"] = Field(
             "precond_only", description="as for less; precond_only: without the momentum that all rows share"
         )
-        landmarks: int = Field(4096, ge=2, description="rows whose gradients are computed")
+        landmarks: int = Field(4096, ge=2, le=MOST, description="rows whose gradients are computed")
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Score the landmarks, carry over, choose.
@@ -131,7 +131,7 @@ class InfluenceDistillation(Propagated):
             CoverageError: no landmark has a gradient, or too few rows can be chosen.
         """
         able = candidates(context, self.embeddings(context))
-        rows = np.sort(context.rng("landmarks").permutation(able)[: self.params.landmarks])
+        rows = context.rng("landmarks").permutation(able)[: self.params.landmarks]
         sets = self.regressed(context, rows, self.exact(context, rows))
         judged = Judgement(context, sets.max(axis=1), np.zeros(len(sets), np.int32), sets)
         return (RoundRobin() if sets.shape[1] > 1 else TopK()).select(judged, num_samples)

@@ -26,6 +26,11 @@ class Random:
     def __init__(self, params: Params):
         self.params = params
 
+    @property
+    def chooses_distinct(self) -> bool:
+        """Whether an update holds each row once."""
+        return not self.params.replacement
+
     def needs(self) -> list[Need]:
         """Need nothing."""
         return []
@@ -37,5 +42,5 @@ class Random:
             CoverageError: there are fewer.
         """
         rng = context.rng("random", self.params.seed or 0, context.update)
-        weights = (context.rows.supervised > 0).astype(np.float64)
-        return Selection(sample(weights, context.rows.keys, num_samples, rng, self.params.replacement))
+        logits = np.where(context.rows.supervised > 0, 0.0, -np.inf)
+        return Selection(sample(logits, context.rows.keys, num_samples, rng, self.params.replacement))

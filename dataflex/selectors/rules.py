@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dataflex.errors import CoverageError
+from dataflex.selectors.sampling import by_key
 
 
 def ranking(scores: np.ndarray, keys: np.ndarray, ties: np.ndarray | None = None) -> np.ndarray:
@@ -18,9 +19,9 @@ def ranking(scores: np.ndarray, keys: np.ndarray, ties: np.ndarray | None = None
         ties: (N,) finite, larger goes first among equal scores; None: none does.
     """
     rows = np.flatnonzero(np.isfinite(scores))
-    words = np.ascontiguousarray(keys[rows]).view(">u8").reshape(-1, 2)
+    rows = rows[by_key(keys[rows])]
     first = np.zeros(len(rows)) if ties is None else -ties[rows]
-    return rows[np.lexsort((rows, words[:, 1], words[:, 0], first, -scores[rows]))]
+    return rows[np.lexsort((first, -scores[rows]))]  # stable, so that equal ones stay in the order of their keys
 
 
 def top_k(scores: np.ndarray, keys: np.ndarray, k: int, ties: np.ndarray | None = None) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Weights and random draws of rows. A draw is a function of the generator and the row keys, not of the pool's order."""
+"""Weights and random draws of rows. A draw is a function of the generator and the row keys, not of the pool's order.
+
+Weights are given as their logarithms, so that none is too large or too small to be told from the others.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,14 @@ import numpy as np
 from dataflex.errors import CoverageError
 
 
-def sample(weights: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generator, replacement: bool) -> np.ndarray:
-    """Draw k rows with probability proportional to their weights, in the order drawn.
+def sample(logits: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generator, replacement: bool) -> np.ndarray:
+    """Draw k rows with probability proportional to exp(logits), in the order drawn.
 
     Without replacement by the Gumbel trick, which is distributed as drawing one after the other. Noise is dealt in the
     order of (row key, position).
 
     Args:
-        weights: (N,) at least 0; 0 or NaN is never drawn.
+        logits: (N,) logarithms of weights; -inf or NaN is never drawn.
         keys: (N,) row keys.
         k: rows wanted.
         rng: source of the noise.
@@ -25,37 +28,48 @@ def sample(weights: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generat
     Raises:
         CoverageError: fewer than k rows have a positive weight (with replacement: none has).
     """
-    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
-    order = np.lexsort((np.arange(len(keys)), words[:, 1], words[:, 0]))
-    order = order[np.nan_to_num(weights[order]) > 0]
+    order = np.flatnonzero(np.isfinite(logits))
+    order = order[by_key(keys[order])]
     if len(order) < (1 if replacement else k):
         raise CoverageError(
-            f"{k} rows wanted at one update, found {len(order)} of {len(weights)} that can be drawn; lower update_step "
+            f"{k} rows wanted at one update, found {len(order)} of {len(logits)} that can be drawn; lower update_step "
             "or the batch size, draw with replacement, or widen what may be drawn"
         )
-    chances = weights[order].astype(np.float64)
+    known = logits[order].astype(np.float64)
     if replacement:
+        chances = np.exp(known - known.max())
         return order[rng.choice(len(order), size=k, p=chances / chances.sum())]
-    scores = np.log(chances) + rng.gumbel(size=len(order))
+    scores = known + rng.gumbel(size=len(order))
     return order[np.argsort(-scores, kind="stable")[:k]]
 
 
-def band_weights(
+def by_key(keys: np.ndarray) -> np.ndarray:
+    """Return the order of rows by (row key, position), (N,)."""
+    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
+    return np.lexsort((np.arange(len(keys)), words[:, 1], words[:, 0]))
+
+
+def logs(weights: np.ndarray) -> np.ndarray:
+    """Return the logarithms of weights of 0 or more, (N,)."""
+    return np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
+
+
+def band_logits(
     values: np.ndarray, quantiles: tuple[float, float], focus: str, focus_weight: float, temperature: float
 ) -> np.ndarray:
-    """Return the weight of each row by its third of the values, (N,); NaN values have weight 0.
+    """Return the logarithm of each row's weight by its third of the values, (N,); -inf where the value is not finite.
 
     With q1, q2 the quantiles (linear interpolation) of the finite values: low is v <= q1, medium q1 < v <= q2, high
     v > q2. Rows of the band in focus weigh `focus_weight`, others 1, all to the power 1 / temperature. Nothing is
     added, so that a row without a value is never drawn.
     """
     finite = np.isfinite(values)
-    weights = np.zeros(len(values))
+    logits = np.full(len(values), -np.inf)
     if finite.any():
         low, high = np.quantile(values[finite], quantiles)
         bands = {"low": values <= low, "medium": (values > low) & (values <= high), "high": values > high}
-        weights[finite] = np.where(bands[focus][finite], focus_weight, 1.0) ** (1 / temperature)
-    return weights
+        logits[finite] = np.where(bands[focus][finite], math.log(focus_weight) / temperature, 0.0)
+    return logits
 
 
 def window_weights(deltas: np.ndarray, ranks: np.ndarray, share: float, progress: float, outside: float) -> np.ndarray:

@@ -38,24 +38,25 @@ def set_scores(view: View, targets: Mapping[str, View], similarity: Similarity, 
         CoverageError: a target set has no usable row.
         ConfigError: vectors of more than `WHITENED_MOST` numbers are to be whitened.
     """
-    sets = {name: target_vectors(target, name, similarity) for name, target in targets.items()}
+    sets = {name: target_vectors(target, name) for name, target in targets.items()}
     prepare: Callable[[np.ndarray], np.ndarray] = _identity
     if similarity == "whitened_cosine":
         prepare = whitening(view, list(sets.values()))
         sets = {name: prepare(vectors) for name, vectors in sets.items()}
     if similarity in ("cosine", "whitened_cosine"):
         sets = {name: unit(vectors)[0] for name, vectors in sets.items()}
-    scores = np.full((len(view.status), len(sets)), -np.inf)
+    found = []
     for rows, vectors in shared_blocks(view):
         wide = vectors.astype(np.float64)
         usable = np.asarray(np.isfinite(wide).all(axis=1))
+        usable &= wide.any(axis=1)  # a zero vector says that there is none, under every similarity
         block = prepare(np.where(usable[:, None], wide, 0))
         if similarity in ("cosine", "whitened_cosine"):
             block, is_long = unit(block)
             usable &= is_long
         columns = [_reduced(block, vectors, similarity, within) for vectors in sets.values()]
-        scores[rows[usable]] = np.stack(columns, axis=1)[usable]
-    return joined(scores)
+        found.append((rows[usable], np.stack(columns, axis=1)[usable]))
+    return joined(found, len(view.status), len(sets))
 
 
 def shared_blocks(view: View) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -63,13 +64,33 @@ def shared_blocks(view: View) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     yield from view.blocks(part=(distributed.rank(), distributed.world()))
 
 
-def joined(scores: np.ndarray) -> np.ndarray:
-    """Join arrays that each hold a rank's own rows, -inf in the others, on every rank. Collective."""
-    return np.maximum.reduce(distributed.gather(scores)) if distributed.world() > 1 else scores
+def joined(found: Sequence[tuple[np.ndarray, np.ndarray]], size: int, width: int) -> np.ndarray:
+    """Return (size, width) float64 of what every rank found for its own rows; -inf where none did. Collective.
+
+    Args:
+        found: rows (b,) and values (b, width) of each block of this rank.
+        size: rows in all.
+        width: numbers per row.
+    """
+    out = np.full((size, width), -np.inf)
+    for shares in distributed.gather(list(found)):
+        for rows, values in shares:
+            out[rows] = values
+    return out
 
 
-def target_vectors(view: View, name: str, similarity: Similarity) -> np.ndarray:
-    """Return a target set's usable vectors, (M, D) float64, by row; those without a direction left out for cosines.
+def vectors_of(view: View, rows: np.ndarray) -> np.ndarray:
+    """Return the vectors of some rows, (R, D) float32, zero where a row is not usable; nothing else is read."""
+    found = None
+    for at, block in view.take(rows).blocks():
+        if found is None:
+            found = np.zeros((len(rows), block.shape[1]), np.float32)
+        found[at] = block
+    return np.zeros((len(rows), 1), np.float32) if found is None else found
+
+
+def target_vectors(view: View, name: str) -> np.ndarray:
+    """Return a target set's usable vectors, (M, D) float64, by row; zero ones are not.
 
     Raises:
         CoverageError: there is none.
@@ -77,20 +98,18 @@ def target_vectors(view: View, name: str, similarity: Similarity) -> np.ndarray:
     parts = list(view.blocks())
     rows = np.concatenate([rows for rows, _ in parts]) if parts else np.empty(0, np.int64)
     vectors = np.concatenate([v for _, v in parts]).astype(np.float64)[np.argsort(rows)] if parts else np.empty((0, 0))
-    keep = np.isfinite(vectors).all(axis=1)
-    if similarity != "l2":
-        keep &= (vectors != 0).any(axis=1)
+    keep = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
     if not keep.any():
         raise CoverageError(
-            f"target set {name}: found no usable row; expected at least one with supervised tokens and a finite vector"
-            + ("" if similarity == "l2" else " that is not zero")
+            f"target set {name}: found no usable row; expected at least one with supervised tokens and a finite vector "
+            "that is not zero"
         )
     return vectors[keep]
 
 
 def unit(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return vectors of length one, and whether each had a length, (b,) bool; the others stay zero."""
-    norms = np.linalg.norm(vectors, axis=1)
+    norms = np.linalg.norm(vectors, axis=1).astype(vectors.dtype)
     is_long = np.isfinite(norms) & (norms > 0)
     return np.divide(vectors, norms[:, None], out=np.zeros_like(vectors), where=is_long[:, None]), is_long
 

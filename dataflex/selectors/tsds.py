@@ -9,12 +9,12 @@ from pydantic import Field
 
 from dataflex.errors import MismatchError
 from dataflex.selectors.base import Context, Need, Selection
-from dataflex.selectors.choice import Choice, KnnKde, KnnUniform, drawn
+from dataflex.selectors.choice import Choice, KnnKde, KnnUniform
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.judgement import Judgement
 from dataflex.selectors.near import Compared
 from dataflex.selectors.params import ExistingFile, load_array
 from dataflex.selectors.representation import Part, part
+from dataflex.selectors.sampling import logs, sample
 from dataflex.selectors.vectors import EmbeddingVectors
 
 
@@ -71,6 +71,6 @@ class Tsds(Composed):
                 "one per training row"
             )
         scores = np.where((context.rows.supervised > 0) & (p > 0), p.astype(np.float64), -np.inf)
-        judged = Judgement(context, scores, np.full(len(scores), -1, np.int32))
-        rows = drawn(judged, np.maximum(scores, 0), num_samples, self.params.replacement)
-        return Selection(rows, scores[rows], judged.ages[rows], scores)
+        rng = context.rng("draw", context.update)
+        rows = sample(logs(np.maximum(scores, 0)), context.rows.keys, num_samples, rng, self.params.replacement)
+        return Selection(rows, scores[rows], np.full(len(rows), -1, np.int32), scores)

@@ -68,7 +68,7 @@ class CheckpointFields(GradientFields):
     @model_validator(mode="after")
     def _weights_fit(self) -> CheckpointFields:
         given = self.weights
-        if given is not None and (len(given) != len(self.checkpoints) or min(given) < 0 or sum(given) <= 0):
+        if given is not None and (len(given) != len(self.checkpoints) or min(given, default=0) < 0 or sum(given) <= 0):
             raise ValueError("as many weights as checkpoints, each 0 or more, not all 0")
         return self
 
@@ -171,4 +171,5 @@ class EmbeddingVectors(EmbeddingFields, Vectors):
         """Return the one term."""
         name = self.embedding_model_name_or_path
         spec = EmbeddingSpec(pooling=self.pooling, layer=self.layer, embedding_model_name_or_path=name)
-        return [Term(spec, spec, BASE if self.model == "base" else None)]
+        is_frozen = self.model == "base" or name is not None  # another encoder is not what is trained
+        return [Term(spec, spec, BASE if is_frozen else None)]
