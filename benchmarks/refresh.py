@@ -30,7 +30,7 @@ from pydantic import Field
 
 from dataflex.config.keys import Refresh
 from dataflex.pipelines.refresh import anchors, first, moved, rest
-from dataflex.selectors.base import Context, Selection, View
+from dataflex.selectors.base import Context, Selection
 from dataflex.selectors.less import Less
 
 POOL, UPDATES, STEPS, WARMUP, BATCH = 100_000, 30, 50, 100, 8
@@ -72,7 +72,7 @@ class Policy:
     updated: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
     selection: Selection | None = None
 
-    def choose(self, history: Sequence[View], select: Any) -> Selection:
+    def choose(self, history: Sequence[Any], select: Any) -> Selection:
         """Choose at the update that the last entry of the history is of.
 
         Args:
@@ -132,9 +132,11 @@ class Comparison(Less):
         view: Any = context.features(spec)
         self.history.append(Held(view.dense(), view.status, view.ages))
 
-        def select(held: View) -> Selection:
-            def features(asked: Any, target: str | None = None, state: str | None = None) -> View:
-                return held if target is None else context.features(asked, target, state)
+        def select(held: Any) -> Selection:
+            def features(
+                spec: Any, target: str | None = None, state: str | None = None, rows: np.ndarray | None = None
+            ) -> Any:
+                return held if target is None else context.features(spec, target, state, rows)
 
             replaced = dataclasses.replace(context, features=features)
             return super(Comparison, self).select(model, step_id, num_samples, context=replaced, **kwargs)

@@ -280,7 +280,7 @@ def test_default_components_file_is_read_if_there_is_one():
             "dataflex: {params: {gradient_type: adm}}",
             ["params.gradient_type: found 'adm'; expected adam or sgd", "'adam'?"],
         ),
-        ("dataflex: {params: {checkpoints: [gone]}}", ["dataflex.params.checkpoints: found 'gone'; expected folders"]),
+        ("dataflex: {params: {checkpoints: [gone]}}", ["dataflex.params: found 'gone'; expected checkpoint folders"]),
         (
             "dataflex: {features: [{kind: embeding}]}",
             ["dataflex.features.0.kind: found 'embeding'; expected loss, embedding, gradient", "'embedding'?"],

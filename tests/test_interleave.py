@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataflex.selectors.interleave import interleaved
+from dataflex.selectors.parts.interleave import interleaved
 
 
 def lists(seed: int, queries: int, most: int) -> np.ndarray:

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Status
-from dataflex.selectors.checkpoints import checkpoint_weights
 from dataflex.selectors.less import Less
+from dataflex.selectors.parts.checkpoints import checkpoint_weights
 from tests.held import Held, context, pool
 
 

@@ -14,7 +14,7 @@ from dataflex.features.spec import BASE, FeatureSpec, LossSpec
 from dataflex.rows import Status
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.loss import ByDeltaLoss, ByLoss, Ifd
-from dataflex.selectors.sampling import band_logits, logs, sample, window_weights
+from dataflex.selectors.parts.sampling import band_logits, logs, sample, window_weights
 from tests.held import Held, context, pool
 
 NAN = float("nan")

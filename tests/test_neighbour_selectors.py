@@ -12,12 +12,12 @@ from dataflex.errors import CoverageError, MismatchError
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec
 from dataflex.rows import Status
 from dataflex.selectors.cluster_less import ClusterLess
-from dataflex.selectors.clustering import clusters, representatives
 from dataflex.selectors.embedding import Embedding, RdsPlus
 from dataflex.selectors.less import Less
 from dataflex.selectors.near import Near
+from dataflex.selectors.parts.clustering import clusters, representatives
+from dataflex.selectors.parts.regression import kernel_ridge
 from dataflex.selectors.propagated import InfluenceDistillation
-from dataflex.selectors.regression import kernel_ridge
 from dataflex.selectors.tsds import Tsds
 from tests.held import Held, context, pool
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dataflex.errors import CoverageError
 from dataflex.rows import KEY_DTYPE
 from dataflex.selectors.base import generator, stream
-from dataflex.selectors.rules import ranking, round_robin, top_k
+from dataflex.selectors.parts.rules import ranking, round_robin, top_k
 
 
 def keys_of(*numbers: int) -> np.ndarray:

@@ -99,7 +99,7 @@ def test_several_datasets_keep_their_registration(workspace: Any, tiny: Any) -> 
     ("num", "keys", "error", "said"),
     [
         (0, {}, ConfigError, "--num: found 0"),
-        (1000, {}, CoverageError, "1000 rows wanted at one update, found 62"),
+        (1000, {}, CoverageError, "--num: found 1000; expected at most 62, the rows with labels"),
         (2, {"stage": "pt", "dataset": "text", "eval_dataset": "text_target"}, ConfigError, "packing: false"),
         (2, {"train_type": "static", "component_name": None, "warmup_step": None}, ConfigError, "component_name"),
     ],

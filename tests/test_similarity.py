@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.rows import Status
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.similarity import WHITENED_MOST, set_scores
+from dataflex.selectors.parts.similarity import WHITENED_MOST, set_scores
 from tests.held import Held, context, pool
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from dataflex.errors import ConfigError, CoverageError, MismatchError
-from dataflex.selectors.transport import clipped, kde_plan, kernel_density, knn_kde, knn_uniform, uniform_plan
+from dataflex.selectors.parts.transport import clipped, kde_plan, kernel_density, knn_kde, knn_uniform, uniform_plan
 
 
 def drawn(seed: int, queries: int, size: int, most: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -203,7 +203,7 @@ def test_copies_of_a_candidate_share_its_part(copies: int) -> None:
 
 @pytest.mark.parametrize(("kde_k", "sigma"), [(1, 1.0), (4, 1.0), (100, 1.0), (7, 3.0), (60, 0.0)])
 def test_density_equals_a_plain_loop(kde_k: int, sigma: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dataflex.selectors.transport._BLOCK", 600)  # ten vectors at a time
+    monkeypatch.setattr("dataflex.selectors.parts.transport._BLOCK", 600)  # ten vectors at a time
     rng = np.random.default_rng(4)
     vectors = rng.standard_normal((60, 3)).astype(np.float32)
     vectors[:4] = vectors[4]

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from dataflex import distributed
 from dataflex.selectors.base import Context, Selection
-from dataflex.selectors.choice import RoundRobin, TopK
-from dataflex.selectors.clustering import Method, clusters, representatives
-from dataflex.selectors.judgement import Judgement
+from dataflex.selectors.parts.choice import RoundRobin, TopK
+from dataflex.selectors.parts.clustering import Method, clusters, representatives
+from dataflex.selectors.parts.judgement import Judgement
+from dataflex.selectors.parts.similarity import target_vectors, unit, vectors_of
 from dataflex.selectors.propagated import Propagated, PropagatedFields, candidates
-from dataflex.selectors.similarity import target_vectors, unit, vectors_of
 
 
 class ClusterLess(Propagated):
@@ -31,7 +31,7 @@ class ClusterLess(Propagated):
         cluster_size: int = Field(64, ge=1, description="rows per cluster on average")
         num_clusters: int | None = Field(None, ge=1, description="clusters; default: rows / cluster_size, rounded up")
         samples_per_cluster: int = Field(4, ge=1, description="representatives, whose gradients are computed")
-        clustering_method: Method = Field("kmeans", description="see dataflex.selectors.clustering")
+        clustering_method: Method = Field("kmeans", description="see dataflex.selectors.parts.clustering")
         clustering_max_iter: int = Field(20, ge=1, description="iterations of k-means")
         representative_strategy: Literal["random", "nearest", "farthest", "mixed"] = Field(
             "random", description="random: drawn anew at every update; the others: by distance from the centroid"

@@ -15,12 +15,12 @@ from pydantic import Field, model_validator
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.rows import Status
 from dataflex.selectors.base import Context, Need, Selection, View
-from dataflex.selectors.choice import NEIGHBOURLY, Choice, RoundRobin, TopK
-from dataflex.selectors.judgement import Judgement
-from dataflex.selectors.numbers import DeltaLoss, InstructionDifficulty, Loss
-from dataflex.selectors.representation import Numbers, Part, Vectors
-from dataflex.selectors.similarity import Similarity, Within, set_scores, target_vectors, unit, vectors_of
-from dataflex.selectors.vectors import EmbeddingVectors, GradientVectors, PolicyVectors
+from dataflex.selectors.parts.choice import NEIGHBOURLY, Choice, RoundRobin, TopK
+from dataflex.selectors.parts.judgement import Judgement
+from dataflex.selectors.parts.numbers import DeltaLoss, InstructionDifficulty, Loss
+from dataflex.selectors.parts.representation import Numbers, Part, Vectors
+from dataflex.selectors.parts.similarity import Similarity, Within, set_scores, target_vectors, unit, vectors_of
+from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientVectors, PolicyVectors
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from dataflex.selectors.choice import RoundRobin, TopK
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.representation import part
-from dataflex.selectors.similarity import Similarity, Within
-from dataflex.selectors.vectors import EmbeddingFields, EmbeddingVectors
+from dataflex.selectors.parts.choice import RoundRobin, TopK
+from dataflex.selectors.parts.representation import part
+from dataflex.selectors.parts.similarity import Similarity, Within
+from dataflex.selectors.parts.vectors import EmbeddingFields, EmbeddingVectors
 
 
 class Embedding(Composed):

@@ -7,10 +7,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dataflex.features.spec import BASE
-from dataflex.selectors.choice import Bands, Choice, Middle, TopK, Window
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.numbers import DeltaLoss, InstructionDifficulty, Loss
-from dataflex.selectors.representation import Part, part
+from dataflex.selectors.parts.choice import Bands, Choice, Middle, TopK, Window
+from dataflex.selectors.parts.numbers import DeltaLoss, InstructionDifficulty, Loss
+from dataflex.selectors.parts.representation import Part, part
 
 
 class ByLoss(Composed):

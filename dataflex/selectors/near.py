@@ -9,12 +9,12 @@ from pydantic import Field
 
 from dataflex.errors import MismatchError
 from dataflex.selectors.base import Context, Need
-from dataflex.selectors.choice import RoundRobin
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.judgement import Judgement
-from dataflex.selectors.params import ExistingFile, load_array
-from dataflex.selectors.representation import Part
-from dataflex.selectors.vectors import EmbeddingVectors, GradientVectors
+from dataflex.selectors.parts.choice import RoundRobin
+from dataflex.selectors.parts.files import ExistingFile, load_array
+from dataflex.selectors.parts.judgement import Judgement
+from dataflex.selectors.parts.representation import Part
+from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientVectors
 
 Compared = Annotated[EmbeddingVectors | GradientVectors, Field(discriminator="kind")]
 

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dataflex.selectors.choice import RoundRobin, TopK
 from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.representation import part
-from dataflex.selectors.vectors import PolicyFields, PolicyVectors
+from dataflex.selectors.parts.choice import RoundRobin, TopK
+from dataflex.selectors.parts.representation import part
+from dataflex.selectors.parts.vectors import PolicyFields, PolicyVectors
 
 
 class Nice(Composed):

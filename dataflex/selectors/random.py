@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataflex.selectors.base import Context, Need, Selection
-from dataflex.selectors.sampling import sample
+from dataflex.selectors.parts.sampling import sample
 
 
 class Random:

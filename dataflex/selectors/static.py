@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.rows import KEY_DTYPE, Rows
 from dataflex.selectors.base import Context, Need, Selection, stream
-from dataflex.selectors.params import ExistingFile
+from dataflex.selectors.parts.files import ExistingFile
 
 
 class Static:

@@ -9,21 +9,21 @@ from pydantic import Field
 
 from dataflex.errors import MismatchError
 from dataflex.selectors.base import Context, Need, Selection
-from dataflex.selectors.choice import Choice, KnnKde, KnnUniform
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.near import Compared
-from dataflex.selectors.params import ExistingFile, load_array
-from dataflex.selectors.representation import Part, part
-from dataflex.selectors.sampling import logs, sample
-from dataflex.selectors.vectors import EmbeddingVectors
+from dataflex.selectors.parts.choice import Choice, KnnKde, KnnUniform
+from dataflex.selectors.parts.files import ExistingFile, load_array
+from dataflex.selectors.parts.representation import Part, part
+from dataflex.selectors.parts.sampling import logs, sample
+from dataflex.selectors.parts.vectors import EmbeddingVectors
 
 
 class Tsds(Composed):
     """Draws rows near the targets, spread as far as `alpha` and `C` say, near duplicates sharing one row's chance.
 
-    Source: TSDS, arXiv 2410.11303; see `dataflex.selectors.transport`. Deviations: distances are between unit vectors,
-    and so C is 1 by default (5 in the official code); exact neighbours below a million rows; drawn without replacement
-    unless asked, from the run's seed.
+    Source: TSDS, arXiv 2410.11303; see `dataflex.selectors.parts.transport`. Deviations: distances are between unit
+    vectors, and so C is 1 by default (5 in the official code); exact neighbours below a million rows; drawn without
+    replacement unless asked, from the run's seed.
     """
 
     class Params(Part):

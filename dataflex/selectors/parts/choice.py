@@ -11,12 +11,12 @@ from pydantic import Field, model_validator
 
 from dataflex.errors import CoverageError
 from dataflex.selectors.base import Selection
-from dataflex.selectors.interleave import interleaved
-from dataflex.selectors.judgement import Judgement
-from dataflex.selectors.representation import Part
-from dataflex.selectors.rules import ranking, round_robin, top_k
-from dataflex.selectors.sampling import band_logits, logs, sample, window_weights
-from dataflex.selectors.transport import Transport, clipped, kernel_density, knn_kde, knn_uniform
+from dataflex.selectors.parts.interleave import interleaved
+from dataflex.selectors.parts.judgement import Judgement
+from dataflex.selectors.parts.representation import Part
+from dataflex.selectors.parts.rules import ranking, round_robin, top_k
+from dataflex.selectors.parts.sampling import band_logits, logs, sample, window_weights
+from dataflex.selectors.parts.transport import Transport, clipped, kernel_density, knn_kde, knn_uniform
 
 log = logging.getLogger(__name__)
 

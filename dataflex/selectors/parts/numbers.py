@@ -11,7 +11,7 @@ from pydantic import Field
 from dataflex.features.spec import BASE, LossSpec
 from dataflex.rows import Status
 from dataflex.selectors.base import Context, Need, View
-from dataflex.selectors.representation import Numbers
+from dataflex.selectors.parts.representation import Numbers
 
 
 class Loss(Numbers):

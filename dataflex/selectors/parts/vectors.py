@@ -19,8 +19,8 @@ from dataflex.features.spec import (
     RewardSpec,
 )
 from dataflex.rewards import REWARDS, build_reward
-from dataflex.selectors.checkpoints import checkpoint_weights
-from dataflex.selectors.representation import Part, Term, Vectors
+from dataflex.selectors.parts.checkpoints import checkpoint_weights
+from dataflex.selectors.parts.representation import Part, Term, Vectors
 
 
 class GradientFields(Part):
