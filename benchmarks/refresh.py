@@ -87,6 +87,7 @@ class Policy:
             fresh = first(self.refresh, update, self.updated)
             if self.refresh.policy == "rotating":
                 found = select(self._view(history, fresh)) if self.rescores else self.selection
+                assert found.pool is not None
                 fresh = rest(self.refresh, fresh, found.pool, found.rows)
             self.selection = select(self._view(history, fresh))
             self.updated = np.where(fresh, update, self.updated)
