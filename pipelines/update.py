@@ -116,7 +116,8 @@ class UpdateFeatures:
         if last is not None:
             fresh = first(self._policy, self.update, last)
             self.updated = np.where(fresh, self.update, last).astype(np.int32)
-        self.waiting = self._policy.policy == "rotating" and bool((self.updated != self.update).any())
+        has_stale = any(need.of == "train" for need in run.live_needs) and bool((self.updated != self.update).any())
+        self.waiting = self._policy.policy == "rotating" and has_stale
         groups = [
             ([need for need in run.needs if (need.of, need.state) == (of, state)], name)
             for of, state in dict.fromkeys((need.of, need.state) for need in run.needs)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataflex.selectors.base import Context, Need, Selection
+from dataflex.selectors.base import Context, Need, Selection, generator
 from dataflex.selectors.parts.sampling import sample
 
 
@@ -41,6 +41,7 @@ class Random:
         Raises:
             CoverageError: there are fewer.
         """
-        rng = context.rng("random", self.params.seed or 0, context.update)
+        seed = context.seed if self.params.seed is None else self.params.seed
+        rng = generator(seed, "random", context.update)
         logits = np.where(context.rows.supervised > 0, 0.0, -np.inf)
         return Selection(sample(logits, context.rows.keys, num_samples, rng, self.params.replacement))
