@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -11,6 +12,9 @@ from pydantic import BaseModel
 from dataflex.config.component import constructor_params
 from dataflex.errors import ConfigError
 from dataflex.registry import SELECTORS
+
+_MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])")
+_CHECKED = re.compile(r"Annotated\[(\w+), .*?>\)\]")  # a type with a check of ours
 
 
 def methods() -> list[dict[str, Any]]:
@@ -55,6 +59,8 @@ def _params(cls: type[Any]) -> list[dict[str, Any]]:
 
 def _param(name: str, annotation: Any, default: Any, required: bool, description: str | None) -> dict[str, Any]:
     is_plain = isinstance(annotation, type) and not get_args(annotation)
-    kind = annotation.__name__ if is_plain else str(annotation).replace("typing.", "")
+    kind = annotation.__name__ if is_plain else _CHECKED.sub(r"\1", _MODULE.sub("", str(annotation)))
+    if isinstance(default, BaseModel):  # a part: what is not its default, which `kind` names
+        default = {"kind": getattr(default, "kind", None)} | default.model_dump(exclude_defaults=True)
     shown = json.loads(json.dumps(None if required else default, default=str))
     return {"name": name, "type": kind, "required": required, "default": shown, "description": description or ""}

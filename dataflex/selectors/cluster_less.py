@@ -9,7 +9,8 @@ from pydantic import Field
 
 from dataflex import distributed
 from dataflex.selectors.base import Context, Selection
-from dataflex.selectors.parts.choice import RoundRobin, TopK
+from dataflex.selectors.composed import Aggregation, over_sets
+from dataflex.selectors.parts.choice import Rule
 from dataflex.selectors.parts.clustering import Method, clusters, representatives
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.similarity import target_vectors, unit, vectors_of
@@ -39,7 +40,7 @@ class ClusterLess(Propagated):
         carry_over: Literal["inherit", "regress"] = Field(
             "inherit", description="inherit: the cluster's score; regress: kernel ridge regression on the embeddings"
         )
-        aggregation: Literal["max", "mean", "round_robin"] = Field(
+        aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
         embedding_model_dtype: Literal["auto"] = Field("auto", description="accepted for compatibility")
@@ -70,7 +71,8 @@ class ClusterLess(Propagated):
             sets, ties = self._inherited(context, able, ids, vectors, rows, scores)
         combined = sets.mean(axis=1) if self.params.aggregation == "mean" else sets.max(axis=1)
         judged = Judgement(context, combined, np.zeros(len(sets), np.int32), sets, ties)
-        return (RoundRobin() if self.params.aggregation == "round_robin" else TopK()).select(judged, num_samples)
+        rule: Rule = over_sets(self.params.aggregation)["rule"]
+        return rule.select(judged, num_samples)
 
     def _clusters(self, context: Context) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows that can be chosen, (n,) by key, and the cluster of each; made once, on rank 0."""

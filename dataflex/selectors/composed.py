@@ -30,6 +30,16 @@ Representation = Annotated[
 ]
 
 
+Aggregation = Literal["max", "mean", "round_robin"]
+"""Over target sets: the best set, the mean of sets, or sets taking turns."""
+
+
+def over_sets(aggregation: Aggregation) -> dict[str, Any]:
+    """Return the parts of a composition that an aggregation stands for."""
+    rule = RoundRobin() if aggregation == "round_robin" else TopK()
+    return {"across": "mean" if aggregation == "mean" else "max", "rule": rule}
+
+
 class Composition(Part):
     """The parts of a method."""
 

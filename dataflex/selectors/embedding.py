@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.parts.choice import RoundRobin, TopK
+from dataflex.selectors.composed import Aggregation, Composed, Composition, over_sets
+from dataflex.selectors.parts.choice import RoundRobin
 from dataflex.selectors.parts.representation import part
 from dataflex.selectors.parts.similarity import Similarity, Within
 from dataflex.selectors.parts.vectors import EmbeddingFields, EmbeddingVectors
@@ -24,7 +24,7 @@ class Embedding(Composed):
 
         similarity: Similarity = Field("cosine", description="of a row's embedding and a target's")
         within: Within = Field("mean", description="over the rows of a target set")
-        aggregation: Literal["max", "mean", "round_robin"] = Field(
+        aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
 
@@ -34,8 +34,7 @@ class Embedding(Composed):
             representation=part(EmbeddingVectors, params),
             similarity=params.similarity,
             within=params.within,
-            across="mean" if params.aggregation == "mean" else "max",
-            rule=RoundRobin() if params.aggregation == "round_robin" else TopK(),
+            **over_sets(params.aggregation),
         )
 
 

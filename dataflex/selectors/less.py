@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
-from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.parts.choice import RoundRobin, TopK
+from dataflex.selectors.composed import Aggregation, Composed, Composition, over_sets
 from dataflex.selectors.parts.representation import part
 from dataflex.selectors.parts.similarity import Similarity
 from dataflex.selectors.parts.vectors import CheckpointFields, GradientVectors
@@ -28,7 +25,7 @@ class Less(Composed):
     class Params(CheckpointFields):
         """Parameters of `less`."""
 
-        aggregation: Literal["max", "mean", "round_robin"] = Field(
+        aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
         similarity: Similarity = Field("cosine", description="of a row's step and a target's gradient")
@@ -42,6 +39,5 @@ class Less(Composed):
         return Composition(
             representation=part(GradientVectors, params),
             similarity=params.similarity,
-            across="mean" if params.aggregation == "mean" else "max",
-            rule=RoundRobin() if params.aggregation == "round_robin" else TopK(),
+            **over_sets(params.aggregation),
         )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
-from dataflex.selectors.composed import Composed, Composition
-from dataflex.selectors.parts.choice import RoundRobin, TopK
+from dataflex.selectors.composed import Aggregation, Composed, Composition, over_sets
 from dataflex.selectors.parts.representation import part
 from dataflex.selectors.parts.vectors import PolicyFields, PolicyVectors
 
@@ -24,7 +23,7 @@ class Nice(Composed):
         """Parameters of `nice`."""
 
         reward_model_path: str | None = Field(None, description="short for reward: {type: reward_model, path: ...}")
-        aggregation: Literal["max", "mean", "round_robin"] = Field(
+        aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
         save_interval: int = Field(16, ge=1, description="accepted for compatibility; batches are filled by tokens")
@@ -46,6 +45,5 @@ class Nice(Composed):
         """Return the parts."""
         return Composition(
             representation=part(PolicyVectors, params),
-            across="mean" if params.aggregation == "mean" else "max",
-            rule=RoundRobin() if params.aggregation == "round_robin" else TopK(),
+            **over_sets(params.aggregation),
         )
