@@ -59,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(interrupted.exit_code)
 
 
+class _Stderr(logging.Handler):
+    """Writes to what `sys.stderr` is at the time: a progress bar replaces it, to keep a line of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 @app.callback()
 def options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
@@ -66,7 +74,8 @@ def options(
 ) -> None:
     """Set up logging: rank 0 says what is done, the others only what is wrong."""
     level = logging.INFO if distributed.is_main() and not quiet else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=format, datefmt="%H:%M:%S", handlers=[_Stderr()])
     logging.getLogger("dataflex").setLevel(logging.DEBUG if verbose else level)
     # As under torchrun's -m, so that modules beside the run file's command are found either way; last, to hide nothing.
     if str(Path.cwd()) not in sys.path:
