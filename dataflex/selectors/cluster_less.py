@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from dataflex import distributed
-from dataflex.selectors.base import Context, Selection
+from dataflex.selectors.base import Context, Selection, View
 from dataflex.selectors.composed import Aggregation, over_sets
 from dataflex.selectors.parts.choice import Rule
 from dataflex.selectors.parts.clustering import Method, clusters, representatives
@@ -63,12 +63,13 @@ class ClusterLess(Propagated):
         vectors = unit(vectors)[0]
         chosen = self._representatives(context, able, ids, vectors)
         rows = able[chosen]
-        scores = self.exact(context, rows)
+        gradients = self.gradients(context, rows)
+        scores = self.exact(context, gradients)
         ties = None
         if self.params.carry_over == "regress":
             sets = self.regressed(context, rows, scores)
         else:
-            sets, ties = self._inherited(context, able, ids, vectors, rows, scores)
+            sets, ties = self._inherited(context, able, ids, vectors, rows, gradients, scores)
         combined = sets.mean(axis=1) if self.params.aggregation == "mean" else sets.max(axis=1)
         judged = Judgement(context, combined, np.zeros(len(sets), np.int32), sets, ties)
         rule: Rule = over_sets(self.params.aggregation)["rule"]
@@ -106,15 +107,15 @@ class ClusterLess(Propagated):
         ids: np.ndarray,
         vectors: np.ndarray,
         rows: np.ndarray,
+        gradients: View,
         scores: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return every row's cluster score (N, J), and its likeness to the cluster's best representative (N,)."""
         place = np.full(len(context.rows), -1)
         place[able] = np.arange(len(able))
         of = ids[place[rows]]  # the cluster of each representative
-        view = context.features(self.params.train_spec, rows=rows)
         sums: np.ndarray | None = None
-        for at, block in view.blocks():
+        for at, block in gradients.blocks():
             directions, is_long = unit(block.astype(np.float64))
             if sums is None:
                 sums = np.zeros((int(ids.max()) + 1, block.shape[1]))

@@ -68,7 +68,11 @@ class Propagated:
         """Return the view of the training rows' embeddings."""
         return context.features(self._embedding.train, state=self._embedding.state)
 
-    def exact(self, context: Context, rows: np.ndarray) -> np.ndarray:
+    def gradients(self, context: Context, rows: np.ndarray) -> View:
+        """Return the view of some rows' gradients. Collective."""
+        return context.features(self.params.train_spec, rows=rows)
+
+    def exact(self, context: Context, view: View) -> np.ndarray:
         """Return the mean cosine of some rows' steps to every target set, (R, J); -inf without a gradient. Collective.
 
         Raises:
@@ -76,7 +80,6 @@ class Propagated:
         """
         if not context.targets:
             raise ConfigError("eval_dataset: found none; the method needs target rows: set eval_dataset or val_size")
-        view = context.features(self.params.train_spec, rows=rows)
         targets = {name: context.features(self.params.target_spec, name) for name in context.targets}
         return set_scores(view, targets, "cosine", "mean")
 
@@ -132,6 +135,6 @@ class InfluenceDistillation(Propagated):
         """
         able = candidates(context, self.embeddings(context))
         rows = context.rng("landmarks").permutation(able)[: self.params.landmarks]
-        sets = self.regressed(context, rows, self.exact(context, rows))
+        sets = self.regressed(context, rows, self.exact(context, self.gradients(context, rows)))
         judged = Judgement(context, sets.max(axis=1), np.zeros(len(sets), np.int32), sets)
         return (RoundRobin() if sets.shape[1] > 1 else TopK()).select(judged, num_samples)
