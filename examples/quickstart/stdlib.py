@@ -37,7 +37,7 @@ def _functions() -> tuple[tuple[str, str, ast.FunctionDef], ...]:
         for path in sorted((root / package).glob("*.py")):
             module = ".".join((*package.split("/"), path.stem)).strip(".").removesuffix(".__init__")
             text = path.read_text(encoding="utf-8")
-            lines = text.splitlines()
+            lines = text.split("\n")  # as Python counts them: a form feed ends no line
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
                     body = "\n".join(line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno])
