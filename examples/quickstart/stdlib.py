@@ -40,8 +40,10 @@ def _functions() -> tuple[tuple[str, str, ast.FunctionDef], ...]:
             lines = text.split("\n")  # as Python counts them: a form feed ends no line
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
-                    body = "\n".join(line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno])
-                    found.append((module, body, node))
+                    own = lines[node.lineno - 1 : node.end_lineno]
+                    if any(line[: node.col_offset].strip() for line in own):
+                        continue  # a text in it stands to the left of it, so it cannot be moved there
+                    found.append((module, "\n".join(line[node.col_offset :] for line in own), node))
     return tuple(found)
 
 
