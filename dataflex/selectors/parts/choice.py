@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 class Rule(Part):
     """Base of rules."""
 
+    @abstractmethod
     def select(self, judged: Judgement, k: int) -> Selection:
         """Return k rows, best first, and what the journal records.
 
@@ -32,7 +34,6 @@ class Rule(Part):
         Raises:
             CoverageError: fewer than k rows can be chosen.
         """
-        raise NotImplementedError
 
 
 class Draw(Rule):
@@ -40,9 +41,9 @@ class Draw(Rule):
 
     replacement: bool = Field(False, description="whether a row may be drawn again within an update")
 
+    @abstractmethod
     def logits(self, judged: Judgement) -> np.ndarray:
         """Return the logarithm of every row's weight, (N,); -inf or NaN is never drawn."""
-        raise NotImplementedError
 
     def select(self, judged: Judgement, k: int) -> Selection:
         """Draw k rows by a generator of the run's seed and the update."""
@@ -199,9 +200,9 @@ class _Plan(Draw):
         log.info(said, plan.neighbourhood, plan.support)
         return logs(plan.p)
 
+    @abstractmethod
     def plan(self, judged: Judgement) -> Transport:
         """Return what every training row gets."""
-        raise NotImplementedError
 
 
 class KnnUniform(_Plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,9 +46,9 @@ class Term:
 class Vectors(Part):
     """Base of the representations that are compared with targets."""
 
+    @abstractmethod
     def terms(self) -> list[Term]:
         """Return the vectors compared, one term per model state."""
-        raise NotImplementedError
 
     def term_weights(self) -> np.ndarray:
         """Return the weight of each term."""
@@ -61,10 +62,10 @@ class Vectors(Part):
 class Numbers(Part):
     """Base of the representations that are one number per row and look at no target."""
 
+    @abstractmethod
     def needs(self) -> list[Need]:
         """Return the features of the training rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, context: Context) -> tuple[np.ndarray, np.ndarray]:
         """Return (N,) float64, NaN where a row cannot be judged, and ages (N,) int32."""
-        raise NotImplementedError
