@@ -23,7 +23,7 @@ demo: $(READY)
 	@$(PY) -m examples.quickstart.demo
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 check: $(READY)
 	$(PY) -m ruff check .

@@ -248,6 +248,7 @@ def run_file(args: argparse.Namespace, folder: Path, places: Mapping[str, Any]) 
         "use_cpu": True,
         "disable_tqdm": True,
         "output_dir": str(folder / "out"),
+        "seed": args.seed,
         "train_type": "dynamic_select",
         "warmup_step": args.warmup,
         "update_step": args.steps,
@@ -274,6 +275,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="between updates")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--variant", default="pytorch", help="adam_variant of LESS")
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.03, 0.05, 0.07, 0.1, 0.2, 0.4])
     parser.add_argument("--variants", type=float, nargs="*", default=[0.1])

@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see the Makefile
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes share the cores
 
 
 @dataclass(frozen=True)

@@ -346,6 +346,10 @@ def test_default_components_file_is_read_if_there_is_one():
             ["dataflex.params: found", "expected as many weights as checkpoints"],
         ),
         (
+            "dataflex: {params: {gradient_type: sgd, adam_variant: precond_only}}",
+            ["dataflex.params: found", "expected adam_variant left out: it acts with gradient_type: adam alone"],
+        ),
+        (
             "template: qwen3_nothing",
             ["template: found 'qwen3_nothing'; expected the name of a chat", "'qwen3_nothink'?"],
         ),

@@ -201,7 +201,7 @@ def test_a_killed_featurize_is_finished_by_the_next(workspace: Any) -> None:
     whole = values(workspace.folder / "store")
     shutil.rmtree(workspace.folder / "store")
     draw = random.Random(0)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
         process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(seconds * draw.uniform(0.6, 0.98))

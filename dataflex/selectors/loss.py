@@ -22,6 +22,14 @@ class ByLoss(Composed):
     class Params(Part):
         """Parameters of `loss`."""
 
+        only = {
+            "focus": ("mode", ("soft",)),
+            "focus_weight": ("mode", ("soft",)),
+            "temperature": ("mode", ("soft",)),
+            "replacement": ("mode", ("soft", "middle_band")),
+            "quantiles": ("mode", ("soft", "middle_band")),
+        }
+
         mode: Literal["soft", "topk_high", "topk_low", "middle_band"] = Field(
             "soft",
             description="soft: draw by bands; topk_high, topk_low: an end; middle_band: draw between quantiles",
@@ -30,7 +38,7 @@ class ByLoss(Composed):
         focus_weight: float = Field(5.0, gt=0, description="soft: weight of a row in it; 1 elsewhere")
         quantiles: tuple[float, float] = Field((0.33, 0.66), description="where bands meet; ends of middle_band")
         temperature: float = Field(1.0, gt=0, description="soft: weights are raised to 1 / temperature")
-        replacement: bool = Field(False, description="soft: whether a row may be drawn again within an update")
+        replacement: bool = Field(False, description="soft, middle_band: whether a row may be drawn again within an update")
         measure: Literal["mean", "sum", "perplexity"] = Field("mean", description="loss per token, per row; exp(mean)")
         model: Literal["base", "live"] = Field("live", description="base: before any training; live: as it is now")
         score_batch_size: int = Field(8, ge=1, description="accepted for compatibility; batches are filled by tokens")
@@ -66,6 +74,8 @@ class ByDeltaLoss(Composed):
 
     class Params(Part):
         """Parameters of `delta_loss`."""
+
+        only = {"window_size": ("rule", ("window",)), "outside": ("rule", ("window",))}
 
         window_size: float = Field(0.2, gt=0, le=1, description="width of the window, as a share of the usable rows")
         outside: float = Field(0.025, ge=0, description="weight of a row outside the window; 1 inside")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from dataflex.features.spec import FeatureSpec
 from dataflex.selectors.base import Context, Need
@@ -17,6 +18,17 @@ class Part(BaseModel):
     """Base of the parts that a method is put together from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    only: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
+    """Field -> (another field, the values of that under which the first one acts)."""
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> Part:
+        for name, (other, values) in self.only.items():
+            is_given = getattr(self, name) != type(self).model_fields[name].default
+            if is_given and getattr(self, other) not in values:
+                raise ValueError(f"{name} left out: it acts with {other}: {' or '.join(values)} alone")
+        return self
 
 
 P = TypeVar("P", bound=Part)

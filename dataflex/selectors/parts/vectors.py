@@ -26,6 +26,8 @@ from dataflex.selectors.parts.representation import Part, Term, Vectors
 class GradientFields(Part):
     """What determines gradients that are compared."""
 
+    only = {"adam_variant": ("gradient_type", ("adam",)), "sparsity": ("projection", ("sjlt",))}
+
     gradient_type: Literal["adam", "sgd"] = Field(
         "adam", description="training side: Adam's step, or the plain gradient"
     )
@@ -89,6 +91,8 @@ class GradientVectors(CheckpointFields, Vectors):
 
 class PolicyFields(CheckpointFields):
     """What determines the gradient of the targets' expected reward."""
+
+    only = {**CheckpointFields.only, "k": ("estimator", ("topk",))}
 
     reward: tuple[RewardSpec, ...] = Field(
         (), description="{type: name, ...}, or a list that is added; docs/rewards.md"
