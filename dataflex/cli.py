@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look at stores of features, and make room.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(store_app, name="store")
+mix_app = typer.Typer(help="Find proportions of domains.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(mix_app, name="mix")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file: LLaMA-Factory's keys and DataFlex's.")]
 Overrides = Annotated[
@@ -45,6 +47,15 @@ Finished = Annotated[bool, typer.Option("--include-finished", help="The runs nam
 Grace = Annotated[float, typer.Option(metavar="HOURS", help="What is younger is taken to be in use.")]
 Delete = Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")]
 Name = Annotated[str, typer.Argument(metavar="STORE", help="Name of a store, or how it begins.")]
+
+RunTable = Annotated[Path, typer.Argument(metavar="RUNS.csv", help="CSV or .parquet, columns mix.* and metric.*.")]
+Weights = Annotated[str | None, typer.Option(metavar="METRIC=WEIGHT,...", help="Default: all metrics equal.")]
+Prior = Annotated[str | None, typer.Option(help="natural, uniform, or a JSON file; default: natural by --sizes.")]
+Kl = Annotated[float, typer.Option(help="Weight of KL(x || prior), in units of the metrics per nat.")]
+Sizes = Annotated[Path | None, typer.Option(metavar="JSON", help="Tokens of each domain.")]
+Tokens = Annotated[float | None, typer.Option(help="Tokens of the run that the proportions are for.")]
+Cap = Annotated[float | None, typer.Option(help="Most epochs over a domain; default: 4 where --tokens is given.")]
+Proportions = Annotated[Path | None, typer.Option("--output", metavar="JSON", help="File of proportions to write.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -238,6 +249,34 @@ def collect_garbage(
         items = carry_out(files, items, scope)
     about = [{"kind": i.kind, "name": i.name, "bytes": i.bytes, "goes": i.goes, "why": i.why} for i in items]
     _print({"deleted": delete, "items": about}, as_json, lines_of_removal(items, delete))
+
+
+@mix_app.command("fit")
+def fit_proportions(
+    runs: RunTable,
+    weights: Weights = None,
+    prior: Prior = None,
+    kl: Kl = 0.05,
+    sizes: Sizes = None,
+    tokens: Tokens = None,
+    cap: Cap = None,
+    output: Proportions = None,
+    as_json: Json = False,
+) -> None:
+    """Fit how metrics follow from mixtures to finished runs, and solve for the best mixture; trains nothing."""
+    from dataflex.mixers.fitting.fit import fit_mixture, lines_of, write
+    from dataflex.mixers.fitting.goal import read_goal
+    from dataflex.mixers.fitting.table import read_runs
+
+    read = read_runs(runs)
+    if read.unused:
+        log.info("%s: columns not used: %s", runs, ", ".join(read.unused))
+    found = fit_mixture(read, read_goal(read, weights, prior, kl, sizes, tokens, cap))
+    for warning in found["fit"]["warnings"]:
+        log.warning("%s: %s", runs, warning)
+    if output is not None:
+        write(found, runs, output)
+    _print(found, as_json, lines_of(found))
 
 
 def _settings(run: Path, overrides: list[str] | None) -> Settings:

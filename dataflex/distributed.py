@@ -71,3 +71,15 @@ def gather(value: T) -> list[T]:
 def shard(items: Sequence[T], rank: int, world: int) -> Sequence[T]:
     """Return every `world`-th item beginning at `rank`; the shards of all ranks are a partition."""
     return items[rank::world]
+
+
+def all_gather_rows(tensor: Any) -> Any:
+    """Return every rank's tensor stacked in rank order, (world, ...); the same shape on all. Collective."""
+    dist = _group()
+    if not dist or dist.get_world_size() == 1:
+        return tensor[None]
+    found = [tensor.new_empty(tensor.shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, tensor.contiguous())
+    import torch
+
+    return torch.stack(found)

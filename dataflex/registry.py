@@ -161,4 +161,33 @@ SELECTORS: Registry[Any] = Registry(
     },
 )
 
+MIXERS: Registry[Any] = Registry(
+    "mixer",
+    "dataflex.mixers",
+    {
+        "static": "dataflex.mixers.static:Static",
+        "uniform": "dataflex.mixers.static:Uniform",
+        "stratified": "dataflex.mixers.static:Stratified",
+        "temperature": "dataflex.mixers.static:Temperature",
+        "unimax": "dataflex.mixers.static:Unimax",
+        "random": "dataflex.mixers.random:Random",
+        "odm": "dataflex.mixers.odm:Odm",
+        "ado": "dataflex.mixers.ado:Ado",
+        "doremi": "dataflex.mixers.doremi:Doremi",
+        "dynamic_moe": "dataflex.mixers.dynamic_moe:DynamicMoe",
+    },
+)
+
+WEIGHTERS: Registry[Any] = Registry(
+    "weighter",
+    "dataflex.weighters",
+    {
+        "loss": "dataflex.weighters.loss:ByLoss",
+        "adapt": "dataflex.weighters.adapt:Adapt",
+        "feature": "dataflex.weighters.feature:ByFeature",
+    },
+)
+
 register_selector = SELECTORS.register
+register_mixer = MIXERS.register
+register_weighter = WEIGHTERS.register

@@ -43,6 +43,8 @@ class Schedule:
         update_times: T, updates per flex epoch; 0 or less: a flex epoch is one pass over N rows, updated throughout.
         train_step: the exact number of steps of the run; 0 to let it follow from the others.
         num_train_epochs: flex epochs, not necessarily whole.
+        spans_run: one flex epoch is the whole run, so there is one warm-up at its head; where T counts the updates,
+            there is one such epoch whatever `num_train_epochs` says.
     """
 
     warmup_step: int = 0
@@ -50,6 +52,7 @@ class Schedule:
     update_times: int = 1
     train_step: int = 0
     num_train_epochs: float = 1.0
+    spans_run: bool = False
 
     @property
     def counts_updates(self) -> bool:
@@ -71,10 +74,16 @@ class Schedule:
         Raises:
             ValueError: the answer depends on N and B, and they are not given.
         """
+        if self.spans_run:
+            return self.total(rows, batch)
         if self.counts_updates:
             return self.warmup_step + self.update_step * self.update_times
         if self.update_step <= 0 and self.train_step > 0:
             return self.train_step
+        return self._pass(rows, batch)
+
+    def _pass(self, rows: int | None, batch: int | None) -> int:
+        """Return the steps of one pass over the data."""
         if rows is None or batch is None:
             raise ValueError("the length of an epoch follows from the number of rows and the global batch")
         return math.ceil(rows / batch)
@@ -83,6 +92,10 @@ class Schedule:
         """Return the optimizer steps of the run; arguments and exceptions as for `flex_steps`."""
         if self.train_step > 0:
             return self.train_step
+        if self.spans_run and self.counts_updates:
+            return self.warmup_step + self.update_step * self.update_times
+        if self.spans_run:
+            return math.ceil(self.num_train_epochs * self._pass(rows, batch))
         return math.ceil(self.num_train_epochs * self.flex_steps(rows, batch))
 
     def rounds(self, rows: int | None = None, batch: int | None = None) -> list[Round]:
@@ -124,6 +137,8 @@ class Schedule:
         if self.train_step > 0:
             return f"{_count(self.train_step, 'optimizer step')} (train_step): {parts}"
         epochs = f"{_count(self.num_train_epochs, 'epoch')} x ({parts})"
+        if self.spans_run and self.counts_updates:
+            epochs = parts
         if self.needs_rows and (rows is None or batch is None):
             return f"ceil({self.num_train_epochs:g} x ceil(rows / global batch)) optimizer steps = {epochs}"
         return f"{_count(self.total(rows, batch), 'optimizer step')} = {epochs}"

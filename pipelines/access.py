@@ -15,7 +15,7 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.errors import CoverageError
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec, PolicyGradientSpec
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec, PolicyGradientSpec, TokenLossSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.pipelines.fragments import Tally, Work, refuse_nonfinite
 from dataflex.pipelines.policy import PolicySource
@@ -40,9 +40,10 @@ class FeatureAccess:
         state: the live model.
         section: the run file's `dataflex` section (storage, token_budget, fragment_rows, nonfinite_limit, on_missing).
         record: where it is written down what the run uses.
+        cutoff_len: tokens of a row, at most.
     """
 
-    def __init__(self, root: StoreRoot, state: ModelState, section: Any, record: RunRecord):
+    def __init__(self, root: StoreRoot, state: ModelState, section: Any, record: RunRecord, cutoff_len: int):
         self.root = root
         self.record = record
         self.url = root.files.name("")
@@ -50,14 +51,14 @@ class FeatureAccess:
         self.progress = Progress()
         self._state = state
         self._section = section
-        self._model = ModelSource(state, section.token_budget)
+        self._model = ModelSource(state, section.token_budget, cutoff_len)
         self._encoders: dict[str, EncoderSource] = {}
         self._policy: PolicySource | None = None
         self._complete_at: dict[tuple[Any, ...], list[ParquetStore]] = {}
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
-        return {**self._source(spec).recipe(spec), "storage": self._section.storage}
+        return {**self._source(spec).recipe(spec), "storage": self._storage(spec)}
 
     def view(
         self, spec: FeatureSpec, rows: Rows, store: ParquetStore, age: int = 0, is_target: bool = False
@@ -147,10 +148,16 @@ class FeatureAccess:
                 raise CoverageError(f"{said}. Run `dataflex featurize`, or set dataflex.on_missing: compute")
             if distributed.is_main():
                 log.info("%s: computing", said)
-        scalars = {"loss_sum": "float64", "tokens": "int32"} if isinstance(spec, LossSpec) else {"norm": "float32"}
+        is_loss = isinstance(spec, LossSpec | TokenLossSpec)
+        scalars = {"loss_sum": "float64", "tokens": "int32"} if is_loss else {"norm": "float32"}
         if isinstance(spec, PolicyGradientSpec):
             scalars |= {"reward": "float64", "scored": "int32"}
-        return self.root.open(spec.kind, recipe, Layout(scalars, self._source(spec).width(spec), self._section.storage))
+        return self.root.open(spec.kind, recipe, Layout(scalars, self._source(spec).width(spec), self._storage(spec)))
+
+    def _storage(self, spec: FeatureSpec) -> str:
+        """Return the type that vectors are kept in; token losses are not kept in eight bits."""
+        kept: str = self._section.storage
+        return "float16" if isinstance(spec, TokenLossSpec) and kept == "int8" else kept
 
     def _source(self, spec: FeatureSpec) -> Source:
         """Return what computes a feature."""

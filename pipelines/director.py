@@ -24,13 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class RoundDirector:
-    """A `dataflex.trainers.trainer.Director`; `featurize` and `select` stop it at the first update.
+    """A `dataflex.trainers.round_trainer.RoundDirector`; `featurize` and `select` stop it at the first update.
 
     Args:
         settings: the validated run file.
     """
 
     stage = "train"
+    interrupts = True
 
     def __init__(self, settings: Any):
         self.settings = settings
@@ -63,10 +64,10 @@ class RoundDirector:
                     f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "
                     "template and cutoff_len"
                 )
-        if hasattr(run.selector, "prepare"):
-            run.selector.prepare()
+        if hasattr(run.method, "prepare"):
+            run.method.prepare()
         largest = max((round.steps for round in run.updates), default=0) * run.trainer.global_batch
-        is_distinct = getattr(run.selector, "chooses_distinct", False)
+        is_distinct = getattr(run.method, "chooses_distinct", False)
         if self.stage == "train" and is_distinct and self.schedule.update_step > 0 and largest > len(run.eligible):
             raise CoverageError(
                 f"update_step: an update needs {largest} rows ({largest // run.trainer.global_batch} steps of "

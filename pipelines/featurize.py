@@ -111,7 +111,7 @@ class FeaturizeDirector(RoundDirector):
                     load_faiss()  # where it is missing, every rank says so
                     if distributed.is_main():
                         load_or_build(store, kind=kind_for(len(self.run.rows)))
-        if getattr(self.run.selector, "is_adaptive", False):
+        if getattr(self.run.method, "is_adaptive", False):
             choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))
         distributed.barrier()
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.selectors.base import generator
+from dataflex.draws import generator
 
 _EACH = 20
 """One row in so many of the share is an anchor, and one is of the oldest."""

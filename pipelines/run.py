@@ -14,12 +14,12 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError
+from dataflex.features.need import Need
 from dataflex.fingerprint import digest, file_digest, keys_digest
 from dataflex.pipelines.access import FeatureAccess
 from dataflex.pipelines.state import ModelState
 from dataflex.rows import Rows
 from dataflex.schedule import Round
-from dataflex.selectors.base import Need
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
 from dataflex.trainers.journal import Journal
@@ -42,7 +42,8 @@ class Run:
         state: names the state of the live model.
         access: gives features.
         journal: rounds of this run.
-        selector: the method, or None.
+        method: the selector, mixer or weighter, or None.
+        weighter: the one beside a mixer, or None.
         identity: digest of everything a decision depends on but the model: a round is replayed only under its own.
     """
 
@@ -54,13 +55,14 @@ class Run:
     state: ModelState
     access: FeatureAccess
     journal: Journal
-    selector: Any
+    method: Any
+    weighter: Any
     identity: str
 
     @property
     def needs(self) -> Sequence[Need]:
-        """The features that the method asks for; a selector of the documented kind declares none."""
-        return self.selector.needs() if hasattr(self.selector, "needs") else ()
+        """The features that the methods ask for; those of the documented kind declare none."""
+        return [n for each in (self.method, self.weighter) if hasattr(each, "needs") for n in each.needs()]
 
     @property
     def live_needs(self) -> list[Need]:
@@ -85,7 +87,7 @@ class Run:
         """
         low, high = rows.min(initial=0), rows.max(initial=0)
         unlabelled = int((self.rows.supervised[rows] == 0).sum()) if low >= 0 and high < len(self.rows) else 0
-        if unlabelled and hasattr(self.selector, "needs"):
+        if unlabelled and hasattr(self.method, "needs"):
             raise CoverageError(
                 f"{self.settings.component_name}: {unlabelled} of the chosen rows have no supervised token; there is "
                 "nothing to learn from them"
@@ -112,8 +114,8 @@ class Run:
         return found
 
 
-def open_run(settings: Any, trainer: Any, stage: str) -> Run:
-    """Put a run together. Collective.
+def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
+    """Put a run together; `runtime` goes to the constructor of a documented method that asks for it. Collective.
 
     Raises:
         ConfigError: no training row has a supervised token.
@@ -146,31 +148,30 @@ def open_run(settings: Any, trainer: Any, stage: str) -> Run:
         targets=sets.targets,
         eligible=eligible,
         state=state,
-        access=FeatureAccess(root, state, settings.dataflex, record),
+        access=FeatureAccess(root, state, settings.dataflex, record, settings.llamafactory.get("cutoff_len", 2048)),
         journal=Journal(Path(trainer.args.output_dir) / "rounds"),
-        selector=build_selector(settings, trainer),
+        method=build(settings.component, settings.params, trainer, **runtime),
+        weighter=build(settings.weighter, settings.weighter_params, trainer),
         identity=named,
     )
 
 
-def build_selector(settings: Any, trainer: Any) -> Any:
-    """Construct the selector: from its `Params`, or by name from the documented constructor arguments."""
-    component = settings.component
+def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:
+    """Construct a method: from its `Params`, or by name from the documented constructor arguments."""
     if component is None:
         return None
     if hasattr(component, "Params"):
-        return component(settings.params)
+        return component(params)
     runtime = {
         "dataset": trainer.train_dataset,
         "eval_dataset": trainer.eval_dataset,
         "accelerator": trainer.accelerator,
         "data_collator": trainer.data_collator,
         "cache_dir": str(Path(trainer.args.output_dir) / "selector_cache"),
+        **more,
     }
     wanted = inspect.signature(component).parameters
-    return component(
-        **({name: value for name, value in runtime.items() if name in wanted} | dict(settings.params or {}))
-    )
+    return component(**({name: value for name, value in runtime.items() if name in wanted} | dict(params or {})))
 
 
 def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:

@@ -62,7 +62,7 @@ class SelectDirector(FeaturizeDirector):
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Refuse, before anything is computed, more rows than there are."""
         start = super().begin(trainer, checkpoint)
-        if getattr(self.run.selector, "chooses_distinct", False) and self.num > len(self.run.eligible):
+        if getattr(self.run.method, "chooses_distinct", False) and self.num > len(self.run.eligible):
             raise CoverageError(
                 f"--num: found {self.num}; expected at most {len(self.run.eligible)}, the rows with labels"
             )

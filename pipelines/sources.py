@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 
 from dataflex.features.encoder import TextEncoder, encoder_identity
 from dataflex.features.engine import FeatureEngine
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, TokenLossSpec
 from dataflex.fingerprint import IGNORE_INDEX, text_key
 from dataflex.pipelines.state import ModelState, model_folder
 from dataflex.rows import KEY_DTYPE, Rows
@@ -48,11 +49,13 @@ class ModelSource:
     Args:
         state: names that state.
         token_budget: tokens of a batch.
+        cutoff_len: tokens of a row, at most.
     """
 
-    def __init__(self, state: ModelState, token_budget: int):
+    def __init__(self, state: ModelState, token_budget: int, cutoff_len: int):
         self._state = state
         self._token_budget = token_budget
+        self._cutoff_len = cutoff_len
         self.is_collective = state.is_zero3
 
     @cached_property
@@ -72,10 +75,13 @@ class ModelSource:
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the feature, the model's state, and the numerics. Collective under ZeRO-3."""
-        return self._state.recipe(spec)
+        width = {"cutoff_len": self._cutoff_len} if isinstance(spec, TokenLossSpec) else {}
+        return {**self._state.recipe(spec), **width}
 
     def width(self, spec: FeatureSpec) -> int:
         """Return D."""
+        if isinstance(spec, TokenLossSpec):
+            return self._cutoff_len
         if isinstance(spec, EmbeddingSpec):
             return int(self._state.model.config.hidden_size)
         if not isinstance(spec, GradientSpec):
@@ -102,11 +108,19 @@ class ModelSource:
         others = [spec for spec in specs if spec not in unprompted]
         found: dict[FeatureSpec, FeatureValues] = {}
         if others:
-            found |= zip(others, self.engine.compute(examples, others, min_batches=min_batches), strict=True)
+            values = self.engine.compute(examples, others, min_batches=min_batches)
+            found |= {spec: self._as_wide(spec, each) for spec, each in zip(others, values, strict=True)}
         if unprompted:
             responses = [_response(example) for example in examples]
             found |= zip(unprompted, self.engine.compute(responses, unprompted, min_batches=min_batches), strict=True)
         return [found[spec] for spec in specs]
+
+    def _as_wide(self, spec: FeatureSpec, values: FeatureValues) -> FeatureValues:
+        """Fill token losses up to the width that all rows have."""
+        if not isinstance(spec, TokenLossSpec) or values.vectors is None:
+            return values
+        missing = self._cutoff_len - values.vectors.shape[1]
+        return replace(values, vectors=np.pad(values.vectors[:, : self._cutoff_len], ((0, 0), (0, max(0, missing)))))
 
 
 def _response(example: Mapping[str, Any]) -> dict[str, Any]:

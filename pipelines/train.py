@@ -1,4 +1,4 @@
-"""`dataflex train`: LLaMA-Factory's training, with the rows of every round chosen by a selector."""
+"""`dataflex train`: LLaMA-Factory's training, with a selector, a mixer or a weighter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.director import RoundDirector
+from dataflex.pipelines.mix import MixDirector
+from dataflex.pipelines.weigh import WeightDirector
 
 
 def train(settings: Any) -> None:
@@ -14,5 +16,13 @@ def train(settings: Any) -> None:
     Args:
         settings: `dataflex.config.Settings`.
     """
-    director = None if settings.train_type == "static" else RoundDirector(settings)
-    workflow.run(settings.llamafactory, director, settings.early_stopping_min_delta)
+    directors: dict[str, Any] = {
+        "dynamic_select": RoundDirector,
+        "dynamic_mix": MixDirector,
+        "dynamic_weight": WeightDirector,
+    }
+    made = directors.get(settings.train_type)
+    arguments = dict(settings.llamafactory)
+    if settings.train_type == "dynamic_weight" and settings.keys.train_step:
+        arguments["max_steps"] = settings.keys.train_step
+    workflow.run(arguments, made(settings) if made else None, settings.keys.early_stopping_min_delta)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dataflex import distributed
+from dataflex.draws import generator, stream
 from dataflex.errors import CoverageError
 from dataflex.features.spec import FeatureSpec, LossSpec
 from dataflex.pipelines.refresh import anchors, first, moved, rest
@@ -18,7 +19,7 @@ from dataflex.pipelines.run import Run
 from dataflex.pipelines.views import Mixed, Snapshot
 from dataflex.rows import Rows
 from dataflex.schedule import Round
-from dataflex.selectors.base import BASE, Context, Need, Selection, View, generator, stream
+from dataflex.selectors.base import BASE, Context, Need, Selection, View
 from dataflex.stores.parquet import ParquetStore
 from dataflex.trainers.rounds import DecidedRound
 
@@ -69,12 +70,12 @@ def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
 
 def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:
     """Return the selector's answer, the same on every rank. Collective."""
-    trainer, native = run.trainer, hasattr(run.selector, "needs")
+    trainer, native = run.trainer, hasattr(run.method, "needs")
     history = [run.decided(r).rows for r in run.updates if r.number < round.number]
     updates = sum(r.epoch == round.epoch for r in run.updates)
     context = Context(run.rows, run.targets, features.get, round, features.update, updates, history, trainer.args.seed)
     # It may ask for features and score its share of the rows, so it is called everywhere; rank 0's answer counts.
-    found = run.selector.select(
+    found = run.method.select(
         trainer.model_wrapped,
         step_id=round.first_step,
         num_samples=count,

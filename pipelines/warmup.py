@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.draws import stream
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import digest
 from dataflex.pipelines.run import Run
 from dataflex.schedule import Round
-from dataflex.selectors.base import Selector, stream
+from dataflex.selectors.base import Selector
 from dataflex.trainers.checkpoints import FOLDER
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.lineage import lineage
@@ -30,8 +31,8 @@ def draw(run: Run, round: Round) -> DecidedRound:
     A selector of the documented kind that overrides `warmup` draws its own, with the arguments it is documented to get.
     """
     count = round.steps * run.trainer.global_batch
-    if isinstance(run.selector, Selector) and type(run.selector).warmup is not Selector.warmup:
-        rows = np.asarray(run.selector.warmup(count, replacement=True), dtype=np.int64).reshape(-1)
+    if isinstance(run.method, Selector) and type(run.method).warmup is not Selector.warmup:
+        rows = np.asarray(run.method.warmup(count, replacement=True), dtype=np.int64).reshape(-1)
         run.check(rows, count)
     else:
         rows = stream(run.eligible, 0, count, run.trainer.args.seed, "warmup", round.epoch)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataflex.draws import generator, stream
 from dataflex.errors import CoverageError
 from dataflex.rows import KEY_DTYPE
-from dataflex.selectors.base import generator, stream
 from dataflex.selectors.parts.rules import ranking, round_robin, top_k
 
 

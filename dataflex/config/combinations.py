@@ -68,16 +68,15 @@ class Combinations:
             self._refuse_if_set(key, "This backend has a training loop of its own, which asks no selector")
         for name in ("USE_RAY", "USE_MCA", "USE_KT"):
             if os.environ.get(name, "0").lower() in _TRUE:
-                text = f"found {os.environ[name]}; expected it unset with train_type dynamic_select"
-                why = "Ray workers and other backends would train without any selection"
+                text = f"found {os.environ[name]}; expected it unset with a dynamic train_type"
+                why = "Ray workers and other backends would train without the method"
                 self._problems.say(self._origin, f"environment variable {name}", text, why)
 
-    def check_schedule(self, schedule: Schedule) -> None:
+    def check_schedule(self, schedule: Schedule, train_type: str) -> None:
         """Refuse a second source of the number of steps."""
         steps = self._values.get("max_steps")
-        if isinstance(steps, int) and steps > 0:
-            why = f"Set train_step: {steps}, which takes its place under dynamic_select"
-            self._refuse("max_steps", "nothing", why)
+        if isinstance(steps, int) and steps > 0 and (train_type != "dynamic_weight" or schedule.train_step):
+            self._refuse("max_steps", "nothing", f"Set train_step: {steps}, which takes its place under {train_type}")
         if self._values.get("warmup_steps") is not None and schedule.warmup_step == 0:
             self.notes.append(
                 f"warmup_steps: {self._values['warmup_steps']} warms up the learning rate; steps on random rows before "
@@ -89,6 +88,16 @@ class Combinations:
                 f"train_step: {schedule.train_step} ends the run within its warm-up of {schedule.warmup_step} steps, "
                 "before any selection"
             )
+
+    def check_losses(self) -> None:
+        """Refuse what leaves no losses of single examples, or another loss than theirs."""
+        why = "Its fused loss hides the logits, so there is no loss of single examples"
+        self._refuse_if_set("enable_liger_kernel", why)
+        self._refuse_if_set("use_unsloth", "It replaces the loss, so there is none of single examples")
+        for key in _OTHER_LOSSES:
+            self._refuse_if_set(key, "It is another loss than the one that is watched and weighted, the cross-entropy")
+        why = "A packed row is several examples to the model, and one to the method"
+        self._refuse_if_set("neat_packing", why)
 
     def check_evaluation(self) -> None:
         """Require rows to evaluate on, if the run is to evaluate."""

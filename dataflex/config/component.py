@@ -15,11 +15,35 @@ from pydantic import BaseModel, ValidationError
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.config.runfile import Document, read
 from dataflex.errors import ConfigError
-from dataflex.registry import SELECTORS, did_you_mean
+from dataflex.registry import Registry, did_you_mean
 
 DEFAULT_FILE = "configs/components.yaml"
-RUNTIME = ("dataset", "eval_dataset", "accelerator", "data_collator")
+RUNTIME = ("dataset", "eval_dataset", "accelerator", "data_collator", "mixture_manager")
 """Constructor arguments of a documented component that are objects of the run, never parameters."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A component that the run file names.
+
+    Attributes:
+        name: its name, or module:Class.
+        registry: of its kind.
+        params: what the run file says of its parameters, which wins over the components file.
+        name_at: dotted path of the name in the run file.
+        params_at: dotted path of the parameters.
+    """
+
+    name: str
+    registry: Registry[Any]
+    params: Any
+    name_at: str = "component_name"
+    params_at: str = "dataflex.params"
+
+    @property
+    def bucket(self) -> str:
+        """Where a components file has components of its kind."""
+        return f"{self.registry.kind}s"
 
 
 @dataclass(frozen=True)
@@ -27,6 +51,7 @@ class Component:
     """A component as the run file asks for it.
 
     Attributes:
+        name: what the run file calls it.
         cls: the class.
         params: an instance of `cls.Params`; for a class without one, the constructor arguments given.
         needs: the features it declares (`dataflex.selectors.base.Need`).
@@ -34,6 +59,7 @@ class Component:
         refreshes: the refresh policies that it works under.
     """
 
+    name: str
     cls: type[Any]
     params: BaseModel | dict[str, Any]
     needs: tuple[Any, ...]
@@ -42,34 +68,33 @@ class Component:
 
 
 def component(
-    name: str, document: Document, file: str | None, plugins: tuple[str, ...], output_dir: Any, problems: Problems
+    asked: Asked, document: Document, file: str | None, plugins: tuple[str, ...], output_dir: Any, problems: Problems
 ) -> Component | None:
     """Find the class and check its parameters; None if that was not possible, the reasons among the problems.
 
     Args:
-        name: `component_name`.
-        document: the run file, whose `dataflex.params` win over the components file.
+        asked: which.
+        document: the run file.
         file: `components_cfg_file` as written, or None.
         plugins: `dataflex.plugins`.
         output_dir: what `${output_dir}` in a parameter stands for.
         problems: takes what is wrong.
     """
-    section = document.values.get("dataflex")
-    inline = section.get("params") if isinstance(section, dict) else None
+    inline = asked.params
     if inline is not None and not isinstance(inline, dict):
-        problems.add(document.origin, "dataflex.params", "a mapping of keys to values", inline)
+        problems.add(document.origin, asked.params_at, "a mapping of keys to values", inline)
         inline = None
     inline = inline or {}
-    below, below_origin = _from_file(name, document, file, bool(inline), problems)
+    below, below_origin = _from_file(asked, document, file, bool(inline), problems)
     try:
-        cls = SELECTORS.load(name, plugins)
+        cls = asked.registry.load(asked.name, plugins)
     except ConfigError as error:
-        problems.say(document.origin, "component_name", str(error))
+        problems.say(document.origin, asked.name_at, str(error))
         return None
 
     def place(key: str) -> tuple[Origin, str]:
         in_file = key in below and key not in inline
-        return (below_origin, f"selectors.{name}.params") if in_file else (document.origin, "dataflex.params")
+        return (below_origin, f"{asked.bucket}.{asked.name}.params") if in_file else (document.origin, asked.params_at)
 
     values = {}
     for key, value in {**below, **inline}.items():
@@ -79,15 +104,15 @@ def component(
     if params is None:
         return None
     if not isinstance(params, BaseModel) or not hasattr(cls, "needs"):
-        return Component(cls, params, ())
+        return Component(asked.name, cls, params, ())
     try:
         made = cls(params)
         needs = tuple(made.needs())
     except ConfigError as error:
-        problems.say(document.origin, "dataflex.params", str(error))
+        problems.say(document.origin, asked.params_at, str(error))
         return None
     policies = getattr(made, "refreshes", Component.refreshes)
-    return Component(cls, params, needs, tuple(getattr(made, "asked", ())), policies)
+    return Component(asked.name, cls, params, needs, tuple(getattr(made, "asked", ())), policies)
 
 
 def find_file(path: str, run_file: Path) -> Path | None:
@@ -123,7 +148,7 @@ def constructor_params(cls: type[Any]) -> dict[str, inspect.Parameter]:
 
 
 def _from_file(
-    name: str, document: Document, file: str | None, has_inline: bool, problems: Problems
+    asked: Asked, document: Document, file: str | None, has_inline: bool, problems: Problems
 ) -> tuple[dict[str, Any], Origin]:
     """Return the parameters in the components file, and where they are written."""
     path = find_file(file or DEFAULT_FILE, document.origin.file)
@@ -140,13 +165,13 @@ def _from_file(
     found = read(path, problems)
     if found is None:
         return {}, document.origin
-    bucket = found.values.get("selectors")
+    name, bucket = asked.name, found.values.get(asked.bucket)
     entry = bucket.get(name) if isinstance(bucket, dict) else None
-    at = f"selectors.{name}"
+    at = f"{asked.bucket}.{name}"
     if entry is None and file is not None and not has_inline:
         names = [str(key) for key in bucket] if isinstance(bucket, dict) else []
         listed = ", ".join(names) or "nothing"
-        problems.say(found.origin, "selectors", f"found {listed}; expected an entry {name}{did_you_mean(name, names)}")
+        problems.say(found.origin, asked.bucket, f"found {listed}; expected an entry {name}{did_you_mean(name, names)}")
     if not isinstance(entry, dict):
         if entry is not None:
             problems.add(found.origin, at, "a mapping with params", entry)

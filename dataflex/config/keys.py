@@ -18,25 +18,44 @@ class FlatKeys(_Keys):
 
     train_type: Literal["static", "dynamic_select", "dynamic_mix", "dynamic_weight"] = Field(
         "static",
-        description="static: LLaMA-Factory untouched; dynamic_select: a selector chooses the rows of every round",
+        description="static: LLaMA-Factory untouched; dynamic_select: a selector chooses the rows of every round; "
+        "dynamic_mix: a mixer sets the share of each dataset; dynamic_weight: a weighter weighs each example's loss",
     )
     components_cfg_file: str | None = Field(
         None,
         description="YAML with the parameters of components, relative to the working folder, then to the run file; "
         "configs/components.yaml is read if it exists and nothing is given",
     )
-    component_name: str | None = Field(None, description="selector: a registered name, or module:Class")
-    warmup_step: int = Field(0, ge=0, description="steps at the head of every flex epoch, on rows drawn at random")
-    update_step: int = Field(0, ge=0, description="steps from one update to the next; 0: one selection per flex epoch")
+    component_name: str | None = Field(
+        None, description="selector, mixer or weighter: a registered name, or module:Class"
+    )
+    warmup_step: int = Field(
+        0,
+        ge=0,
+        description="steps before the method acts: at the head of every flex epoch, on rows drawn at random (select); "
+        "once, at init_mixture_proportions (mix); once, on the plain loss (weight)",
+    )
+    update_step: int = Field(
+        0,
+        ge=0,
+        description="steps from one update to the next; 0: one selection per flex epoch (select), the mixer's own "
+        "interval (mix)",
+    )
     update_times: int = Field(
-        1, description="updates per flex epoch; 0 or less: a flex epoch is one pass over the data"
+        1, description="updates per flex epoch; 0 or less: a flex epoch is one pass over the data; weight: not read"
     )
     train_step: int = Field(0, ge=0, description="total steps; 0: they follow from the keys above and num_train_epochs")
-    static_mix: bool = Field(False, description="dynamic_mix only")
-    mixture_sample_rule: str | None = Field(None, description="dynamic_mix only")
-    init_mixture_proportions: tuple[float, ...] | None = Field(None, description="dynamic_mix only")
-    mixer_eval_dataset: str | None = Field(None, description="dynamic_mix only")
-    freeze_gate: bool = Field(False, description="dynamic_mix only")
+    static_mix: bool = Field(False, description="mix: short for the mixer static")
+    mixture_sample_rule: Literal["mixture", "stratified", "uniform"] | None = Field(
+        None, description="mix: mixture leaves the shares to the mixer; stratified and uniform name a mixer themselves"
+    )
+    init_mixture_proportions: tuple[float, ...] | None = Field(
+        None, description="mix: shares before the first update, in the order of dataset; default: by size"
+    )
+    mixer_eval_dataset: str | None = Field(
+        None, description="mix, dynamic_moe: a held-out dataset for each domain; default: rows of the domains"
+    )
+    freeze_gate: bool = Field(False, description="mix: do not train the routers of a mixture of experts")
     early_stopping_min_delta: float = Field(
         0.0, ge=0, description="least improvement that early_stopping_steps counts, in units of metric_for_best_model"
     )
@@ -61,6 +80,37 @@ class Refresh(_Keys):
         return self
 
 
+class Mixture(_Keys):
+    """How the rows of a mixture are drawn, whichever mixer sets the shares."""
+
+    unit: Literal["rows", "tokens"] = Field(
+        "rows", description="what proportions are shares of; tokens: by the mean length of a domain's rows"
+    )
+    draws: Literal["greedy", "random"] | None = Field(
+        None, description="greedy: shares exact to one row at any time; random: independent draws; default: the mixer's"
+    )
+    exhausted: Literal["cycle", "renormalise", "stop"] = Field(
+        "cycle",
+        description="a domain that has been passed through: begin anew in another order; give its share to the others; "
+        "end the run",
+    )
+    passes: float | None = Field(
+        None, gt=0, description="passes over a domain, at most; cycle: none; otherwise 1 by default"
+    )
+
+    @model_validator(mode="after")
+    def _acts(self) -> Mixture:
+        if self.exhausted == "cycle" and self.passes is not None:
+            raise ValueError("exhausted: renormalise or stop beside passes; cycle has no limit")
+        return self
+
+
+class WeighterChoice(_Keys):
+    """A weighter beside a mixer: the factors of both are multiplied."""
+
+    name: str = Field(description="a registered weighter, or module:Class")
+
+
 class DataflexKeys(_Keys):
     """The `dataflex:` mapping. The parameters of the component, `params`, are checked by its own model."""
 
@@ -73,6 +123,10 @@ class DataflexKeys(_Keys):
         "compute", description="features that no store has: compute them, or refuse and name the fields that differ"
     )
     refresh: Refresh = Field(Refresh(), description="what is computed anew at an update")
+    mixture: Mixture = Field(Mixture(), description="dynamic_mix: how rows are drawn")
+    weighter: WeighterChoice | None = Field(
+        None, description="dynamic_mix: a weighter beside the mixer, {name, params}; warmup_step holds for both"
+    )
     keep_warmup: bool = Field(
         True,
         description="train keeps the state at the end of a warm-up, its optimizer too, beside the features, for the "

@@ -10,14 +10,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dataflex.config.combinations import Combinations
-from dataflex.config.component import Component, component, find_file, replaced, validated
+from dataflex.config.component import Asked, Component, component, find_file, replaced, validated
 from dataflex.config.files import check_files
 from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import fault, known_keys
+from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
 from dataflex.features.spec import BASE, GradientSpec
+from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS
 from dataflex.schedule import Schedule
 
 
@@ -57,9 +59,12 @@ class _Loading:
         stage = llamafactory.setdefault("stage", "sft")
         epochs = llamafactory.get("num_train_epochs", 1.0)
         schedule = Schedule(flat.warmup_step, flat.update_step, flat.update_times, flat.train_step, epochs)
-        found = self._component(flat, section, llamafactory.get("output_dir"))
-        is_dynamic = flat.train_type != "static"
-        self._cross_check(llamafactory, stage, schedule, found, section, is_dynamic)
+        found, weighter = self._components(flat, section, llamafactory.get("output_dir"))
+        if flat.train_type == "dynamic_mix":
+            schedule = mixing_schedule(flat, epochs, found.cls if found else None)
+            weighs = weighter is not None or getattr(found.cls if found else None, "watches", False)
+            self.notes += check_mixing(flat, llamafactory, found, weighs, self.origin, self.problems)
+        self._cross_check(flat, llamafactory, stage, schedule, found, weighter, section)
         check_files(llamafactory, self.origin, self.problems)
         self.problems.raise_if_any()
         params = found.params if found else None
@@ -67,13 +72,14 @@ class _Loading:
         return Settings(
             path=self.origin.file,
             llamafactory=llamafactory,
-            train_type=flat.train_type,
-            component_name=flat.component_name if is_dynamic else None,
+            keys=flat,
+            component_name=found.name if found else None,
             component=found.cls if found else None,
             params=params,
-            needs=found.needs if found else (),
+            weighter=weighter.cls if weighter else None,
+            weighter_params=weighter.params if weighter else None,
+            needs=(*(found.needs if found else ()), *(weighter.needs if weighter else ())),
             schedule=schedule,
-            early_stopping_min_delta=flat.early_stopping_min_delta,
             dataflex=section,
             store_root=store_root(section.store, cache_dir),
             notes=tuple(self.notes),
@@ -116,13 +122,13 @@ class _Loading:
         values = {k: v for k, v in self.document.values.items() if k in FlatKeys.model_fields and v is not None}
         flat: FlatKeys = self._valid(FlatKeys, values, "")
         dynamic = [k for k in values if k not in ("train_type", "components_cfg_file", "early_stopping_min_delta")]
-        if flat.train_type in ("dynamic_mix", "dynamic_weight"):
-            expected = f"static or dynamic_select: {flat.train_type} is not part of this version yet"
-            self.problems.add(self.origin, "train_type", expected, flat.train_type)
-        elif flat.train_type == "static" and dynamic and "train_type" not in self.document.values:
+        if flat.train_type == "static" and dynamic and "train_type" not in self.document.values:
             self.notes.append(f"train_type is static by default, so {', '.join(dynamic)} mean nothing")
-        elif unused := [k for k in values if k in MIX_ONLY]:
+        elif flat.train_type != "dynamic_mix" and (unused := [k for k in values if k in MIX_ONLY]):
             self.notes.append(f"only dynamic_mix reads {', '.join(unused)}")
+        unused = [k for k in values if k in ("update_step", "update_times")]
+        if flat.train_type == "dynamic_weight" and unused:
+            self.notes.append(f"dynamic_weight does not read {', '.join(unused)}: every step is weighted")
         return flat
 
     def _section(self, output_dir: Any) -> DataflexKeys:
@@ -134,6 +140,8 @@ class _Loading:
             if key in FlatKeys.model_fields or (key in known_keys() and key not in DataflexKeys.model_fields):
                 text = f"found an unknown key; expected {key} at the top level of the run file"
                 self.problems.say(self.origin, f"dataflex.{key}", text)
+            elif key == "weighter" and isinstance(value, dict):
+                right[key] = {k: v for k, v in value.items() if k != "params"}
             elif key != "params" and value is not None:
                 right[key] = replaced(value, output_dir, self.origin, f"dataflex.{key}", self.problems)
         section: DataflexKeys = self._valid(DataflexKeys, right, "dataflex")
@@ -155,28 +163,53 @@ class _Loading:
             result = model.model_validate({k: v for k, v in values.items() if k not in wrong})
         return result
 
-    def _component(self, flat: FlatKeys, section: DataflexKeys, output_dir: Any) -> Component | None:
-        if flat.train_type != "dynamic_select":
-            return None
-        if flat.component_name is None:
+    def _components(
+        self, flat: FlatKeys, section: DataflexKeys, output_dir: Any
+    ) -> tuple[Component | None, Component | None]:
+        """Return the method of the run, and the weighter beside a mixer."""
+        written = self.document.values.get("dataflex")
+        written = written if isinstance(written, dict) else {}
+        params, beside = written.get("params"), written.get("weighter")
+
+        def found(asked: Asked) -> Component | None:
+            file = flat.components_cfg_file
+            return component(asked, self.document, file, section.plugins, output_dir, self.problems)
+
+        kinds = {"dynamic_select": SELECTORS, "dynamic_mix": MIXERS, "dynamic_weight": WEIGHTERS}
+        registry = kinds.get(flat.train_type)
+        if section.weighter is not None and registry is not MIXERS:
+            why = "Without a mixer the weighter is component_name itself, under train_type: dynamic_weight"
+            self.problems.add(self.origin, "dataflex.weighter", "it with train_type: dynamic_mix", beside, why=why)
+        if registry is None:
+            return None, None
+        asked = Asked(flat.component_name or "", registry, params)
+        if registry is MIXERS:
+            asked = mixer_asked(flat, asked, self.notes)
+        if not asked.name:
             if self.document.values.get("component_name") is None:
-                self.problems.add(self.origin, "component_name", "a selector, such as less or random, or module:Class")
-            return None
-        file = flat.components_cfg_file
-        return component(flat.component_name, self.document, file, section.plugins, output_dir, self.problems)
+                named = {"selector": "less or random", "mixer": "odm or static", "weighter": "loss"}[registry.kind]
+                self.problems.add(self.origin, "component_name", f"a {registry.kind}, such as {named}, or module:Class")
+            return None, None
+        weighter = None
+        if section.weighter is not None and registry is MIXERS and isinstance(beside, dict):
+            at = ("dataflex.weighter.name", "dataflex.weighter.params")
+            weighter = found(Asked(section.weighter.name, WEIGHTERS, beside.get("params"), *at))
+        return found(asked), weighter
 
     def _cross_check(
         self,
+        flat: FlatKeys,
         llamafactory: Mapping[str, Any],
         stage: str,
         schedule: Schedule,
         found: Component | None,
+        weighter: Component | None,
         section: DataflexKeys,
-        is_dynamic: bool,
     ) -> None:
         """Hold the keys against each other, as far as the run makes use of them."""
         check = Combinations(llamafactory, self.origin, self.problems)
-        needs = found.needs if found else ()
+        is_dynamic = flat.train_type != "static"
+        needs = tuple(need for each in (found, weighter) if each for need in each.needs)
         specs = [*(need.spec for need in needs), *(found.asked if found else ()), *section.features]
         if found and section.refresh.policy not in found.refreshes:
             expected = f"{' or '.join(found.refreshes)} with these parameters"
@@ -190,7 +223,13 @@ class _Loading:
         check.check_present(stage)
         check.check_rows(stage)
         if is_dynamic:
-            check.check_schedule(schedule)
+            check.check_schedule(schedule, flat.train_type)
+        if (
+            flat.train_type == "dynamic_weight"
+            or weighter is not None
+            or getattr(found and found.cls, "watches", False)
+        ):
+            check.check_losses()
         if any(need.of == "targets" for need in needs):
             check.check_targets()
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataflex.config.keys import DataflexKeys
+from dataflex.config.keys import DataflexKeys, FlatKeys
 from dataflex.schedule import Schedule
 
 
@@ -19,18 +19,24 @@ class Settings(BaseModel):
 
     path: Path = Field(description="the run file")
     llamafactory: dict[str, Any] = Field(description="LLaMA-Factory's keys as written; `stage` is said in any case")
-    train_type: str = Field(description="static or dynamic_select")
-    component_name: str | None = Field(description="the selector's name; None with train_type static")
+    keys: FlatKeys = Field(description="DataFlex's keys at the top level")
+    component_name: str | None = Field(description="the method's name; None with train_type static")
     component: type[Any] | None = Field(description="its class")
     params: Any = Field(
         description="an instance of its Params; for a documented selector a dict of constructor arguments"
     )
+    weighter: Any = Field(None, description="the class of a weighter beside a mixer")
+    weighter_params: Any = Field(None, description="its parameters, as `params`")
     needs: tuple[Any, ...] = Field(description="features it declares (dataflex.selectors.base.Need)")
     schedule: Schedule
-    early_stopping_min_delta: float
     dataflex: DataflexKeys = Field(description="the `dataflex:` mapping")
     store_root: str = Field(description="path or URL under which the stores lie")
     notes: tuple[str, ...] = Field(description="what is allowed but probably not meant")
+
+    @property
+    def train_type(self) -> str:
+        """Which of the four ways of training."""
+        return self.keys.train_type
 
 
 def store_root(store: str | None, cache_dir: str | None = None) -> str:

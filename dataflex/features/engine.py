@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,10 +19,18 @@ from dataflex.features.batching import Batch, collate, plan_batches
 from dataflex.features.embedding import pool
 from dataflex.features.evaluation import evaluation
 from dataflex.features.gradient import Parameter, trainable_parameters
-from dataflex.features.loss import loss_sums
+from dataflex.features.loss import token_losses
 from dataflex.features.projection import Projector, build_projector
 from dataflex.features.sketch import Direction, Sketches, Target
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, Projection
+from dataflex.features.spec import (
+    EmbeddingSpec,
+    FeatureSpec,
+    FeatureValues,
+    GradientSpec,
+    LossSpec,
+    Projection,
+    TokenLossSpec,
+)
 from dataflex.rows import Status
 
 
@@ -85,7 +94,8 @@ class FeatureEngine:
         directions: dict[str, Direction | None] = {}
         targets = [self._target(spec, directions) for spec in specs if isinstance(spec, GradientSpec)]
         sketches = Sketches(self.parameters, targets) if targets else None
-        plan = plan_batches([len(e["input_ids"]) for e in examples], self.token_budget)
+        lengths = [len(e["input_ids"]) for e in examples]
+        plan, longest = plan_batches(lengths, self.token_budget), max(lengths, default=2)
         values: list[FeatureValues] = []
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.model))
@@ -93,7 +103,7 @@ class FeatureEngine:
                 stack.enter_context(sketches.taps.on(sketches.modules))
             for number in range(max(len(plan), min_batches, 1)):
                 rows = plan[number].tolist() if number < len(plan) else []
-                parts = self._run(self._collate([examples[i] for i in rows] or [self._dummy]), specs, sketches)
+                parts = self._run(self._collate([examples[i] for i in rows] or [self._dummy]), specs, sketches, longest)
                 values = values or [_empty(part, len(examples)) for part in parts]
                 for whole, part in zip(values, parts, strict=True):
                     _place(part, rows, whole)
@@ -135,7 +145,9 @@ class FeatureEngine:
             inputs["logits_to_keep"] = 1
         return inputs
 
-    def _run(self, batch: Batch, specs: Sequence[FeatureSpec], sketches: Sketches | None) -> list[FeatureValues]:
+    def _run(
+        self, batch: Batch, specs: Sequence[FeatureSpec], sketches: Sketches | None, longest: int
+    ) -> list[FeatureValues]:
         tokens = (batch.targets >= 0).sum(dim=1)
         status = torch.where(tokens > 0, Status.OK, Status.NO_LABELS).to(torch.uint8)
         results: dict[int, FeatureValues] = {}
@@ -154,7 +166,8 @@ class FeatureEngine:
                     vectors = pool(states[spec.layer].detach(), batch.attention_mask.bool(), spec)
                     results[i] = _vectors(vectors, torch.zeros_like(status))
             if len(results) < len(specs):
-                sums = loss_sums(output.logits, batch.targets)
+                losses = token_losses(output.logits, batch.targets)
+                sums = losses.sum(dim=1, dtype=torch.float64)
                 del output
                 finite = sums.isfinite()
                 status[~finite & (tokens > 0)] = Status.NONFINITE
@@ -164,6 +177,8 @@ class FeatureEngine:
         for i, spec in enumerate(specs):
             if isinstance(spec, LossSpec):
                 results[i] = _losses(sums.detach(), tokens, status)
+            elif isinstance(spec, TokenLossSpec):
+                results[i] = replace(_losses(sums.detach(), tokens, status), vectors=_by_token(losses, status, longest))
             elif isinstance(spec, GradientSpec):
                 results[i] = _vectors(next(sketched), status)
         return [results[i] for i in range(len(specs))]
@@ -173,6 +188,12 @@ def _losses(sums: Tensor, tokens: Tensor, status: Tensor) -> FeatureValues:
     good = status == Status.OK
     scalars = {"loss_sum": torch.where(good, sums, 0.0).cpu().numpy(), "tokens": (tokens * good).int().cpu().numpy()}
     return FeatureValues(status.cpu().numpy(), scalars, None)
+
+
+def _by_token(losses: Tensor, status: Tensor, width: int) -> np.ndarray:
+    """Return token losses (B, width) float32, zeros behind a row's end and in a row that is not usable."""
+    good = torch.where((status == Status.OK)[:, None], losses.detach().float(), 0.0)
+    return nn.functional.pad(good, (0, width - good.shape[1])).cpu().numpy()
 
 
 def _vectors(vectors: Tensor, status: Tensor) -> FeatureValues:

@@ -48,6 +48,16 @@ class LossSpec(_Frozen):
         return {"kind": self.kind} if self.given == "prompt" else self.model_dump()
 
 
+class TokenLossSpec(_Frozen):
+    """Next-token cross-entropy of each token (nats), 0 where there is no label, as wide as the longest row may be."""
+
+    kind: Literal["token_loss"] = "token_loss"
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what determines the values."""
+        return {"kind": self.kind}
+
+
 class EmbeddingSpec(_Frozen):
     """A pooled hidden state."""
 
@@ -191,7 +201,9 @@ class PolicyGradientSpec(_Frozen):
         return out | ({"k": self.k} if self.estimator == "topk" else {})
 
 
-FeatureSpec = Annotated[LossSpec | EmbeddingSpec | GradientSpec | PolicyGradientSpec, Field(discriminator="kind")]
+FeatureSpec = Annotated[
+    LossSpec | TokenLossSpec | EmbeddingSpec | GradientSpec | PolicyGradientSpec, Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True)
@@ -201,7 +213,8 @@ class FeatureValues:
     Attributes:
         status: (R,) uint8 of `dataflex.rows.Status`; where it is not OK the values are zero.
         scalars: column name -> (R,) array. loss: `loss_sum` float64, `tokens` int32. embedding, gradient: `norm`
-            float32, L2 norm of the vector. policy_gradient: `norm`; `reward` float64, mean of the rewards; `scored`
+            float32, L2 norm of the vector. token_loss: as loss; position t of the vector is the loss of the token after
+            it, as the logits have it. policy_gradient: `norm`; `reward` float64, mean of the rewards; `scored`
             int32, responses that have one.
         vectors: (R, D) float32, or None for a feature without vectors.
     """

@@ -14,7 +14,8 @@ from transformers import EarlyStoppingCallback
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.trainers.checkpoints import incomplete_reason, newest_complete
-from dataflex.trainers.trainer import Director, RoundTrainer, Stopped
+from dataflex.trainers.round_trainer import RoundTrainer
+from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +23,11 @@ _TRAINERS = {"sft": "CustomSeq2SeqTrainer", "pt": "CustomTrainer"}
 
 
 def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_min_delta: float = 0.0) -> None:
-    """Train as `llamafactory-cli train` does; with a director, it decides the rows of every round.
+    """Train as `llamafactory-cli train` does, with our trainer where there is a director.
 
     Args:
         arguments: LLaMA-Factory's keys and values, DataFlex keys removed.
-        director: decides rows, or None for LLaMA-Factory untouched.
+        director: accompanies the run, and decides its rows if it has `decide`; None for LLaMA-Factory untouched.
         early_stopping_min_delta: with `early_stopping_steps`, what counts as an improvement.
 
     Raises:
@@ -80,11 +81,13 @@ def _substituted(stage: str, director: Director) -> Iterator[None]:
         model_arguments.append(model_args)
         return loaded[-1].module
 
-    class DataflexTrainer(RoundTrainer, base):  # type: ignore[misc, valid-type]
+    added: Any = RoundTrainer if hasattr(director, "decide") else DataflexTrainer
+
+    class Joined(added, base):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(director=director, row_sets=loaded[-1], model_args=model_arguments[-1], **kwargs)
 
-    with patch.object(workflow, _TRAINERS[stage], DataflexTrainer), patch.object(workflow, "get_dataset", get_dataset):
+    with patch.object(workflow, _TRAINERS[stage], Joined), patch.object(workflow, "get_dataset", get_dataset):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from dataflex.features.spec import BASE
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.parts.choice import Bands, Choice, Middle, TopK, Window
 from dataflex.selectors.parts.numbers import DeltaLoss, InstructionDifficulty, Loss
-from dataflex.selectors.parts.representation import Part, part
+from dataflex.selectors.parts.representation import Acts, Part, part
 
 
 class ByLoss(Composed):
@@ -22,7 +22,7 @@ class ByLoss(Composed):
     class Params(Part):
         """Parameters of `loss`."""
 
-        only = {
+        only: ClassVar[Acts] = {
             "focus": ("mode", ("soft",)),
             "focus_weight": ("mode", ("soft",)),
             "temperature": ("mode", ("soft",)),
@@ -38,7 +38,7 @@ class ByLoss(Composed):
         focus_weight: float = Field(5.0, gt=0, description="soft: weight of a row in it; 1 elsewhere")
         quantiles: tuple[float, float] = Field((0.33, 0.66), description="where bands meet; ends of middle_band")
         temperature: float = Field(1.0, gt=0, description="soft: weights are raised to 1 / temperature")
-        replacement: bool = Field(False, description="soft, middle_band: whether a row may be drawn again within an update")
+        replacement: bool = Field(False, description="soft, middle_band: a row may be drawn again within an update")
         measure: Literal["mean", "sum", "perplexity"] = Field("mean", description="loss per token, per row; exp(mean)")
         model: Literal["base", "live"] = Field("live", description="base: before any training; live: as it is now")
         score_batch_size: int = Field(8, ge=1, description="accepted for compatibility; batches are filled by tokens")
@@ -75,7 +75,7 @@ class ByDeltaLoss(Composed):
     class Params(Part):
         """Parameters of `delta_loss`."""
 
-        only = {"window_size": ("rule", ("window",)), "outside": ("rule", ("window",))}
+        only: ClassVar[Acts] = {"window_size": ("rule", ("window",)), "outside": ("rule", ("window",))}
 
         window_size: float = Field(0.2, gt=0, le=1, description="width of the window, as a share of the usable rows")
         outside: float = Field(0.025, ge=0, description="weight of a row outside the window; 1 inside")

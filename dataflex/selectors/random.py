@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataflex.selectors.base import Context, Need, Selection, generator
+from dataflex.draws import generator
+from dataflex.selectors.base import Context, Need, Selection
 from dataflex.selectors.parts.sampling import sample
 
 

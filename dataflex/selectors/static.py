@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from dataflex.draws import stream
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.rows import KEY_DTYPE, Rows
-from dataflex.selectors.base import Context, Need, Selection, stream
+from dataflex.selectors.base import Context, Need, Selection
 from dataflex.selectors.parts.files import ExistingFile
 
 

@@ -1,4 +1,4 @@
-"""One loader for the whole run: a DataLoader per round, each decided when its first batch is asked for."""
+"""One loader for the whole run, whose rounds are decided when their first batch is asked for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class RoundLoader:
     """Iterates over the micro-batches of this rank from the trainer's current step to the end of the run.
 
     A step's rows are dealt so that micro-batch `j` of rank `r` holds rows `(j * world + r) * B` to `+ B` of the step:
-    the rows of a step depend on the global batch alone.
+    the rows of a step depend on the global batch alone. One DataLoader serves all rounds; its workers stay, and read
+    ahead within a round.
 
     Args:
         trainer: gives dataset, collator, arguments and, when iteration begins, the step to begin at.
@@ -58,32 +59,52 @@ class RoundLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield collated micro-batches on the CPU; the trainer moves them to its device."""
-        step = self._trainer.state.global_step
+        args, step = self._trainer.args, self._trainer.state.global_step
+        # Its own generator: a loader draws a seed when it is opened, which must not move the dropout stream.
+        batches, draws = _Batches(), torch.Generator()
+        loader = self._loader(batches, draws)
         for round in self._rounds:
             if round.first_step + round.steps <= step:
                 continue
             decided = self._decide(round)
             if decided is None:
                 return
-            yield from self._loader(decided, skip=max(0, step - round.first_step))
+            found = micro_batches(
+                decided.rows, decided.round.steps, args.gradient_accumulation_steps, args.world_size, args.process_index
+            )
+            batches.now = found[max(0, step - round.first_step) * args.gradient_accumulation_steps :]
+            draws.manual_seed(args.seed + round.number)
+            yield from loader
+            if decided.round.steps < round.steps:  # the rows came to an end
+                return
 
-    def _loader(self, decided: DecidedRound, skip: int) -> DataLoader[Any]:
+    def _loader(self, batches: _Batches, draws: torch.Generator) -> DataLoader[Any]:
         args = self._trainer.args
-        batches = micro_batches(
-            decided.rows, decided.round.steps, args.gradient_accumulation_steps, args.world_size, args.process_index
-        )
         workers = args.dataloader_num_workers
         return DataLoader(
             self.dataset,
-            batch_sampler=batches[skip * args.gradient_accumulation_steps :],
+            batch_sampler=batches,
             collate_fn=self._trainer.data_collator,
             num_workers=workers,
+            persistent_workers=workers > 0,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             worker_init_fn=partial(seed_worker, num_workers=workers, rank=args.process_index),
-            # Its own generator: a loader draws a seed when it is opened, which must not move the dropout stream.
-            generator=torch.Generator().manual_seed(args.seed + decided.round.number),
+            generator=draws,
         )
+
+
+class _Batches:
+    """The micro-batches of the round that is under way."""
+
+    def __init__(self) -> None:
+        self.now: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.now)
+
+    def __len__(self) -> int:
+        return len(self.now)
 
 
 def micro_batches(rows: np.ndarray, steps: int, accumulation: int, world: int, rank: int) -> list[list[int]]:

@@ -1,7 +1,6 @@
-"""What is added to a Transformers trainer: rows decided round by round, complete checkpoints, exact resumption.
+"""What is added to a Transformers trainer: complete checkpoints, exact resumption, losses that are weighted or watched.
 
-The training loop is Transformers' own. The loader it is given spans the whole run as one epoch, so that rounds may
-have any length; the epoch that people see is set after each step.
+The training loop is Transformers' own.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, rotate_checkpoints
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from dataflex import distributed
-from dataflex.errors import ConfigError
-from dataflex.schedule import Round, Schedule
+from dataflex.errors import DataflexError
 from dataflex.trainers.checkpoints import mark_complete
-from dataflex.trainers.rounds import DecidedRound, RoundLoader
+from dataflex.trainers.weighing import ROWS, Weighing
 
 
 class Stopped(Exception):
@@ -30,79 +28,107 @@ class Stopped(Exception):
 
 
 class Director(Protocol):
-    """Decides what a run trains on; every method is called on every rank."""
+    """Accompanies a run; every method is called on every rank."""
 
-    schedule: Schedule
-
-    def begin(self, trainer: RoundTrainer, checkpoint: str | None) -> str | None:
+    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Prepare for training from `checkpoint` (None: from the start); return the folder to start from."""
         ...
 
-    def decide(self, trainer: RoundTrainer, round: Round) -> DecidedRound | None:
-        """Return the round's rows, or None to stop before it."""
-        ...
-
-    def saved(self, trainer: RoundTrainer, checkpoint: str) -> dict[str, Any]:
+    def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add to a checkpoint what belongs in it; return what its mark records."""
         ...
 
-    def finish(self, trainer: RoundTrainer, stopped: bool) -> None:
+    def finish(self, trainer: Any, stopped: bool) -> None:
         """Conclude after training."""
         ...
 
 
-class RoundTrainer(Trainer):
+class DataflexTrainer(Trainer):
     """Mixin: put before LLaMA-Factory's trainer class in the bases.
 
     Args:
-        director: decides the rows.
+        director: accompanies the run; it may set `weighing` when it begins.
         row_sets: training rows and target sets (`dataflex.llamafactory.rows.RowSets`).
         model_args: LLaMA-Factory's model arguments.
         kwargs: what LLaMA-Factory's workflow passes to its trainer.
-
-    Raises:
-        ConfigError: an argument cannot be reconciled with rounds.
     """
 
     def __init__(self, *, director: Director, row_sets: Any, model_args: Any, **kwargs: Any):
         args = kwargs["args"]
-        if args.auto_find_batch_size:
-            raise ConfigError(
-                "auto_find_batch_size: found true; expected false: a round's rows are decided for one batch size. "
-                "Set per_device_train_batch_size and gradient_accumulation_steps."
-            )
         self.director = director
         self.row_sets = row_sets
         self.model_arguments = model_args
         self.global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        args.max_steps = director.schedule.total(rows=len(row_sets.train), batch=self.global_batch)
-        args.ignore_data_skip = True  # the loader starts at the step itself
-        self.rounds = director.schedule.rounds(rows=len(row_sets.train), batch=self.global_batch)
-        super().__init__(**kwargs)
-        self.add_callback(_EpochShown(director.schedule.flex_steps(rows=len(row_sets.train), batch=self.global_batch)))
-
-    def get_train_dataloader(self) -> Any:
-        """Return the loader of the whole run."""
+        self.weighing: Weighing | None = None
+        self.documented: Any = None
+        self.documented_from = 0
+        self.last_batch: Any = None
         self._stopped = False
-        return RoundLoader(self, self.rounds, self._decide)
-
-    def _decide(self, round: Round) -> DecidedRound | None:
-        with same_random_state():
-            decided = self.director.decide(self, round)
-        if decided is None:
-            self._stopped = self.control.should_training_stop = True
-        return decided
+        super().__init__(**kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; raises `Stopped` when the director ended the run early."""
         if self.args.world_size > 1 and self.args.device.type == "cpu":
             _accept_cpu_index()
         start = self.director.begin(self, resume_from_checkpoint)
+        if self.weighing is not None:
+            self.compute_loss_func = self._loss
+            rows: Any = self.train_dataset
+            self.train_dataset = rows.add_column(ROWS, np.arange(len(rows)))
+            self.data_collator = _WithRows(self.data_collator)
         output = super().train(start, *args, **kwargs)
         self.director.finish(self, self._stopped)
         if self._stopped:
             raise Stopped
         return output
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Train on a micro-batch: by the weighter's own step, where one of the documented kind has one."""
+        if self.documented is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        acts = self.state.global_step >= self.documented_from
+        # It divides by the accumulation steps itself.
+        items = None if num_items_in_batch is None else num_items_in_batch / self.args.gradient_accumulation_steps
+        return self.documented.training_step(self, model, inputs, items, acts)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the micro-batches of the next step, which `weighing` sees first."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.last_batch = batches[-1] if batches else self.last_batch
+        if self.weighing is not None and batches:
+            with same_random_state():
+                self.weighing.begin(self, batches, items)
+        return batches, items
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a micro-batch: weighted in training, LLaMA-Factory's own elsewhere."""
+        if self.weighing is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        rows = inputs.pop(ROWS, None)
+        if rows is None:
+            kept, self.compute_loss_func = self.compute_loss_func, None
+            try:
+                return super().compute_loss(model, inputs, *args, **kwargs)
+            finally:
+                self.compute_loss_func = kept
+        with self.weighing.captured(self) as states:
+            self._forward = rows, states, {name: value for name, value in inputs.items() if name != "labels"}
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, output: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        """Transformers' `compute_loss_func`: called with what the forward pass gave."""
+        assert self.weighing is not None
+        if output.get("logits") is None:
+            raise DataflexError(
+                "the model gave no logits, so there is no loss of single examples: a fused loss (Liger) hides them; "
+                "set enable_liger_kernel: false"
+            )
+        loss = self.weighing.loss(output, labels, *self._forward)
+        model: Any = self.model
+        extra, config = output.get("aux_loss"), model.config.get_text_config()
+        if extra is not None and getattr(config, "output_router_logits", False):  # as the model adds it itself
+            loss = loss + config.router_aux_loss_coef * extra.to(loss.device)
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate without moving the random state, so that evaluating more often trains the same weights."""
@@ -140,43 +166,19 @@ class RoundTrainer(Trainer):
             self.args.output_dir, self.args.save_total_limit, self.args.save_only_model = kept
         return os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
 
-    def learning_rates(self, first: int, steps: int) -> list[float] | None:
-        """Return the learning rates of a span of steps before any is taken, None if they follow from measured losses.
 
-        LLaMA-Factory's own scheduler is stepped over an optimizer of one number.
-        """
-        if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            return None
-        number = torch.zeros(1, requires_grad=True)
-        optimizer = torch.optim.SGD([number], lr=self.args.learning_rate)
-        kept = self.lr_scheduler, self._created_lr_scheduler
-        self.lr_scheduler = None
-        try:
-            scheduler: Any = self.create_scheduler(self.args.max_steps, optimizer)
-        finally:
-            self.lr_scheduler, self._created_lr_scheduler = kept
-        rates = []
-        for step in range(first + steps):
-            if step >= first:
-                rates.append(float(scheduler.get_last_lr()[0]))
-            optimizer.step()
-            scheduler.step()
-        return rates
+class _WithRows:
+    """A collator that hands each example's position in the training set on, beside what the model is fed."""
 
+    def __init__(self, collator: Any):
+        self.collator = collator
 
-class _EpochShown(TrainerCallback):
-    """Shows epochs of the schedule; the loop itself sees the whole run as one."""
-
-    def __init__(self, steps: int):
-        self._steps = steps
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch before anything is logged or saved, and do what the run file asks for at an epoch's end."""
-        state.epoch = state.global_step / self._steps
-        if state.global_step % self._steps == 0 and state.global_step < state.max_steps:  # the loop sees to the last
-            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
-            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
-            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+    def __call__(self, features: Any) -> Any:
+        rows = [feature.get(ROWS) for feature in features]
+        batch = self.collator([{k: v for k, v in feature.items() if k != ROWS} for feature in features])
+        if rows[0] is not None:
+            batch[ROWS] = torch.tensor(rows)
+        return batch
 
 
 @contextlib.contextmanager

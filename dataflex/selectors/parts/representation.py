@@ -13,14 +13,16 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from dataflex.features.spec import FeatureSpec
 from dataflex.selectors.base import Context, Need
 
+Acts = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Field -> (another field, the values of that under which the first one acts)."""
+
 
 class Part(BaseModel):
     """Base of the parts that a method is put together from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    only: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
-    """Field -> (another field, the values of that under which the first one acts)."""
+    only: ClassVar[Acts] = {}
 
     @model_validator(mode="after")
     def _nothing_in_vain(self) -> Part:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -20,13 +20,13 @@ from dataflex.features.spec import (
 )
 from dataflex.rewards import REWARDS, build_reward
 from dataflex.selectors.parts.checkpoints import checkpoint_weights
-from dataflex.selectors.parts.representation import Part, Term, Vectors
+from dataflex.selectors.parts.representation import Acts, Part, Term, Vectors
 
 
 class GradientFields(Part):
     """What determines gradients that are compared."""
 
-    only = {"adam_variant": ("gradient_type", ("adam",)), "sparsity": ("projection", ("sjlt",))}
+    only: ClassVar[Acts] = {"adam_variant": ("gradient_type", ("adam",)), "sparsity": ("projection", ("sjlt",))}
 
     gradient_type: Literal["adam", "sgd"] = Field(
         "adam", description="training side: Adam's step, or the plain gradient"
@@ -92,7 +92,7 @@ class GradientVectors(CheckpointFields, Vectors):
 class PolicyFields(CheckpointFields):
     """What determines the gradient of the targets' expected reward."""
 
-    only = {**CheckpointFields.only, "k": ("estimator", ("topk",))}
+    only: ClassVar[Acts] = {**CheckpointFields.only, "k": ("estimator", ("topk",))}
 
     reward: tuple[RewardSpec, ...] = Field(
         (), description="{type: name, ...}, or a list that is added; docs/rewards.md"

@@ -1,0 +1,78 @@
+"""The keys of `dynamic_mix`, held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dataflex.config.component import Asked, Component
+from dataflex.config.keys import FlatKeys
+from dataflex.config.problems import Origin, Problems
+from dataflex.schedule import Schedule
+
+CONSTANT = 1000
+"""Steps whose rows are drawn at a time where proportions never change."""
+_RULES = ("stratified", "uniform")
+
+
+def mixer_asked(flat: FlatKeys, asked: Asked, notes: list[str]) -> Asked:
+    """Return the mixer that `component_name`, `static_mix` and `mixture_sample_rule` name together."""
+    rule = flat.mixture_sample_rule
+    if flat.static_mix:
+        if asked.name not in ("", "static"):
+            notes.append(f"static_mix: true leaves {asked.name} out; the shares are init_mixture_proportions")
+            asked = replace(asked, params=None)
+        asked = replace(asked, name="static")
+    if rule in _RULES and asked.name in ("", "static"):
+        return replace(asked, name=rule)
+    return asked
+
+
+def mixing_schedule(flat: FlatKeys, epochs: float, mixer: Any) -> Schedule:
+    """Return the schedule: without `update_step` the mixer's own interval, until the run ends."""
+    interval = flat.update_step or getattr(mixer, "interval", 1) or CONSTANT
+    times = flat.update_times if flat.update_step else -1
+    return Schedule(flat.warmup_step, interval, times, flat.train_step, epochs, spans_run=True)
+
+
+def check_mixing(
+    flat: FlatKeys,
+    llamafactory: Mapping[str, Any],
+    mixer: Component | None,
+    weighs: bool,
+    origin: Origin,
+    problems: Problems,
+) -> list[str]:
+    """Note what keeps a mixture from being what the run file says; return what is allowed but probably not meant."""
+    notes = []
+    given = llamafactory.get("dataset")
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given or [])
+    shares = flat.init_mixture_proportions
+    if shares is not None:
+        if names and len(shares) != len(dict.fromkeys(names)):
+            expected = f"{len(dict.fromkeys(names))} numbers, one for each of {', '.join(dict.fromkeys(names))}"
+            problems.add(origin, "init_mixture_proportions", expected, list(shares))
+        elif min(shares) < 0 or not np.isfinite(shares).all() or sum(shares) <= 0:
+            problems.add(origin, "init_mixture_proportions", "numbers of 0 or more, not all 0", list(shares))
+    name = mixer.name if mixer else None
+    if flat.mixture_sample_rule in _RULES and name not in (None, flat.mixture_sample_rule):
+        why = f"{flat.mixture_sample_rule} would take no notice of the mixer {name}. Set mixture, or leave it out"
+        problems.add(origin, "mixture_sample_rule", "mixture", flat.mixture_sample_rule, why=why)
+    if mixer is not None and hasattr(mixer.cls, "check"):
+        for text in mixer.cls(mixer.params).check(list(dict.fromkeys(names))):
+            problems.say(origin, "dataflex.params", text)
+    for key, right in (("mix_strategy", ("concat",)), ("interleave_probs", ())):
+        value = llamafactory.get(key)
+        if value is not None and value not in right:
+            why = "The mixer sets the shares, and LLaMA-Factory would mix once more"
+            problems.add(origin, key, right[0] if right else "it left out", value, why=why)
+    if flat.mixer_eval_dataset is not None and name != "dynamic_moe":
+        problems.add(origin, "mixer_eval_dataset", "it with component_name: dynamic_moe alone", flat.mixer_eval_dataset)
+    if weighs and llamafactory.get("packing") and llamafactory.get("neat_packing"):
+        problems.add(origin, "neat_packing", "false", True, why="Losses of a packed row belong to several examples")
+    if flat.update_step and flat.update_times > 0 and "num_train_epochs" in llamafactory and not flat.train_step:
+        notes.append("num_train_epochs has no effect: warmup_step + update_step x update_times is the whole run")
+    return notes

@@ -1,0 +1,236 @@
+"""What a mixer is given and what it returns.
+
+K domains, in the order of `dataset:` in the run file; every artefact names them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from dataflex.draws import generator
+from dataflex.features.need import Need
+
+
+class MixerParams(BaseModel):
+    """Base of the parameters of a mixer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Domains:
+    """The domains of a run.
+
+    Attributes:
+        names: (K,) in order.
+        rows: (K,) int64, rows that can be drawn.
+        tokens: (K,) int64, their supervised tokens.
+        unit: what proportions are shares of.
+    """
+
+    names: Sequence[str]
+    rows: np.ndarray
+    tokens: np.ndarray
+    unit: Literal["rows", "tokens"] = "rows"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(K,) float64, sizes in the unit of the proportions."""
+        return np.asarray(self.rows if self.unit == "rows" else self.tokens, dtype=np.float64)
+
+    @property
+    def natural(self) -> np.ndarray:
+        """(K,) float64, proportions by size."""
+        return normalised(self.sizes)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over all ranks and micro-batches of the optimizer steps since the last update.
+
+    Tokens are supervised ones whose loss is finite; losses are those of the training forward, before each step.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: (K,) float64.
+        loss: (K,) float64, sum of token losses in nats.
+        groups: (K,) float64, micro-batches with tokens of the domain.
+        group_loss: (K,) float64, sum over those of the domain's mean token loss in each.
+        excess: (K,) float64, sum of what a mixer with a reference takes of each token; zeros without one.
+        nonfinite: (K,) float64, supervised tokens left out as NaN or infinite.
+    """
+
+    steps: int
+    tokens: np.ndarray
+    loss: np.ndarray
+    groups: np.ndarray
+    group_loss: np.ndarray
+    excess: np.ndarray
+    nonfinite: np.ndarray
+
+    @classmethod
+    def zeros(cls, count: int) -> Statistics:
+        """Return the statistics of no step over `count` domains."""
+        return cls(0, *(np.zeros(count) for _ in range(6)))
+
+    @property
+    def seen(self) -> np.ndarray:
+        """(K,) bool, domains that have a loss."""
+        return self.tokens > 0
+
+    @property
+    def mean_loss(self) -> np.ndarray:
+        """(K,) float64, nats per token; NaN where a domain was not seen."""
+        return _ratio(self.loss, self.tokens)
+
+    @property
+    def mean_excess(self) -> np.ndarray:
+        """(K,) float64, excess per token; NaN where a domain was not seen."""
+        return _ratio(self.excess, self.tokens)
+
+    @property
+    def mean_group_loss(self) -> np.ndarray:
+        """(K,) float64, mean over micro-batches of the mean token loss; NaN where a domain was not seen."""
+        return _ratio(self.group_loss, self.groups)
+
+
+@dataclass(frozen=True)
+class MixContext:
+    """What a mixer finds at an update.
+
+    Attributes:
+        domains: names and sizes.
+        initial: (K,) `init_mixture_proportions`, normalised; by size where none are given.
+        proportions: (K,) in force until now.
+        statistics: of the steps since the last update; of no step at a run's beginning.
+        step: optimizer steps done.
+        update: updates done before this one.
+        seed: the run's seed.
+        ask: name of a signal -> its value, for what `NativeMixer.signals` lists; computed when asked, collective.
+    """
+
+    domains: Domains
+    initial: np.ndarray
+    proportions: np.ndarray
+    statistics: Statistics
+    step: int
+    update: int
+    seed: int
+    ask: Mapping[str, Callable[[], np.ndarray]]
+
+    def rng(self, *names: int | str) -> np.random.Generator:
+        """Return a generator that is a function of the run's seed and the names alone."""
+        return generator(self.seed, *names)
+
+
+class NativeMixer(ABC):
+    """A mixer written for DataFlex: its parameters are a pydantic model beside it, called `Params`.
+
+    Every rank holds one, gives it the same statistics, and so gets the same proportions.
+
+    Attributes:
+        watches: whether it looks at `MixContext.statistics`.
+        interval: `update_step` where the run file gives none; 0: the proportions never change.
+        draws: how rows are dealt to the proportions by default: `greedy` (no randomness, shares exact to one row) or
+            `random` (independent draws, which a bandit's estimates assume).
+        signals: names of what it takes from `MixContext.ask`.
+        whole_batches: whether all rows of a micro-batch come from one domain.
+    """
+
+    watches: ClassVar[bool] = False
+    interval: ClassVar[int] = 0
+    draws: ClassVar[Literal["greedy", "random"]] = "greedy"
+    signals: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, params: Any):
+        self.params = params
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether all rows of a micro-batch come from one domain."""
+        return False
+
+    def needs(self) -> Sequence[Need]:
+        """Return the stored features of the training rows that the losses are held against."""
+        return ()
+
+    @abstractmethod
+    def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
+        """Return the proportions from the next step on, (K,) float64, at least 0 and summing to 1.
+
+        Args:
+            model: the live model.
+            step_id: optimizer steps done.
+            context: domains and statistics.
+            kwargs: what the documented interface passes beside.
+
+        Raises:
+            DataflexError: the signal that it lives on is missing.
+        """
+
+    def loss_weights(self) -> np.ndarray | None:
+        """Return the weight of each domain's loss from the next step on, (K,) float64, or None for a plain loss."""
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from: plain data, floats exact."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the state of `state()` back."""
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, found {sorted(state)}")
+
+    def record(self) -> dict[str, Any]:
+        """Return what the log says of the last update beside the proportions: numbers, lists in domain order."""
+        return {}
+
+    def outcome(self) -> np.ndarray | None:
+        """Return the proportions that a later run should take, (K,), if that is what the method is for."""
+        return None
+
+
+class MixtureManager(Protocol):
+    """What a mixer of the documented kind is given as `mixture_manager`."""
+
+    names: list[str]
+
+
+class Mixer(ABC):
+    """Base of mixers written against the documented interface.
+
+    Args:
+        mixture_manager: has `names`, `sizes`, `initial_proportions`, and `sources` (name -> processed dataset).
+    """
+
+    def __init__(self, mixture_manager: Any):
+        self.mixture_manager = mixture_manager
+
+    @abstractmethod
+    def mix(self, model: Any, step_id: int, **kwargs: Any) -> np.ndarray:
+        """Return proportions in the order of `mixture_manager.names`."""
+
+
+def normalised(weights: Any) -> np.ndarray:
+    """Return weights divided by their sum, (K,) float64.
+
+    Raises:
+        ValueError: one is negative or not finite, or all are 0.
+    """
+    found = np.asarray(weights, dtype=np.float64)
+    if not np.isfinite(found).all() or (found < 0).any() or found.sum() <= 0:
+        raise ValueError(f"found weights {found.tolist()}; expected finite numbers, 0 or more, not all 0")
+    return found / found.sum()
+
+
+def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)

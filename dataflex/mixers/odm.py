@@ -1,0 +1,205 @@
+"""Online data mixing: a bandit whose arms are the domains and whose rewards are their training losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dataflex.errors import ConfigError, DataflexError
+from dataflex.mixers.arms import Arms
+from dataflex.mixers.base import MixContext, MixerParams, NativeMixer
+from dataflex.mixers.static import Weights, proportions_of, unknown_names, weight_problems
+
+LOSS_CAP = 16.0
+"""Nats: ln of a vocabulary of 500,000, 13.1, and a margin; a higher mean is worse than guessing, and no reward."""
+
+
+class Odm(NativeMixer):
+    """Domains of high loss more often, and every domain now and then.
+
+    Source: ODM (arXiv 2312.02406). `official`: as the authors' code does it: the moving average of exp(loss), to which
+    the proportions are linear, t counts optimizer steps. `paper`: algorithm 1: the moving average of loss over
+    proportion, to which the logarithms of the proportions are linear, t counts updates. `exp3`: cumulated, with
+    loss / 10 for a reward, as the authors' other updater. A nat between two domains is a factor of 2.7 in `official`;
+    `paper` ends close to uniform, since its logarithms are scaled by an exploration rate that vanishes.
+    Deviations: a loss above 16 nats counts as 16 in `official`; a domain that was not seen keeps its estimate, and one
+    that was never seen has the mean of the others' unless `start` is zeros, where it waits for a draw at the
+    exploration rate; the loss of a domain is the mean over its tokens on all ranks, unless `batches` is single.
+    """
+
+    watches: ClassVar[bool] = True
+    interval: ClassVar[int] = 1
+    draws: ClassVar[Literal["greedy", "random"]] = "random"
+
+    class Params(MixerParams):
+        """Parameters of `odm`."""
+
+        variant: Literal["official", "paper", "exp3"] = Field(
+            "official", description="official: proportions linear in exp(loss); paper: Gibbs; exp3: cumulated, Gibbs"
+        )
+        alpha: float = Field(0.9, ge=0, lt=1, description="official, paper: weight of the old estimate at an update")
+        warmup_steps: int = Field(0, ge=0, description="optimizer steps of the run on the initial proportions")
+        initial_proportions: Weights | None = Field(
+            None, description="until then, in domain order or by name; default: init_mixture_proportions, else by size"
+        )
+        reward_scale: float = Field(1.0, gt=0, description="paper, exp3: factor on the reward; official: it cancels")
+        min_exploration_rate: float = Field(0.0, ge=0, lt=1, description="least share of a domain; below 1 / K")
+        start: Literal["warmup_losses", "zeros"] | None = Field(
+            None,
+            description="official, paper: estimates begin at the first mean loss known of a domain (warmup_losses), or "
+            "at 0. Default: warmup_losses in official, zeros in paper and exp3",
+        )
+        initial_losses: dict[str, float] | None = Field(
+            None, description="start warmup_losses: nats per token by domain, for those that the warm-up does not see"
+        )
+        batches: Literal["mixed", "single"] = Field(
+            "mixed", description="single: a micro-batch has one domain, as in the paper, and counts once; mixed: tokens"
+        )
+
+        @model_validator(mode="after")
+        def _nothing_in_vain(self) -> Odm.Params:
+            if self.variant == "official" and self.reward_scale != 1:
+                raise ValueError("reward_scale left out: it cancels in variant official; it acts in paper or exp3")
+            if self.variant == "exp3" and self.alpha != type(self).model_fields["alpha"].default:
+                raise ValueError("alpha left out: exp3 adds rewards up; it acts in variant official or paper")
+            if self.variant == "exp3" and self.start == "warmup_losses":
+                raise ValueError("start left out: exp3 adds rewards up from 0")
+            if self.initial_losses is not None and not self.starts_known:
+                raise ValueError("initial_losses left out: estimates that start at zeros have no use for them")
+            if any(loss < 0 for loss in (self.initial_losses or {}).values()):
+                raise ValueError("initial_losses of 0 or more, in nats per token")
+            return self
+
+        @property
+        def starts_known(self) -> bool:
+            """Whether estimates begin at a loss and not at 0."""
+            return (self.start or ("warmup_losses" if self.variant == "official" else "zeros")) == "warmup_losses"
+
+    def __init__(self, params: Params):
+        super().__init__(params)
+        self._arms: Arms | None = None
+
+    @property
+    def whole_batches(self) -> bool:
+        """Whether all rows of a micro-batch come from one domain."""
+        return bool(self.params.batches == "single")
+
+    def check(self, names: Sequence[str]) -> list[str]:
+        """Return what is wrong with the parameters for domains of these names."""
+        problems = weight_problems(self.params.initial_proportions, names, "initial_proportions")
+        problems += unknown_names(self.params.initial_losses or {}, names, "initial_losses")
+        floor = self.params.min_exploration_rate
+        if floor * len(names) >= 1 and len(names) > 1:
+            problems.append(
+                f"min_exploration_rate: found {floor} for {len(names)} domains, which leaves nothing to distribute; "
+                f"expected less than {1 / len(names):.4g}"
+            )
+        return problems
+
+    def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
+        """Take the losses since the last update as rewards and return the next proportions.
+
+        Raises:
+            ConfigError: the parameters do not fit the domains.
+            DataflexError: no token had a finite loss since the last update, or one of a domain with no share had.
+        """
+        names, p = context.domains.names, self.params
+        problems = self.check(names)
+        if problems:
+            raise ConfigError("\n".join(problems))
+        arms = self._arms = self._arms or Arms.new(len(names))
+        given = p.initial_proportions
+        initial = context.initial if given is None else proportions_of(given, names, "initial_proportions")
+        if context.update == 0 and context.statistics.steps == 0:
+            return initial
+        loss = self._losses(context)
+        if context.update == 0 or context.step <= p.warmup_steps:  # drawn before this mixer had a say
+            arms.warm_up(loss, context.statistics.groups if self.whole_batches else context.statistics.tokens)
+        if context.step <= p.warmup_steps:
+            return initial
+        if not arms.begun:
+            self._begin(arms, context)
+        if context.update > 0:
+            kept, weight = (1.0, 1.0) if p.variant == "exp3" else (p.alpha, 1 - p.alpha)
+            arms.take(self._rewards(loss, context), kept, weight)
+        return self._policy(arms, context, initial)
+
+    def _losses(self, context: MixContext) -> np.ndarray:
+        """(K,) float64, nats; NaN where a domain was not seen."""
+        found = context.statistics
+        loss = found.mean_group_loss if self.whole_batches else found.mean_loss
+        if not np.isfinite(loss).any():
+            raise DataflexError(
+                f"odm: found no finite loss of any domain over {found.steps} steps up to step {context.step} "
+                f"({int(found.nonfinite.sum())} tokens were NaN or infinite); expected the training losses of the rows "
+                "drawn, without which there is no reward. Look at the loss, and at whether the rows have labels"
+            )
+        return np.where(np.isfinite(loss), loss, np.nan)
+
+    def _begin(self, arms: Arms, context: MixContext) -> None:
+        arms.begun = True
+        if not self.params.starts_known:
+            arms.known = np.ones(len(arms.known), dtype=bool)
+            return
+        given = self.params.initial_losses or {}
+        loss = arms.warmup_mean(np.array([given.get(name, np.nan) for name in context.domains.names], dtype=np.float64))
+        arms.known = np.isfinite(loss)
+        arms.estimates = np.where(arms.known, self._rewards(loss, context), 0.0)
+
+    def _rewards(self, loss: np.ndarray, context: MixContext) -> np.ndarray:
+        """(K,) float64, NaN where the loss is."""
+        if self.params.variant == "official":
+            return np.exp(np.minimum(loss, LOSS_CAP))
+        share, names = context.proportions, context.domains.names
+        impossible = [name for name, p, one in zip(names, share, loss, strict=True) if p <= 0 and np.isfinite(one)]
+        if impossible:
+            raise DataflexError(
+                f"odm: found losses of {', '.join(impossible)} whose proportion was 0 up to step {context.step}; "
+                "expected none: their reward is divided by it. Give every domain a share in init_mixture_proportions"
+            )
+        scale = self.params.reward_scale / (10 if self.params.variant == "exp3" else 1)
+        return scale * np.divide(loss, share, out=np.full(len(loss), np.nan), where=share > 0)
+
+    def _policy(self, arms: Arms, context: MixContext, initial: np.ndarray) -> np.ndarray:
+        count = len(arms.estimates)
+        before = arms.epsilon
+        t = arms.updates + 1 if self.params.variant == "paper" else context.step
+        arms.epsilon = max(
+            self.params.min_exploration_rate, min(1 / count, float(np.sqrt(np.log(count) / (count * t))))
+        )
+        if count == 1:
+            arms.epsilon = 0.0
+            return np.ones(1)
+        known = arms.estimates[arms.known]
+        estimates = np.where(arms.known, arms.estimates, known.mean() if len(known) else 0.0)
+        if self.params.variant == "official":
+            if not estimates.any():
+                return initial
+            weights = estimates
+        else:
+            weights = np.exp(before * (estimates - estimates.max()))
+        found = (1 - count * arms.epsilon) * weights / weights.sum() + arms.epsilon
+        return found / found.sum()
+
+    def state(self) -> dict[str, Any]:
+        """Return the arms as plain data."""
+        return {} if self._arms is None else self._arms.plain()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the state of `state()` back."""
+        self._arms = Arms.restored(state) if state else None
+
+    def record(self) -> dict[str, Any]:
+        """Return the last rewards (None: not seen), the estimates, the exploration rate and the updates so far."""
+        arms = self._arms
+        if arms is None:
+            return {}
+        return {
+            "rewards": arms.rewards,
+            "estimates": arms.estimates.tolist(),
+            "epsilon": arms.epsilon,
+            "updates": arms.updates,
+        }

@@ -1,0 +1,111 @@
+"""A trainer whose rows are decided round by round.
+
+The loader it is given spans the whole run as one epoch, so that rounds may have any length; the epoch that people see
+is set after each step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from dataflex.errors import ConfigError
+from dataflex.schedule import Round, Schedule
+from dataflex.trainers.rounds import DecidedRound, RoundLoader
+from dataflex.trainers.trainer import DataflexTrainer, Director, same_random_state
+
+
+class RoundDirector(Director, Protocol):
+    """Decides what a run trains on."""
+
+    schedule: Schedule
+    interrupts: bool
+    """Whether the end that `decide` sets leaves out what LLaMA-Factory does after training."""
+
+    def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
+        """Return the round's rows, or None to stop before it."""
+        ...
+
+
+class RoundTrainer(DataflexTrainer):
+    """Mixin: put before LLaMA-Factory's trainer class in the bases.
+
+    Args:
+        director: decides the rows.
+        row_sets: as for `DataflexTrainer`.
+        model_args: as for `DataflexTrainer`.
+        kwargs: what LLaMA-Factory's workflow passes to its trainer.
+
+    Raises:
+        ConfigError: an argument cannot be reconciled with rounds.
+    """
+
+    director: RoundDirector
+
+    def __init__(self, *, director: RoundDirector, row_sets: Any, model_args: Any, **kwargs: Any):
+        args = kwargs["args"]
+        if args.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size: found true; expected false: a round's rows are decided for one batch size. "
+                "Set per_device_train_batch_size and gradient_accumulation_steps."
+            )
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        args.max_steps = director.schedule.total(rows=len(row_sets.train), batch=batch)
+        args.ignore_data_skip = True  # the loader starts at the step itself
+        self.rounds = director.schedule.rounds(rows=len(row_sets.train), batch=batch)
+        super().__init__(director=director, row_sets=row_sets, model_args=model_args, **kwargs)
+        self.add_callback(_EpochShown(director.schedule.flex_steps(rows=len(row_sets.train), batch=batch)))
+
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of the whole run."""
+        self._stopped = False
+        return RoundLoader(self, self.rounds, self._decide)
+
+    def _decide(self, round: Round) -> DecidedRound | None:
+        with same_random_state():
+            decided = self.director.decide(self, round)
+        if decided is None:
+            self.control.should_training_stop = True
+            self._stopped = self.director.interrupts
+        return decided
+
+    def learning_rates(self, first: int, steps: int) -> list[float] | None:
+        """Return the learning rates of a span of steps before any is taken, None if they follow from measured losses.
+
+        LLaMA-Factory's own scheduler is stepped over an optimizer of one number.
+        """
+        if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            return None
+        number = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([number], lr=self.args.learning_rate)
+        kept = self.lr_scheduler, self._created_lr_scheduler
+        self.lr_scheduler = None
+        try:
+            scheduler: Any = self.create_scheduler(self.args.max_steps, optimizer)
+        finally:
+            self.lr_scheduler, self._created_lr_scheduler = kept
+        rates = []
+        for step in range(first + steps):
+            if step >= first:
+                rates.append(float(scheduler.get_last_lr()[0]))
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+
+class _EpochShown(TrainerCallback):
+    """Shows epochs of the schedule; the loop itself sees the whole run as one."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch before anything is logged or saved, and do what the run file asks for at an epoch's end."""
+        state.epoch = state.global_step / self._steps
+        if state.global_step % self._steps == 0 and state.global_step < state.max_steps:  # the loop sees to the last
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH

@@ -1,0 +1,128 @@
+"""Examples by how near they are to the target rows in the live model's last hidden states.
+
+B examples of up to T tokens, hidden size H; M examples of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dataflex.errors import DataflexError
+from dataflex.weighters.base import Examples, Group, NativeWeighter, WeighterParams
+from dataflex.weighters.relative import mean_one
+
+
+class Adapt(NativeWeighter):
+    """Weighs by sigmoid(s / tau), where s is the mean cosine of an example's pooled state with those of the anchors.
+
+    Anchors are the target rows under the live model, embedded anew every so many steps. The mean of cosines is the
+    product with the mean of the anchors' unit vectors, so that one vector is kept.
+
+    Source: ADAPT, arXiv 2605.05227, in the form of the weighter `adapt` of DataFlex (arXiv 2603.26164). Deviations: the
+    weights do not sum a batch's losses by default, so that the learning rate does not depend on the batch size; padding
+    on the left does not count as tokens in the pooling.
+    """
+
+    wants_states = True
+
+    class Params(WeighterParams):
+        """Parameters of `adapt`."""
+
+        tau: float = Field(
+            1.0, gt=0, description="temperature; cosines lie close together, so 1 gives near-equal weights"
+        )
+        refresh_interval: int = Field(50, ge=1, description="optimizer steps after which the anchors are embedded anew")
+        anchor_batch_size: int = Field(8, ge=1, description="target rows embedded at a time")
+        clip: float | None = Field(None, gt=0, lt=1, description="largest value of the sigmoid")
+        form: Literal["absolute", "relative", "documented"] = Field(
+            "absolute",
+            description="absolute: the sigmoid, so the loss is below the plain one; relative: scaled to mean 1 over "
+            "the group; documented: times the number of examples of the group that have a loss, so that the losses are "
+            "summed, not averaged",
+        )
+
+    params: Params
+
+    def __init__(self, params: Params):
+        super().__init__(params)
+        self._mean: Tensor | None = None
+        self._refreshed = 0
+
+    def due(self, step: int) -> bool:
+        """Say whether the anchors are to be embedded before the step that `step` steps were done before.
+
+        True until `set_anchors` was called for that step, whatever the number of micro-batches.
+        """
+        return self._mean is None or step - self._refreshed >= self.params.refresh_interval
+
+    def set_anchors(self, mean: Tensor, step: int) -> None:
+        """Take the anchors: the mean of their unit vectors (`unit(pool(...))`), (H,), embedded after `step` steps.
+
+        Raises:
+            DataflexError: a number is not finite, as the mean of no anchors.
+        """
+        if not bool(torch.isfinite(mean).all()):
+            raise DataflexError(
+                "adapt: the mean of the anchors is not finite; expected one target row or more with finite hidden "
+                "states; look at eval_dataset, or at the model's numbers"
+            )
+        self._mean, self._refreshed = mean.detach().double(), step
+
+    def signal(self, examples: Examples) -> Tensor:
+        """Return the mean cosine with the anchors, (B,) float64: 0 of a zero vector, NaN of one with NaN.
+
+        Raises:
+            DataflexError: there are no anchors or no hidden states yet.
+        """
+        if self._mean is None or examples.states is None or examples.mask is None:
+            missing = "anchors" if self._mean is None else "hidden states"
+            raise DataflexError(f"adapt: found no {missing}; expected set_anchors and states before the first signal")
+        self._mean = self._mean.to(examples.states.device)
+        return unit(pool(examples.states, examples.mask)) @ self._mean
+
+    def weights(self, group: Group) -> Tensor:
+        """Return the weights, (M,) float64; 0 where there is no loss or no finite signal."""
+        usable = group.usable
+        found = torch.sigmoid(group.signal.double() / self.params.tau)
+        if self.params.clip is not None:
+            found = found.clamp(max=self.params.clip)
+        found = torch.where(usable & torch.isfinite(group.signal), found, 0.0)
+        if self.params.form == "absolute":
+            return found
+        return mean_one(found, usable) if self.params.form == "relative" else found * usable.sum()
+
+    def state(self) -> dict[str, Any]:
+        """Return the anchors' mean and the step that they were embedded at; nothing before the first."""
+        return {} if self._mean is None else {"mean": self._mean.tolist(), "refreshed": self._refreshed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the state of `state()` back."""
+        if state:
+            self._mean = torch.tensor(state["mean"], dtype=torch.float64)
+            self._refreshed = int(state["refreshed"])
+
+
+def pool(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of each row's hidden states with weights t / sum(t), (B, H) float64; NaN of a row without tokens.
+
+    Args:
+        states: (B, T, H).
+        mask: (B, T) bool, real tokens; t = 1, 2, ... counts them alone, wherever the padding is.
+    """
+    real = mask.bool()
+    weight = real.double().cumsum(dim=1) * real
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    # Row by row, as float64 of all states is four times what the model holds; 0 x NaN at padding would be NaN.
+    rows = zip(weight, states.detach(), real, strict=True)
+    return torch.stack([w @ h.double().masked_fill(~m[:, None], 0.0) for w, h, m in rows])
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Return vectors (B, H) divided by their norms; zeros stay zeros, NaN stays NaN."""
+    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / torch.where(norm == 0, 1.0, norm)

@@ -1,0 +1,199 @@
+"""Examples by a number that was computed before: a stored feature, or a column of a file; R rows, M of a group."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
+
+from dataflex.distributed import is_main
+from dataflex.errors import ConfigError, MismatchError
+from dataflex.features.need import Need, View
+from dataflex.features.spec import BASE, FeatureSpec
+from dataflex.rows import KEY_DTYPE, Rows, Status
+from dataflex.weighters.base import Group, NativeWeighter, WeighterParams
+from dataflex.weighters.relative import mean_one, softmax
+
+log = logging.getLogger(__name__)
+
+
+def _existing(path: str) -> str:
+    if not Path(path).is_file():
+        raise ValueError("a file that exists, relative to the working folder")
+    return path
+
+
+_SCALAR = {"embedding": "norm", "gradient": "norm", "policy_gradient": "reward"}
+
+
+class ByFeature(NativeWeighter):
+    """Weighs by a function of each row's number; a row without one has weight 0.
+
+    With `excess` the number is the example's live loss less the stored one of a reference model, the reducible loss of
+    RHO (arXiv 2206.07137), which takes the highest; here they are weighed.
+    """
+
+    class Params(WeighterParams):
+        """Parameters of `feature`."""
+
+        feature: FeatureSpec | None = Field(
+            None, description="stored feature: loss is read per token; of the others, a number beside the vector"
+        )
+        path: Annotated[str, AfterValidator(_existing)] | None = Field(
+            None,
+            description="Parquet with row_key (as `dataflex select` writes it) or index (row position), and column",
+        )
+        column: str | None = Field(
+            None, description="of the file (default: score), or the feature's number (norm; of policy_gradient: reward)"
+        )
+        state: str = Field(BASE, description="feature: base, before any training; or a checkpoint folder")
+        excess: bool = Field(
+            False, description="live loss less the number, which is a reference's loss per token: feature loss, or file"
+        )
+        function: Literal["linear", "exp", "rank", "threshold"] = Field(
+            "linear",
+            description="linear: the number, 0 or more (with excess: below 0 counts as 0); exp: exp(number / "
+            "temperature); rank: 1 for the lowest of the group, and so on; threshold: equal from it on, else 0",
+        )
+        favour: Literal["high", "low"] = Field("high", description="exp, rank, threshold: which numbers count more")
+        temperature: float = Field(1.0, gt=0, description="exp: the smaller, the further weights are apart")
+        threshold: float | None = Field(None, description="threshold: least number that counts; for low, the largest")
+
+        @model_validator(mode="after")
+        def _fits(self) -> ByFeature.Params:
+            kind = self.feature.kind if self.feature else None
+            plain_loss = kind == "loss" and getattr(self.feature, "given", "prompt") == "prompt"
+            wrong = {
+                "one of feature and path": (self.feature is None) == (self.path is None),
+                "state left out: it acts with feature alone": self.feature is None and self.state != BASE,
+                "column left out: the loss is read per token": kind == "loss" and self.column is not None,
+                "feature: {kind: loss} or path with excess": self.excess
+                and self.feature is not None
+                and not plain_loss,
+                "temperature left out: it acts with function: exp alone": self.function != "exp"
+                and self.temperature != 1,
+                "threshold with function: threshold, and with no other": (self.function == "threshold")
+                != (self.threshold is not None),
+                "favour left out: linear takes the number itself": self.function == "linear" and self.favour != "high",
+            }
+            if any(wrong.values()):
+                raise ValueError("; ".join(text for text, is_wrong in wrong.items() if is_wrong))
+            return self
+
+    params: Params
+
+    def __init__(self, params: Params):
+        super().__init__(params)
+        self._values = torch.zeros(0, dtype=torch.float64)
+
+    def needs(self) -> Sequence[Need]:
+        """Need the feature, if it is not read from a file."""
+        return [Need(self.params.feature, "train", self.params.state)] if self.params.feature else []
+
+    def prepare(self, values: Mapping[Need, Any], *, rows: Rows) -> None:
+        """Take each row's number.
+
+        Raises:
+            ConfigError: the file lacks a column or contradicts itself, or a number is below 0 under `linear`.
+            MismatchError: no training row has a number.
+        """
+        if self.params.path:
+            found = _from_file(self.params.path, self.params.column or "score", rows)
+        else:
+            need = self.needs()[0]
+            found = _from_view(values[need], need.spec.kind, self.params.column)
+        place = self.params.path or f"feature {self.params.feature.kind if self.params.feature else ''}"
+        lacking = int(np.isnan(found).sum())
+        if lacking == len(found):
+            raise MismatchError(
+                f"weighter feature: none of the {len(found)} training rows has a number in {place}; expected it to be "
+                "made from this dataset, with this template, tokenizer and cutoff_len"
+            )
+        if lacking and is_main():
+            log.warning("weighter feature: %d of %d rows have no number and weigh 0 (%s)", lacking, len(found), place)
+        if self.params.function == "linear" and not self.params.excess and np.nanmin(found) < 0:
+            raise ConfigError(
+                f"weighter feature: found {np.nanmin(found):g} in {place}; function: linear expects numbers of 0 or "
+                "more; take exp, rank or threshold"
+            )
+        self._values = torch.from_numpy(found)
+
+    def weights(self, group: Group) -> Tensor:
+        """Return the weights, (M,) float64, mean 1 over the usable examples; all 0 if none of them counts."""
+        self._values = self._values.to(group.rows.device)
+        score = self._values[group.rows]
+        if self.params.excess:
+            score = group.losses.double() - score
+        usable = group.usable
+        judged = usable & torch.isfinite(score)
+        sign = 1.0 if self.params.favour == "high" else -1.0
+        score = torch.where(judged, sign * score, torch.nan)
+        if self.params.function == "exp":
+            return softmax(score / self.params.temperature, judged, usable)
+        functions: dict[str, Callable[[], Tensor]] = {
+            "linear": lambda: score.clamp(min=0),
+            "rank": lambda: _ranks(score),
+            "threshold": lambda: (score >= sign * (self.params.threshold or 0.0)).double(),
+        }
+        return mean_one(torch.where(judged, functions[self.params.function](), 0.0), usable)
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Return 1 for the lowest of (M,), ties their mean rank; NaN is below and above nothing."""
+    below = (scores[None] < scores[:, None]).sum(dim=1)
+    equal = (scores[None] == scores[:, None]).sum(dim=1)
+    return below + (equal + 1).double() / 2
+
+
+def _from_view(view: View, kind: str, column: str | None) -> np.ndarray:
+    usable = view.status == Status.OK
+    if kind != "loss":
+        found = view.scalar(column or _SCALAR[kind]).astype(np.float64)
+        return np.where(usable & np.isfinite(found), found, np.nan)
+    total, tokens = view.scalar("loss_sum").astype(np.float64), view.scalar("tokens")
+    usable = usable & (tokens > 0) & np.isfinite(total)
+    return np.divide(total, tokens, out=np.full(len(total), np.nan), where=usable)
+
+
+def _from_file(path: str, column: str, rows: Rows) -> np.ndarray:
+    """Return the column by row, (R,) float64, NaN where a row has none; identical rows share what one of them has."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ConfigError(f"{path}: no Parquet file that can be read ({error})") from error
+    names = set(table.column_names)
+    if column not in names or not names & {"row_key", "index"}:
+        raise ConfigError(
+            f"{path}: found columns {', '.join(table.column_names)}; expected {column} (parameter `column`), and "
+            "row_key or index"
+        )
+    numbers = table[column].cast(pa.float64()).to_numpy(zero_copy_only=False)
+    if "row_key" in names:
+        keys = table["row_key"].to_pylist()
+        if any(not isinstance(key, bytes) or len(key) != KEY_DTYPE.itemsize for key in keys):
+            raise ConfigError(f"{path}: found row_key that is no binary of 16 bytes, as `dataflex select` writes it")
+        wanted: Sequence[Any] = keys
+        known: dict[Any, float] = {}
+        places: Sequence[Any] = [key.tobytes() for key in rows.keys]
+    else:
+        wanted, known, places = table["index"].to_pylist(), {}, range(len(rows))
+        outside = [i for i in wanted if i is None or not 0 <= i < len(rows)]
+        if outside:
+            raise MismatchError(
+                f"{path}: found index {outside[0]}; the training set has rows 0 to {len(rows) - 1}; a file with "
+                "row_key fits a dataset that was reordered or cut"
+            )
+    for key, number in zip(wanted, numbers.tolist(), strict=True):
+        if np.isfinite(number) and known.setdefault(key, number) != number:
+            name = key.hex() if isinstance(key, bytes) else key
+            raise ConfigError(f"{path}: found {known[key]:g} and {number:g} for the row {name}; expected one number")
+    return np.array([known.get(place, np.nan) for place in places], dtype=np.float64)

@@ -1,0 +1,410 @@
+"""Directs a run with a mixer: every round is drawn from the domains by the proportions in force."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import ConfigError, DataflexError, MismatchError
+from dataflex.fingerprint import digest
+from dataflex.mixers.base import Domains, MixContext, NativeMixer, Statistics, normalised
+from dataflex.pipelines.reference import reference_losses
+from dataflex.pipelines.run import Run, open_run
+from dataflex.pipelines.signals import signals
+from dataflex.pipelines.summary import write_summary
+from dataflex.pipelines.weigh import weighter_factor
+from dataflex.schedule import Round
+from dataflex.trainers.checkpoints import FOLDER
+from dataflex.trainers.rounds import DecidedRound
+from dataflex.trainers.stream import Exhaustion, MixtureStream
+from dataflex.trainers.weighing import ROWS, ByDomain, MicroBatch, Observer, Weighing
+
+log = logging.getLogger(__name__)
+
+LOG_FILE = "mixture.jsonl"
+"""In a run's folder: a line for every update, appended; after `resumed`, the lines from that step on count."""
+OUTCOME_FILE = "mixture_proportions.json"
+"""In a run's folder: the proportions that came out, by name; `static` reads it."""
+_STATE_FILE = f"{FOLDER}/mixture.json"
+
+
+class MixDirector:
+    """A `dataflex.trainers.round_trainer.RoundDirector`.
+
+    The proportions of a step follow from the statistics of all steps before it: the lag is 0, and a loader's workers
+    read ahead within what is decided. The weights of domains in the loss follow in the same way.
+
+    Args:
+        settings: the validated run file.
+    """
+
+    interrupts = False
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+        self.schedule = settings.schedule
+        self._begun = time.monotonic()
+
+    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
+        """Put the run together, and take up the state of a checkpoint."""
+        self.trainer = trainer
+        rows = trainer.row_sets.train
+        self._members, self.domains = domains_of(rows, self.settings.dataflex.mixture.unit)
+        given = self.settings.keys.init_mixture_proportions
+        self.initial = self.domains.natural if given is None else normalised(given)
+        self.run: Run = open_run(self.settings, trainer, "train", mixture_manager=self._manager())
+        self.mixer = self.run.method
+        self.is_native = isinstance(self.mixer, NativeMixer)
+        self._stream = self._new_stream()
+        self._proportions, self._pending = self.initial, Statistics.zeros(len(self.domains))
+        self._round: Round | None = None
+        self._restored: Mapping[str, Any] | None = None
+        self._update, self._counted = 0, 0
+        self._signals = signals(self.run, self.settings, self._members, self.domains.names)
+        self._freeze_gates()
+        self._watch(rows)
+        if checkpoint is not None:
+            self._restore(Path(checkpoint))
+        elif distributed.is_main():
+            (Path(trainer.args.output_dir) / LOG_FILE).unlink(missing_ok=True)
+        return checkpoint
+
+    def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
+        """Return the round's rows; at an update, ask the mixer first."""
+        before = self._restored
+        if before is not None and before["round"] == round.number:
+            self._restored = None  # a round that was begun goes on as it was decided
+        else:
+            if before is not None:
+                self._draw(trainer.rounds[before["round"]])  # that round is over: the stream goes on behind it
+                self._restored = None
+            self._decide(round)
+        self._at_round, self._round = self._stream.state(), round
+        rows = self._draw(round)
+        steps = len(rows) // trainer.global_batch
+        if steps == 0:
+            log.info("every domain with a share has been passed through: the run ends after step %d", round.first_step)
+            return None
+        cut = round if steps == round.steps else Round(round.number, round.kind, round.first_step, steps, 0, 0)
+        rows = rows[: steps * trainer.global_batch]
+        return DecidedRound(cut, rows, np.full(len(rows), np.nan), np.full(len(rows), -1, np.int32))
+
+    def _decide(self, round: Round) -> None:
+        """Set the proportions of a round that begins now. Collective."""
+        self._count(round.first_step)
+        if round.kind == "warmup":
+            self._proportions = self.initial
+        else:
+            self._proportions = self._mixed(round)
+            self._update += 1
+            self._pending = Statistics.zeros(len(self.domains))
+        self._log(round)
+
+    def _mixed(self, round: Round) -> np.ndarray:
+        """Ask the mixer for proportions. Collective."""
+        context = MixContext(
+            self.domains,
+            self.initial,
+            self._proportions,
+            self._pending,
+            round.first_step,
+            self._update,
+            self.trainer.args.seed,
+            self._signals,
+        )
+        steps = sum(r.steps for r in self.trainer.rounds)
+        more = {
+            "has_initial": self.settings.keys.init_mixture_proportions is not None,
+            "vocabulary": len(self.trainer.processing_class),
+            "budget": steps * self.trainer.global_batch * self._unit_per_row(),
+        }
+        if not self.is_native:
+            more |= self._documented()
+        found = self.mixer.mix(self.trainer.model_wrapped, round.first_step, context=context, **more)
+        found = found if self.is_native else distributed.broadcast(found)
+        name = self.settings.component_name
+        try:
+            shares = normalised(found)
+        except ValueError as error:
+            raise DataflexError(f"{name}: {error} at step {round.first_step}") from error
+        if shares.shape != self.initial.shape:
+            raise DataflexError(
+                f"{name}: returned {len(shares)} proportions; expected {len(self.initial)}, one for each of "
+                f"{', '.join(self.domains.names)}"
+            )
+        if len(set(distributed.gather(digest([shares.tolist(), self._weights_now()])))) > 1:
+            raise DataflexError(f"{name}: the processes have come to different proportions at step {round.first_step}")
+        return shares
+
+    def _weights_now(self) -> list[float] | None:
+        found = self.mixer.loss_weights() if self.is_native else None
+        return None if found is None else [float(w) for w in found]
+
+    def _documented(self) -> dict[str, Any]:
+        """Return what the documented interface passes beside: the last micro-batch of this rank and its domains."""
+        trainer = self.trainer
+        batch = dict(trainer.last_batch or {})
+        rows = batch.pop(ROWS, None)
+        return {
+            "batch": batch or None,
+            "domain_ids": None if rows is None else self._observer.domains[rows.to(self._observer.domains.device)],
+            "data_collator": trainer.data_collator,
+            "dataset": trainer.train_dataset,
+            "output_dir": trainer.args.output_dir,
+        }
+
+    def _draw(self, round: Round) -> np.ndarray:
+        """Draw a round's rows; the stream moves on."""
+        shares = self._proportions
+        if self.domains.unit == "tokens":  # a row counts as many tokens as its domain has on average
+            shares = normalised(shares / np.maximum(1, self.domains.tokens) * self.domains.rows)
+        return self._stream.take(shares, round.steps * self.trainer.global_batch)
+
+    def _new_stream(self) -> MixtureStream:
+        keys, args = self.settings.dataflex.mixture, self.trainer.args
+        passes = keys.passes if keys.exhausted == "cycle" else keys.passes or 1.0
+        group = args.per_device_train_batch_size if self.is_native and self.mixer.whole_batches else 1
+        draws: Any = keys.draws or (self.mixer.draws if self.is_native else "greedy")
+        policy = Exhaustion(keys.exhausted, passes)
+        return MixtureStream(self.domains.names, self._members, args.seed, draws, group, policy)
+
+    def _watch(self, rows: Any) -> None:
+        """Have the trainer's loss observed and weighted, as far as mixer and weighter ask for it."""
+        trainer, mixer = self.trainer, self.mixer
+        number = np.full(len(rows), -1, np.int64)
+        for domain, members in enumerate(self._members):
+            number[members] = domain
+        reference = reference_losses(self.run) if self.is_native else None
+        self._observer = Observer(number, len(self.domains), trainer.args.device, reference)
+        factors: list[Any] = []
+        if self.is_native and hasattr(mixer, "loss_form"):
+            before = self._ahead if getattr(mixer.params, "exact", False) else None
+            factors.append(ByDomain(self._observer.domains, mixer.loss_weights, mixer.loss_form, before))
+        acts_from, wants_states = self.settings.keys.warmup_step, False
+        if self.run.weighter is not None:
+            factors.append(weighter_factor(self.run, self.run.weighter, acts_from))
+            wants_states = self.run.weighter.wants_states
+        watches = not self.is_native or mixer.watches
+        if watches or factors:
+            # Where a step's losses are seen before it is trained on, they are not seen again.
+            observers = [self._observer] if watches and not any(f.needs_losses_ahead for f in factors[:1]) else []
+            trainer.weighing = Weighing(factors, observers, wants_states, acts_from)
+
+    def _ahead(self, batches: Sequence[MicroBatch]) -> None:
+        """Move the mixer's weights by a step's losses before the step is trained on. Collective."""
+        for batch in batches:
+            self._observer.observe(batch)
+        self._pending = self._observer.collect(1)
+        assert self._round is not None
+        self._mixed(self._round)
+        self._pending = Statistics.zeros(len(self.domains))
+
+    def _count(self, step: int) -> None:
+        """Add what all ranks have seen since the last time. Collective."""
+        weighing = self.trainer.weighing
+        if weighing is None or not weighing.observers or step == self._counted:
+            return
+        self._pending = _sum(self._pending, self._observer.collect(step - self._counted))
+        self._counted = step
+
+    def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
+        """Add the state of mixture, mixer and weighter to a checkpoint. Collective."""
+        step = trainer.state.global_step
+        self._count(step)
+        assert self._round is not None
+        weighter = self.run.weighter
+        state = {
+            "step": step,
+            "domains": list(self.domains.names),
+            "rows": dict(zip(self.domains.names, self.domains.rows.tolist(), strict=True)),
+            "global_batch": trainer.global_batch,
+            "round": self._round.number,
+            "update": self._update,
+            "proportions": self._proportions.tolist(),
+            "stream": self._at_round,
+            "pending": {name: _plain(value) for name, value in asdict(self._pending).items()},
+            "mixer": self.mixer.state() if self.is_native else {},
+            "weighter": weighter.state() if weighter is not None else {},
+        }
+        if distributed.is_main():
+            path = Path(checkpoint) / _STATE_FILE
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+        return {"global_step": step, "is_resumable": not trainer.args.save_only_model}
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Take up the state that `saved` wrote.
+
+        Raises:
+            MismatchError: it is missing, or of another mixture.
+        """
+        path = checkpoint / _STATE_FILE
+        if not path.is_file():
+            raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_mix")
+        state = json.loads(path.read_text("utf-8"))
+        expected = {
+            "domains": list(self.domains.names),
+            "rows": dict(zip(self.domains.names, self.domains.rows.tolist(), strict=True)),
+            "global_batch": self.trainer.global_batch,
+        }
+        for name, value in expected.items():
+            if state[name] != value:
+                raise MismatchError(
+                    f"{path}: found {name} {state[name]}, this run has {value}; resume with the data and the global "
+                    "batch the run was begun with, or start anew with another output_dir"
+                )
+        self._restored, self._counted, self._update = state, int(state["step"]), int(state["update"])
+        self._proportions = np.array(state["proportions"])
+        self._stream.restore(state["stream"])
+        pending = state["pending"]
+        self._pending = Statistics(int(pending.pop("steps")), **{k: np.array(v) for k, v in pending.items()})
+        if self.is_native:
+            self.mixer.restore(state["mixer"])
+        if self.run.weighter is not None:
+            self.run.weighter.restore(state["weighter"])
+        if distributed.is_main():
+            self._append({"resumed": self._counted})
+
+    def finish(self, trainer: Any, stopped: bool) -> None:
+        """Write what came out: proportions for a later run, and the shares that were realised."""
+        self._count(trainer.state.global_step)
+        if self.is_native and self._pending.steps and hasattr(self.mixer, "loss_form"):
+            self._mixed(Round(-1, "update", trainer.state.global_step, 0, 0, 0))
+        served, names = self._stream.served, self.domains.names
+        outcome = self.mixer.outcome() if self.is_native else None
+        about = {
+            "steps": trainer.state.global_step,
+            "unit": self.domains.unit,
+            "proportions": _named(names, self._proportions),
+            "realised_rows": _named(names, served),
+            "passes": _named(names, served / self.domains.rows),
+        }
+        write_summary(
+            Path(trainer.args.output_dir) / "dataflex_summary.json",
+            "train",
+            self.run,
+            time.monotonic() - self._begun,
+            about,
+        )
+        shown = ", ".join(f"{n} {s / max(1, served.sum()):.1%}" for n, s in zip(names, served, strict=True))
+        log.info("rows trained on: %s", shown)
+        if not distributed.is_main():
+            return
+        self.run.access.record.finish()
+        if outcome is not None:
+            kept = {"proportions": _named(names, outcome), "unit": self.domains.unit, "steps": about["steps"]}
+            path = Path(trainer.args.output_dir) / OUTCOME_FILE
+            path.write_text(json.dumps(kept | {"method": self.settings.component_name}, indent=1) + "\n", "utf-8")
+            log.info("%s: %s", path, ", ".join(f"{n} {w:.3f}" for n, w in zip(names, outcome, strict=True)))
+
+    def _log(self, round: Round) -> None:
+        """Append what was decided to the run's log."""
+        if not distributed.is_main():
+            return
+        names, seen = self.domains.names, self._pending
+        line: dict[str, Any] = {
+            "step": round.first_step,
+            "steps": round.steps,
+            "kind": round.kind,
+            "unit": self.domains.unit,
+            "proportions": _named(names, self._proportions),
+            "rows_before": _named(names, self._stream.served),
+        }
+        if self.is_native:
+            line |= {
+                key: _named(names, value) if isinstance(value, list) and len(value) == len(names) else value
+                for key, value in self.mixer.record().items()
+            }
+        self._append(line)
+        if round.number == 0 or self.schedule.update_step >= 100:
+            shown = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, self._proportions, strict=True))
+            log.info("step %d: proportions %s", round.first_step, shown)
+        if seen.nonfinite.sum():
+            log.warning("%d token losses were NaN or infinite and left out", int(seen.nonfinite.sum()))
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with (Path(self.trainer.args.output_dir) / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _unit_per_row(self) -> float:
+        return 1.0 if self.domains.unit == "rows" else float(self.domains.tokens.sum() / self.domains.rows.sum())
+
+    def _manager(self) -> Any:
+        return _Manager(self.trainer.train_dataset, self.domains, self._members, self.initial)
+
+    def _freeze_gates(self) -> None:
+        """Leave the routers of a mixture of experts untrained, if that is asked for.
+
+        Raises:
+            ConfigError: the model has none that would be trained.
+        """
+        if not self.settings.keys.freeze_gate:
+            return
+        routers = [
+            parameter
+            for name, parameter in self.trainer.model.named_parameters()
+            if parameter.requires_grad and name.rpartition(".")[0].rpartition(".")[2] in ("gate", "router")
+        ]
+        if not routers:
+            raise ConfigError("freeze_gate: found no router among the trained parameters; remove the key")
+        for parameter in routers:
+            parameter.requires_grad_(False)
+
+
+class _Manager:
+    """The domains as a mixer of the documented kind knows them.
+
+    Attributes:
+        names: of the domains, in order.
+        sizes: rows of each.
+        initial_proportions: as the run begins.
+    """
+
+    def __init__(self, dataset: Any, domains: Domains, members: list[np.ndarray], initial: np.ndarray):
+        self._dataset, self._members = dataset, members
+        self.names, self.sizes, self.initial_proportions = list(domains.names), domains.rows.tolist(), initial.tolist()
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """Processed rows by domain."""
+        return {n: self._dataset.select(m) for n, m in zip(self.names, self._members, strict=True)}
+
+
+def domains_of(rows: Any, unit: Any) -> tuple[list[np.ndarray], Domains]:
+    """Return the rows of each domain that have something to learn from, and the domains, in the run file's order.
+
+    Raises:
+        ConfigError: a domain has none.
+    """
+    numbers = list(dict.fromkeys(np.unique(rows.dataset).tolist()))
+    names = [name for name in rows.names if name in {rows.names[n] for n in numbers}]
+    members = [np.flatnonzero((rows.dataset == rows.names.index(n)) & (rows.supervised > 0)) for n in names]
+    empty = [name for name, found in zip(names, members, strict=True) if not len(found)]
+    if empty:
+        raise ConfigError(
+            f"dataset: found no row with a supervised token in {', '.join(empty)}; check the data, template and "
+            "cutoff_len, or leave it out"
+        )
+    counts = np.array([len(found) for found in members], np.int64)
+    tokens = np.array([rows.supervised[found].sum() for found in members], np.int64)
+    return members, Domains(tuple(names), counts, tokens, unit)
+
+
+def _sum(a: Statistics, b: Statistics) -> Statistics:
+    return Statistics(**{name: value + getattr(b, name) for name, value in vars(a).items()})
+
+
+def _named(names: Any, values: Any) -> dict[str, float]:
+    return dict(zip(names, np.asarray(values).tolist(), strict=True))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,0 +1,110 @@
+"""The losses of a reference model on the tokens that a proxy is trained on: kept in a store, or computed beside it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex import distributed
+from dataflex.errors import ConfigError, MismatchError
+from dataflex.features.loss import token_losses
+from dataflex.features.spec import TokenLossSpec
+from dataflex.pipelines.run import Run
+from dataflex.trainers.weighing import MicroBatch
+
+log = logging.getLogger(__name__)
+
+
+def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
+    """Return what gives a micro-batch's reference losses (B, T), or None where the mixer has no reference. Collective.
+
+    Raises:
+        MismatchError: the reference has another vocabulary.
+        ConfigError: rows are padded on the left, so that stored losses are not where the tokens are.
+    """
+    path = getattr(run.method.params, "reference_model_path", None)
+    if path is None:
+        return None
+    _check_vocabulary(path, run.trainer.processing_class)
+    if run.method.params.reference == "live":
+        return LiveReference(path, run.trainer)
+    if run.trainer.processing_class.padding_side != "right":
+        raise ConfigError("doremi: found padding_side left; stored losses expect rows that begin at their first token")
+    (need,) = (need for need in run.method.needs() if isinstance(need.spec, TokenLossSpec))
+    (store,) = run.access.ensure([need.spec], run.rows, need.state)
+    return StoredReference(run.access.view(need.spec, run.rows, store), run.trainer.args.device)
+
+
+class StoredReference:
+    """Losses by row in one file that is mapped into memory; one process of each node writes it from the store.
+
+    Args:
+        view: of the training rows' token losses.
+        device: where losses go.
+    """
+
+    def __init__(self, view: Any, device: torch.device):
+        self._device = device
+        folder = None
+        if distributed.local_rank() == 0:
+            self._scratch = tempfile.TemporaryDirectory(prefix="dataflex-reference-")  # removed with this object
+            folder = self._scratch.name
+            shape = len(view.keys), view.store.layout.width
+            kind = np.float32 if view.store.layout.storage == "float32" else np.float16
+            out = np.lib.format.open_memmap(Path(folder) / "losses.npy", mode="w+", dtype=kind, shape=shape)
+            for rows, vectors in view.blocks():
+                out[rows] = vectors
+            out.flush()
+        found = distributed.gather(folder)[distributed.rank() - distributed.local_rank()]
+        assert found is not None
+        self._losses = np.load(Path(found) / "losses.npy", mmap_mode="r")
+
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """Return the losses (B, T) of a batch whose rows begin at its first column."""
+        width = batch.losses.shape[1]
+        found = np.asarray(self._losses[batch.rows.cpu().numpy(), :width], dtype=np.float32)
+        return torch.nn.functional.pad(torch.from_numpy(found).to(self._device), (0, width - found.shape[1]))
+
+
+class LiveReference:
+    """The reference model beside the proxy; it runs at every step.
+
+    Args:
+        path: folder of the model, or of an adapter.
+        trainer: whose device and precision it takes.
+    """
+
+    def __init__(self, path: str, trainer: Any):
+        from transformers import AutoModelForCausalLM
+
+        dtype = next(trainer.model.parameters()).dtype
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(trainer.args.device).eval()
+        self._accelerator = trainer.accelerator
+
+    @torch.no_grad()
+    def __call__(self, batch: MicroBatch) -> Tensor:
+        """Return the losses (B, T)."""
+        labels = batch.targets
+        with self._accelerator.autocast():
+            logits = self._model(**batch.inputs, use_cache=False).logits
+        return token_losses(logits, labels)
+
+
+def _check_vocabulary(path: str, tokenizer: Any) -> None:
+    if not (Path(path) / "tokenizer_config.json").is_file():
+        log.warning("%s has no tokenizer; it is taken to be the run's", path)
+        return
+    from transformers import AutoTokenizer
+
+    if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+        raise MismatchError(
+            f"reference_model_path: the tokenizer in {path} is not the run's; losses of tokens can only be compared "
+            "under one tokenizer. Train the reference with the proxy's"
+        )

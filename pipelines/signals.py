@@ -1,0 +1,107 @@
+"""Signals of the live model that a mixer may ask for: the loads of the experts, domain by domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataflex import distributed
+from dataflex.draws import generator
+from dataflex.errors import ConfigError
+from dataflex.features.batching import collate
+from dataflex.features.evaluation import evaluation
+from dataflex.pipelines.run import Run
+
+
+def signals(
+    run: Run, settings: Any, members: Sequence[np.ndarray], names: Sequence[str]
+) -> Mapping[str, Callable[[], np.ndarray]]:
+    """Return the signals that the mixer asks for.
+
+    Raises:
+        ConfigError: the model has no experts, or there are no rows to route.
+    """
+    if "expert_loads" not in getattr(run.method, "signals", ()):
+        return {}
+    return {"expert_loads": ExpertLoads(run, settings, members, names)}
+
+
+class ExpertLoads:
+    """Counts, for each domain, the tokens that the last router sends to each expert. K domains, E experts.
+
+    Rows are those of `mixer_eval_dataset`, one held-out dataset for each domain in its order; without it rows of the
+    domains themselves, drawn once. Padding is not counted.
+
+    Args:
+        run: has the model and the rows.
+        settings: name the held-out datasets.
+        members: K arrays, rows of each domain.
+        names: (K,) of the domains.
+
+    Raises:
+        ConfigError: the model has no router, or the held-out datasets do not fit the domains.
+    """
+
+    def __init__(self, run: Run, settings: Any, members: Sequence[np.ndarray], names: Sequence[str]):
+        self._run, self._params = run, run.method.params
+        config = run.trainer.model.config.get_text_config()
+        self._k = getattr(config, "num_experts_per_tok", None)
+        if self._k is None or not hasattr(config, "output_router_logits"):
+            raise ConfigError(
+                f"dynamic_moe: the model ({config.model_type}) has no experts whose router logits it gives; expected a "
+                "mixture of experts, as Mixtral or Qwen-MoE"
+            )
+        named = settings.keys.mixer_eval_dataset
+        held_out = None if named is None else [name.strip() for name in named.split(",")]
+        missing = [name for name in held_out or [] if name not in run.targets]
+        if held_out is not None and (len(held_out) != len(names) or missing):
+            raise ConfigError(
+                f"mixer_eval_dataset: found {', '.join(held_out)}; expected {len(names)} datasets of eval_dataset, one "
+                f"for each of {', '.join(names)} in this order"
+            )
+        self._examples = []
+        for i, (name, rows) in enumerate(zip(names, members, strict=True)):
+            if held_out is not None:
+                target = run.targets[held_out[i]]
+                found = [target.examples[row] for row in range(len(target))]
+            else:
+                draw = generator(run.trainer.args.seed, "expert loads", name)
+                found = [run.rows.examples[int(row)] for row in draw.permutation(rows)[: self._params.eval_samples]]
+            self._examples.append(found[: self._params.eval_samples])
+
+    @torch.no_grad()
+    def __call__(self) -> np.ndarray:
+        """Return the counts at the live model, (K, E) float64. Collective."""
+        trainer: Any = self._run.trainer
+        size, world, rank = self._params.eval_batch_size, distributed.world(), distributed.rank()
+        loads = []
+        with evaluation(trainer.model):
+            for examples in self._examples:
+                batches = [examples[i : i + size] for i in range(0, len(examples), size)][: self._params.collect_steps]
+                total: Any = None
+                for number in range(rank, -(-len(batches) // world) * world, world):
+                    some = batches[number] if number < len(batches) else examples[:1]
+                    counts = self._counts(some)
+                    total = torch.zeros_like(counts) if total is None else total
+                    total += counts if number < len(batches) else 0
+                loads.append(total)
+        stacked = distributed.all_gather_rows(torch.stack(loads)).sum(dim=0)
+        return np.asarray(stacked.cpu().numpy())
+
+    def _counts(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        trainer: Any = self._run.trainer
+        pad = trainer.processing_class.pad_token_id or 0
+        batch = collate(examples, pad, "right", trainer.args.device)
+        with trainer.accelerator.autocast():
+            output = trainer.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                output_router_logits=True,
+                use_cache=False,
+            )
+        logits = output.router_logits[-1].reshape(-1, output.router_logits[-1].shape[-1])
+        chosen = logits.topk(self._k, dim=1).indices[batch.attention_mask.reshape(-1).bool()]
+        return torch.bincount(chosen.reshape(-1), minlength=logits.shape[1]).double()

@@ -1,0 +1,77 @@
+"""Directs a run with a weighter: LLaMA-Factory's own order of rows, each example's loss weighted."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from dataflex import distributed
+from dataflex.errors import MismatchError
+from dataflex.pipelines.anchors import Anchors
+from dataflex.pipelines.run import Run, open_run
+from dataflex.pipelines.summary import write_summary
+from dataflex.trainers.checkpoints import FOLDER
+from dataflex.trainers.weighing import ByWeighter, Weighing
+from dataflex.weighters.adapt import Adapt
+from dataflex.weighters.base import NativeWeighter
+
+_STATE_FILE = f"{FOLDER}/weighter.json"
+
+
+class WeightDirector:
+    """A `dataflex.trainers.trainer.Director`.
+
+    Args:
+        settings: the validated run file.
+    """
+
+    def __init__(self, settings: Any):
+        self.settings = settings
+        self._begun = time.monotonic()
+
+    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
+        """Put the run together, and take up the state of a checkpoint."""
+        self.run: Run = open_run(self.settings, trainer, "train")
+        self.weighter = self.run.method
+        acts_from = self.settings.keys.warmup_step
+        if isinstance(self.weighter, NativeWeighter):
+            factor = weighter_factor(self.run, self.weighter, acts_from)
+            trainer.weighing = Weighing([factor], (), self.weighter.wants_states, acts_from)
+        else:
+            trainer.documented = self.weighter
+            trainer.documented_from = acts_from
+        if checkpoint is not None and isinstance(self.weighter, NativeWeighter):
+            path = Path(checkpoint) / _STATE_FILE
+            if not path.is_file():
+                raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_weight")
+            self.weighter.restore(json.loads(path.read_text("utf-8")))
+        return checkpoint
+
+    def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
+        """Add the weighter's state to a checkpoint."""
+        if distributed.is_main() and isinstance(self.weighter, NativeWeighter):
+            path = Path(checkpoint) / _STATE_FILE
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(self.weighter.state()) + "\n", "utf-8")
+        return {"global_step": trainer.state.global_step, "is_resumable": not trainer.args.save_only_model}
+
+    def finish(self, trainer: Any, stopped: bool) -> None:
+        """Write the run's summary."""
+        path = Path(trainer.args.output_dir) / "dataflex_summary.json"
+        seconds = time.monotonic() - self._begun
+        write_summary(path, "train", self.run, seconds, {"steps": trainer.state.global_step})
+        if distributed.is_main():
+            self.run.access.record.finish()
+
+
+def weighter_factor(run: Run, weighter: NativeWeighter, acts_from: int) -> ByWeighter:
+    """Bring about what a weighter asks for, and return it as a factor of the loss. Collective."""
+    found = {}
+    for need in weighter.needs():
+        (store,) = run.access.ensure([need.spec], run.rows, need.state)
+        found[need] = run.access.view(need.spec, run.rows, store)
+    weighter.prepare(found, rows=run.rows)
+    before = Anchors(run, weighter) if isinstance(weighter, Adapt) else None
+    return ByWeighter(weighter, run.trainer.args.per_device_train_batch_size, acts_from, before)
