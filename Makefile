@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make everything several times slower on a machine that has other things to do.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test check format bench clean
+.PHONY: install demo test test-all check format bench clean
 
 install: $(READY)
 
@@ -23,7 +23,10 @@ demo: $(READY)
 	@$(PY) -m examples.quickstart.demo
 
 test: $(READY)
-	$(PY) -m pytest --numprocesses 2 --dist loadfile
+	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-all: test
+	$(PY) -m pytest --numprocesses 2 --dist loadfile -m slow
 
 check: $(READY)
 	$(PY) -m ruff check .

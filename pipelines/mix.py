@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
-from dataflex.errors import ConfigError, DataflexError, MismatchError
+from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest
 from dataflex.mixers.base import Domains, MixContext, NativeMixer, Statistics, normalised
 from dataflex.pipelines.reference import reference_losses
@@ -64,6 +64,7 @@ class MixDirector:
         self.mixer = self.run.method
         self.is_native = isinstance(self.mixer, NativeMixer)
         self._stream = self._new_stream()
+        self._refuse_hopeless()
         self._proportions, self._pending = self.initial, Statistics.zeros(len(self.domains))
         self._round: Round | None = None
         self._restored: Mapping[str, Any] | None = None
@@ -175,6 +176,21 @@ class MixDirector:
         draws: Any = keys.draws or (self.mixer.draws if self.is_native else "greedy")
         policy = Exhaustion(keys.exhausted, passes)
         return MixtureStream(self.domains.names, self._members, args.seed, draws, group, policy)
+
+    def _refuse_hopeless(self) -> None:
+        """Refuse, before anything is computed, a run that is longer than its rows.
+
+        Raises:
+            CoverageError: the domains hold too few.
+        """
+        keys = self.settings.dataflex.mixture
+        steps = sum(round.steps for round in self.trainer.rounds)
+        wanted, found = steps * self.trainer.global_batch, self._stream.room
+        if keys.exhausted == "renormalise" and wanted > found:
+            raise CoverageError(
+                f"dataflex.mixture: {wanted} rows wanted, found {found:g} within {keys.passes or 1:g} passes; raise "
+                "passes, set exhausted: cycle, or train for fewer steps"
+            )
 
     def _watch(self, rows: Any) -> None:
         """Have the trainer's loss observed and weighted, as far as mixer and weighter ask for it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,23 +16,29 @@ from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.loss import token_losses
 from dataflex.features.spec import TokenLossSpec
 from dataflex.pipelines.run import Run
+from dataflex.rows import Status
 from dataflex.trainers.weighing import MicroBatch
-
-log = logging.getLogger(__name__)
 
 
 def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
     """Return what gives a micro-batch's reference losses (B, T), or None where the mixer has no reference. Collective.
 
     Raises:
-        MismatchError: the reference has another vocabulary.
-        ConfigError: rows are padded on the left, so that stored losses are not where the tokens are.
+        MismatchError: the reference is no model of this run's tokenizer, or, if its losses are to be stored, not of
+            this run's architecture.
+        ConfigError: rows are padded on the left, so that stored losses are not where the tokens are; or the reference
+            is to stand beside a model that ZeRO-3 has sharded.
     """
     path = getattr(run.method.params, "reference_model_path", None)
     if path is None:
         return None
     _check_vocabulary(path, run.trainer.processing_class)
     if run.method.params.reference == "live":
+        if run.state.is_zero3:
+            raise ConfigError(
+                "doremi: found reference live under ZeRO-3, which would shard the reference without running it; take "
+                "reference: stored, computed by `dataflex featurize` without ZeRO-3, or ZeRO-2"
+            )
         return LiveReference(path, run.trainer)
     if run.trainer.processing_class.padding_side != "right":
         raise ConfigError("doremi: found padding_side left; stored losses expect rows that begin at their first token")
@@ -44,6 +49,8 @@ def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
 
 class StoredReference:
     """Losses by row in one file that is mapped into memory; one process of each node writes it from the store.
+
+    A row that the reference gave no finite loss has NaN for all of its tokens.
 
     Args:
         view: of the training rows' token losses.
@@ -59,6 +66,7 @@ class StoredReference:
             shape = len(view.keys), view.store.layout.width
             kind = np.float32 if view.store.layout.storage == "float32" else np.float16
             out = np.lib.format.open_memmap(Path(folder) / "losses.npy", mode="w+", dtype=kind, shape=shape)
+            out[view.status != Status.OK] = np.nan
             for rows, vectors in view.blocks():
                 out[rows] = vectors
             out.flush()
@@ -82,10 +90,16 @@ class LiveReference:
     """
 
     def __init__(self, path: str, trainer: Any):
+        from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM
 
-        dtype = next(trainer.model.parameters()).dtype
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(trainer.args.device).eval()
+        is_adapter = (Path(path) / "adapter_config.json").is_file()
+        loader: Any = AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM
+        alike = {
+            "dtype": next(trainer.model.parameters()).dtype,
+            "attn_implementation": trainer.model.config._attn_implementation,
+        }
+        self._model = loader.from_pretrained(path, **alike).to(trainer.args.device).eval()
         self._accelerator = trainer.accelerator
 
     @torch.no_grad()
@@ -98,13 +112,22 @@ class LiveReference:
 
 
 def _check_vocabulary(path: str, tokenizer: Any) -> None:
+    """Refuse a reference that does not know every token of the run by the same number; it may know more.
+
+    Raises:
+        MismatchError: it does not, or has no tokenizer to tell.
+    """
     if not (Path(path) / "tokenizer_config.json").is_file():
-        log.warning("%s has no tokenizer; it is taken to be the run's", path)
-        return
+        raise MismatchError(
+            f"reference_model_path: found no tokenizer in {path}; expected the one that the reference was trained "
+            "with, as LLaMA-Factory saves it. Put its files there"
+        )
     from transformers import AutoTokenizer
 
-    if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path).get_vocab()
+    if other := [token for token, number in ours.items() if theirs.get(token) != number]:
         raise MismatchError(
-            f"reference_model_path: the tokenizer in {path} is not the run's; losses of tokens can only be compared "
-            "under one tokenizer. Train the reference with the proxy's"
+            f"reference_model_path: {len(other)} of the run's {len(ours)} tokens are others, or none, in {path} (first: "
+            f"{other[0]!r}); losses of tokens can only be compared under one tokenizer. Train the reference with the "
+            "proxy's"
         )

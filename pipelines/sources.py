@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dataflex.errors import ConfigError
 from dataflex.features.encoder import TextEncoder, encoder_identity
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, TokenLossSpec
@@ -116,11 +117,21 @@ class ModelSource:
         return [found[spec] for spec in specs]
 
     def _as_wide(self, spec: FeatureSpec, values: FeatureValues) -> FeatureValues:
-        """Fill token losses up to the width that all rows have."""
+        """Fill token losses up to the width that all rows have.
+
+        Raises:
+            ConfigError: a row is wider.
+        """
         if not isinstance(spec, TokenLossSpec) or values.vectors is None:
             return values
         missing = self._cutoff_len - values.vectors.shape[1]
-        return replace(values, vectors=np.pad(values.vectors[:, : self._cutoff_len], ((0, 0), (0, max(0, missing)))))
+        if missing < 0:
+            raise ConfigError(
+                f"cutoff_len: found {self._cutoff_len} and a row of {values.vectors.shape[1]} tokens; expected rows of "
+                "at most cutoff_len, as token losses are kept in that width. Set the one that tokenized_path was made "
+                "with"
+            )
+        return replace(values, vectors=np.pad(values.vectors, ((0, 0), (0, missing))))
 
 
 def _response(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,12 +40,18 @@ def test_an_exact_law_is_found_again(irreducible: float, scale: float, exponent:
     assert law.reducible(N[-1]) == pytest.approx(loss[-1] - irreducible, rel=0.15)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("noise", [0.002, 0.02, 0.1])
-def test_a_fit_is_no_worse_than_scipy_s_from_many_starts(seed: int, noise: float) -> None:
+@pytest.mark.parametrize(
+    ("irreducible", "exponent"),
+    [(2.4, 0.4), (0.6, 0.1), (1.0, 1.3), (-0.5, 0.1), (2.0, -0.1)],  # the last three have their best at a bound
+)
+def test_a_fit_is_no_worse_than_scipy_s_from_many_starts(
+    irreducible: float, exponent: float, noise: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
-    irreducible, exponent = rng.uniform(0.2, 3), rng.uniform(0.05, 0.7)
-    loss = (irreducible + rng.uniform(0.3, 3) * (N / N[0]) ** -exponent) * np.exp(noise * rng.standard_t(3, len(N)))
+    loss = (irreducible + 2 * (N / N[0]) ** -exponent) * np.exp(noise * rng.standard_t(3, len(N)))
     reference = float(np.exp(np.log(N).mean()))
 
     def objective(p: np.ndarray) -> float:
@@ -53,10 +59,10 @@ def test_a_fit_is_no_worse_than_scipy_s_from_many_starts(seed: int, noise: float
         return float(np.where(size <= DELTA, 0.5 * size**2, DELTA * (size - 0.5 * DELTA)).sum()) / DELTA
 
     bounds = [(-20, 10), (0.001, 0.8), (0, float(np.median(loss)))]
-    starts = [(a, e, f * loss.min()) for a in (-3, 0, 1) for e in (0.05, 0.3, 0.6) for f in (0.1, 0.6, 0.95)]
+    starts = [(a, e, f * loss.min()) for a in (-2, 0.5) for e in (0.05, 0.6) for f in (0.1, 0.9)]
     theirs = min(minimize(objective, p, method="L-BFGS-B", bounds=bounds).fun for p in starts) * DELTA
     law = fit(N, loss)
-    assert cost(law, N, loss) <= theirs * 1.001
+    assert cost(law, N, loss) <= theirs * (1 + 1e-6)
     assert 0.001 <= law.exponent <= 0.8
     assert 0 <= law.irreducible <= np.median(loss)
     assert law.scale > 0
@@ -200,6 +206,7 @@ def test_updates_of_several_steps() -> None:
         often()
     seldom(steps=30)
     assert seldom.update == 1
+    assert seldom.mixer.record()["drawn"] == pytest.approx(seldom.initial.tolist(), abs=1e-12)
     while seldom.step < 230:
         seldom(steps=10)
     assert seldom.step == often.step
@@ -217,6 +224,14 @@ def test_a_domain_not_seen_in_a_block_leaves_no_point_and_one_never_seen_has_the
     for _ in range(100):
         run()
     assert run.mixer.record()["laws"][1] is not None
+
+
+def test_what_was_drawn_of_late_forgets_by_the_step() -> None:
+    run = Run(smoothing=0.8)
+    run()
+    run(steps=5, absent=(0, 1))
+    expected = 0.8**5 * run.initial + (1 - 0.8**5) * np.array([0, 0, 1])
+    assert run.mixer.record()["drawn"] == pytest.approx(expected.tolist(), abs=1e-12)
 
 
 def test_no_signal_is_an_error() -> None:

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dataflex.trainers.trainer import DataflexTrainer
-from dataflex.trainers.weighing import ROWS
+from dataflex.errors import CoverageError
+from dataflex.trainers.rounds import _Batches
+from dataflex.trainers.weighing import ROWS, Observer, Weighing
+from tests.test_training import assert_same
 
-TEXT = {
-    "stage": "pt",
-    "template": None,
-    "eval_dataset": None,
-    "train_type": "dynamic_mix",
-    "dataset": "target_words,target_records,target_arithmetic",
-}
+NAMES = ("target_words", "target_records", "target_arithmetic")  # 8 rows each
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Rows of every micro-batch that was trained on, in order."""
+    """Rows of every micro-batch that was asked for, in order."""
     found: list[list[int]] = []
-    step = DataflexTrainer.training_step
+    begin = _Batches.__iter__
 
-    def noted(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
-        if ROWS in inputs:
-            found.append(inputs[ROWS].tolist())
-        return step(self, model, inputs, *args)
+    def noted(self: Any) -> Iterator[list[int]]:
+        for rows in begin(self):
+            found.append(rows)
+            yield rows
 
-    monkeypatch.setattr(DataflexTrainer, "training_step", noted)
+    monkeypatch.setattr(_Batches, "__iter__", noted)
     return found
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [row for batch in batches for row in batch]
 
 
 def mix(workspace: Any, name: str, **keys: Any) -> Any:
     """Write a run file of three domains of 8 rows."""
     values: dict[str, Any] = {
         "train_type": "dynamic_mix",
-        "dataset": "target_words,target_records,target_arithmetic",
+        "component_name": None,
+        "dataset": ",".join(NAMES),
         "eval_dataset": None,
         "warmup_step": None,
         "update_step": None,
@@ -58,11 +62,198 @@ def lines(workspace: Any, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_odm_trains(workspace: Any, drawn: list[list[int]]) -> None:
-    workspace.run("train", mix(workspace, "odm", component_name="odm"))
-    found = lines(workspace, "odm")
-    assert len(found) == 6
+def domains(rows: list[list[int]]) -> np.ndarray:
+    """Domain of every row drawn: the datasets stand one behind the other."""
+    return np.array(flat(rows)) // 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "shares"),
+    [
+        ({"component_name": "uniform"}, (1 / 3, 1 / 3, 1 / 3)),
+        ({"static_mix": True, "init_mixture_proportions": [1, 3, 0]}, (0.25, 0.75, 0)),
+        (
+            {
+                "component_name": "static",
+                "dataflex": {"params": {"proportions": dict(zip(NAMES, (5, 1, 2), strict=True))}},
+            },
+            (0.625, 0.125, 0.25),
+        ),
+        ({"mixture_sample_rule": "stratified"}, (1 / 3, 1 / 3, 1 / 3)),
+    ],
+)
+def test_constant_shares_are_exact_to_one_row(
+    workspace: Any, drawn: list[list[int]], keys: dict[str, Any], shares: tuple[float, ...]
+) -> None:
+    summary = workspace.run("train", mix(workspace, "constant", **keys))
+    counts = np.bincount(domains(drawn), minlength=3)
+    assert np.abs(counts - 24 * np.array(shares)).max() <= 1
+    assert summary["realised_rows"] == dict(zip(NAMES, counts.tolist(), strict=True))
+    for domain in range(3):  # a permutation before any row comes again
+        rows = [row for row in flat(drawn) if row // 8 == domain]
+        for start in range(0, len(rows), 8):
+            assert len(set(rows[start : start + 8])) == len(rows[start : start + 8])
+
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "odm": {"component_name": "odm"},
+    "odm, whole batches": {
+        "component_name": "odm",
+        "update_step": 2,
+        "update_times": 2,
+        "warmup_step": 2,
+        "train_step": None,
+        "dataflex": {"params": {"variant": "paper", "batches": "single"}},
+    },
+    "exp3": {"component_name": "odm", "dataflex": {"params": {"variant": "exp3"}}},
+    "ado": {
+        "component_name": "ado",
+        "dataflex": {"params": {"ignore_steps": 1, "fit_interval": 2}},
+    },
+    "random": {"component_name": "random", "update_step": 1, "update_times": -1},
+    "unimax": {"component_name": "unimax", "dataflex": {"mixture": {"unit": "tokens"}}},
+    "with a weighter": {
+        "component_name": "odm",
+        "dataflex": {"weighter": {"name": "loss", "params": {"strategy": "linupper"}}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["odm", *(pytest.param(name, marks=pytest.mark.slow) for name in MIXERS if name != "odm")]
+)
+def test_what_is_resumed_ends_as_the_uninterrupted_run(workspace: Any, drawn: list[list[int]], name: str) -> None:
+    """From every step: the same rows, the same shares, weights equal to the bit."""
+    keys = MIXERS[name] | {"save_strategy": "steps", "save_steps": 1, "lora_dropout": 0.1}
+    workspace.run("train", mix(workspace, "whole", **keys))
+    whole, before = list(drawn), lines(workspace, "whole")
+    assert len(whole) == 12
+    for step in (1, 3, 4):
+        out = workspace.folder / "out" / f"from-{step}"
+        shutil.copytree(workspace.folder / "out" / "whole", out)
+        for later in range(step + 1, 7):
+            shutil.rmtree(out / f"checkpoint-{later}")
+        drawn.clear()
+        workspace.run("train", mix(workspace, f"from-{step}", **keys))
+        assert drawn == whole[2 * step :]
+        after = lines(workspace, f"from-{step}")
+        resumed = [i for i, line in enumerate(after) if "resumed" in line][-1]
+        assert after[resumed]["resumed"] == step
+        assert after[resumed + 1 :] == [line for line in before if line["step"] >= step]
+        assert_same(workspace.weights(f"from-{step}"), workspace.weights("whole"))
+
+
+def test_rows_and_shares_do_not_depend_on_batch_and_accumulation(workspace: Any, drawn: list[list[int]]) -> None:
+    found = []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        name = f"b{size}"
+        keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        drawn.clear()
+        workspace.run("train", mix(workspace, name, component_name="odm", **keys))
+        found.append((flat(drawn), [list(line["proportions"].values()) for line in lines(workspace, name)]))
+    for rows, shares in found[1:]:
+        assert rows == found[0][0]
+        np.testing.assert_allclose(shares, found[0][1], rtol=1e-5)
+    assert np.ptp(found[0][1][-1]) > 1e-3
+
+
+def test_the_statistics_are_those_of_every_micro_batch(
+    workspace: Any, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over each domain's tokens, of all micro-batches, before the step: against a forward pass of each row."""
+    found: list[Any] = []
+    collect = Observer.collect
+
+    def noted(self: Any, steps: int) -> Any:
+        found.append(collect(self, steps))
+        return found[-1]
+
+    monkeypatch.setattr(Observer, "collect", noted)
+    expected: list[np.ndarray] = []
+    begin = Weighing.begin
+
+    def alone(self: Any, trainer: Any, batches: Any, items: Any) -> None:
+        totals = np.zeros((2, 3))
+        trainer.model.eval()
+        for batch in batches:
+            for i, row in enumerate(batch[ROWS].tolist()):
+                keep = batch["attention_mask"][i].bool()
+                ids, labels = batch["input_ids"][i][keep][None], batch["labels"][i][keep][1:]
+                with torch.no_grad():
+                    logits = trainer.model(input_ids=ids).logits[0, :-1].double()
+                for at in torch.nonzero(labels != -100).flatten().tolist():
+                    totals[:, row // 8] += (1, float(-logits[at].log_softmax(0)[labels[at]]))
+        expected.append(totals)
+        begin(self, trainer, batches, items)
+
+    monkeypatch.setattr(Weighing, "begin", alone)
+    workspace.run("train", mix(workspace, "observed", component_name="odm"))
+    assert len(found) == len(expected) == 6
+    for statistics, (tokens, loss) in zip(found, expected, strict=True):
+        assert statistics.tokens.tolist() == tokens.tolist()
+        np.testing.assert_allclose(statistics.loss, loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "steps", "counts"),
+    [
+        ({"exhausted": "cycle"}, 6, (15, 6, 3)),
+        ({"exhausted": "renormalise"}, 6, (8, 8, 8)),
+        ({"exhausted": "renormalise", "passes": 1.5}, 6, (12, 8, 4)),
+        ({"exhausted": "stop"}, 3, (7, 3, 2)),
+    ],
+)
+def test_a_domain_that_is_used_up(
+    workspace: Any, drawn: list[list[int]], mixture: dict[str, Any], steps: int, counts: tuple[int, ...]
+) -> None:
+    keys = {"component_name": "static", "init_mixture_proportions": [5, 2, 1]}
+    summary = workspace.run("train", mix(workspace, "used", **keys, dataflex={"mixture": mixture}))
+    assert summary["steps"] == steps
+    found = np.bincount(domains(drawn), minlength=3)
+    assert found.sum() == 4 * steps
+    assert np.abs(found - np.array(counts)).max() <= 1
+    assert workspace.weights("used")
+
+
+def test_what_cannot_be_filled_is_refused_before_training(workspace: Any, drawn: list[list[int]]) -> None:
+    path = mix(
+        workspace, "short", component_name="uniform", train_step=7, dataflex={"mixture": {"exhausted": "renormalise"}}
+    )
+    with pytest.raises(CoverageError, match="28 rows wanted, found 24"):
+        workspace.run("train", path)
+    assert not drawn
+
+
+PLUGIN = """
+import numpy as np
+from dataflex.mixers import Mixer, register_mixer
+
+@register_mixer("falling")
+class Falling(Mixer):
+    def __init__(self, mixture_manager, seed):
+        super().__init__(mixture_manager)
+        self.seed = seed
+
+    def mix(self, model, step_id: int, **kwargs) -> np.ndarray:
+        assert len(self.mixture_manager.names) == 3
+        assert kwargs["batch"] is None or len(kwargs["domain_ids"]) == len(kwargs["batch"]["input_ids"])
+        raw = 1.0 / (1 + self.seed + step_id * np.arange(3))
+        return raw / raw.sum()
+"""
+
+
+def test_a_mixer_of_the_documented_kind_runs_as_it_is(workspace: Any, drawn: list[list[int]]) -> None:
+    (workspace.folder / "falling.py").write_text(PLUGIN)
+    section = {"plugins": [str(workspace.folder / "falling.py")], "params": {"seed": 0}}
+    path = mix(workspace, "own", component_name="falling", update_step=2, update_times=-1, dataflex=section)
+    workspace.run("train", path)
+    shares = [list(line["proportions"].values()) for line in lines(workspace, "own")]
+    for step, found in zip((0, 2, 4), shares, strict=True):
+        raw = 1 / (1 + step * np.arange(3))
+        np.testing.assert_allclose(found, raw / raw.sum())
     assert len(drawn) == 12
-    for line in found:
-        assert sum(line["proportions"].values()) == pytest.approx(1)
-    assert np.ptp(list(found[-1]["proportions"].values())) > 1e-3
+
+
+def test_nothing_of_the_evaluation_split_is_trained_on(workspace: Any, drawn: list[list[int]]) -> None:
+    workspace.run("train", mix(workspace, "split", component_name="uniform", val_size=0.25, train_step=9))
+    assert len({row for batch in drawn for row in batch}) == 18

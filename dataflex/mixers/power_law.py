@@ -47,8 +47,9 @@ def fit(n: np.ndarray, loss: np.ndarray) -> PowerLaw:
     n, loss = np.asarray(n, dtype=np.float64), np.asarray(loss, dtype=np.float64)
     reference = float(np.exp(np.log(n).mean()))
     x, y = np.log(n / reference), np.log(loss)
-    lowest, highest = np.array([np.log(1e-9 * loss.min()), EXPONENTS[0], 0.0]), np.array([np.inf, EXPONENTS[1], 0.0])
-    highest[2] = float(np.median(loss))
+    # the reference lies among the points, so the scale is no more than the losses: its bounds stop a step, not a fit
+    lowest = np.array([np.log(1e-9 * loss.min()), EXPONENTS[0], 0.0])
+    highest = np.array([np.log(1e3 * loss.max()), EXPONENTS[1], np.median(loss)])
     starts = sorted(((_cost(_residual(p, x, y)), p.tolist()) for p in _grid(x, loss)), key=lambda pair: pair[0])
     found = [_refined(np.array(p), x, y, lowest, highest) for _, p in starts[:STARTS]]
     best = min(found, key=lambda p: _cost(_residual(p, x, y)))

@@ -67,6 +67,11 @@ class MixtureStream:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._numbers: tuple[int, np.ndarray] | None = None
 
+    @property
+    def room(self) -> float:
+        """Rows that can be dealt from the start on, infinite without a limit."""
+        return float(self._limits.sum())
+
     def take(self, proportions: np.ndarray, rows: int) -> np.ndarray:
         """Return the next rows, (rows,) int64; fewer, a whole number of slots, where the policy is to stop.
 

@@ -111,7 +111,8 @@ class Observer:
         domains: (N,) int, domain of each training row.
         count: K.
         device: of the model.
-        reference: micro-batch -> (B, T) losses of the same tokens under a reference model; or None.
+        reference: micro-batch -> (B, T) losses of the same tokens under a reference model; or None. A token without a
+            finite one counts as one without a finite loss.
     """
 
     def __init__(
@@ -130,6 +131,9 @@ class Observer:
         domain = self.domains[batch.rows]
         losses = batch.losses.detach().double()
         finite = torch.isfinite(losses) & batch.is_target
+        reference = None if self._reference is None else self._reference(batch).double()
+        if reference is not None:
+            finite &= torch.isfinite(reference)
         sums = torch.where(finite, losses, 0.0).sum(dim=1)
         counts = finite.sum(dim=1).double()
         self._sums[0].index_add_(0, domain, counts)
@@ -139,9 +143,8 @@ class Observer:
         here[1].index_add_(0, domain, sums)
         self._sums[2] += here[0] > 0
         self._sums[3] += torch.where(here[0] > 0, here[1] / here[0].clamp(min=1), 0.0)
-        if self._reference is not None:
-            excess = (losses - self._reference(batch).double()).clamp(min=0)
-            excess = torch.where(finite & torch.isfinite(excess), excess, 0.0).sum(dim=1)
+        if reference is not None:
+            excess = torch.where(finite, (losses - reference).clamp(min=0), 0.0).sum(dim=1)
             self._sums[4].index_add_(0, domain, excess)
         self._sums[5].index_add_(0, domain, batch.is_target.sum(dim=1).double() - counts)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 GAP = 1e-9
-"""How far above the minimum the objective may be, in units of the metrics; times its largest term if above 1."""
+"""How far above the minimum the objective may be, in units of the metrics; times its size at the start if above 1."""
 
 
 def best_mixture(
