@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataflex import distributed
-from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.config.mixing import dataset_names
+from dataflex.errors import ConfigError, CoverageError, DataflexError
 from dataflex.fingerprint import digest
-from dataflex.mixers.base import Domains, MixContext, NativeMixer, Statistics, normalised
+from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
+from dataflex.pipelines.domains import MixtureManager, domains_of
+from dataflex.pipelines.mix_record import MixRecord, named
 from dataflex.pipelines.reference import reference_losses
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.signals import signals
 from dataflex.pipelines.summary import write_summary
 from dataflex.pipelines.weigh import weighter_factor
 from dataflex.schedule import Round
-from dataflex.trainers.checkpoints import FOLDER
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.trainers.stream import Exhaustion, MixtureStream
 from dataflex.trainers.weighing import ROWS, ByDomain, MicroBatch, Observer, Weighing
 
 log = logging.getLogger(__name__)
-
-LOG_FILE = "mixture.jsonl"
-"""In a run's folder: a line for every update, appended; after `resumed`, the lines from that step on count."""
-OUTCOME_FILE = "mixture_proportions.json"
-"""In a run's folder: the proportions that came out, by name; `static` reads it."""
-_STATE_FILE = f"{FOLDER}/mixture.json"
 
 
 class MixDirector:
@@ -57,7 +51,9 @@ class MixDirector:
         """Put the run together, and take up the state of a checkpoint."""
         self.trainer = trainer
         rows = trainer.row_sets.train
-        self._members, self.domains = domains_of(rows, self.settings.dataflex.mixture.unit)
+        self._members, self.domains = domains_of(
+            rows, dataset_names(self.settings.llamafactory), self.settings.dataflex.mixture.unit
+        )
         given = self.settings.keys.init_mixture_proportions
         self.initial = self.domains.natural if given is None else normalised(given)
         self.run: Run = open_run(self.settings, trainer, "train", mixture_manager=self._manager())
@@ -72,10 +68,11 @@ class MixDirector:
         self._signals = signals(self.run, self.settings, self._members, self.domains.names)
         self._freeze_gates()
         self._watch(rows)
+        self.record = MixRecord(Path(trainer.args.output_dir))
         if checkpoint is not None:
             self._restore(Path(checkpoint))
-        elif distributed.is_main():
-            (Path(trainer.args.output_dir) / LOG_FILE).unlink(missing_ok=True)
+        else:
+            self.record.begin()
         return checkpoint
 
     def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
@@ -201,6 +198,7 @@ class MixDirector:
         reference = reference_losses(self.run) if self.is_native else None
         self._observer = Observer(number, len(self.domains), trainer.args.device, reference)
         factors: list[Any] = []
+        before = None
         if self.is_native and hasattr(mixer, "loss_form"):
             before = self._ahead if getattr(mixer.params, "exact", False) else None
             factors.append(ByDomain(self._observer.domains, mixer.loss_weights, mixer.loss_form, before))
@@ -211,7 +209,7 @@ class MixDirector:
         watches = not self.is_native or mixer.watches
         if watches or factors:
             # Where a step's losses are seen before it is trained on, they are not seen again.
-            observers = [self._observer] if watches and not any(f.needs_losses_ahead for f in factors[:1]) else []
+            observers = [self._observer] if watches and before is None else []
             trainer.weighing = Weighing(factors, observers, wants_states, acts_from)
 
     def _ahead(self, batches: Sequence[MicroBatch]) -> None:
@@ -228,7 +226,7 @@ class MixDirector:
         weighing = self.trainer.weighing
         if weighing is None or not weighing.observers or step == self._counted:
             return
-        self._pending = _sum(self._pending, self._observer.collect(step - self._counted))
+        self._pending += self._observer.collect(step - self._counted)
         self._counted = step
 
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
@@ -238,56 +236,37 @@ class MixDirector:
         assert self._round is not None
         weighter = self.run.weighter
         state = {
+            **self._identity,
             "step": step,
-            "domains": list(self.domains.names),
-            "rows": dict(zip(self.domains.names, self.domains.rows.tolist(), strict=True)),
-            "global_batch": trainer.global_batch,
             "round": self._round.number,
             "update": self._update,
             "proportions": self._proportions.tolist(),
             "stream": self._at_round,
-            "pending": {name: _plain(value) for name, value in asdict(self._pending).items()},
+            "pending": self._pending.state(),
             "mixer": self.mixer.state() if self.is_native else {},
             "weighter": weighter.state() if weighter is not None else {},
         }
-        if distributed.is_main():
-            path = Path(checkpoint) / _STATE_FILE
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+        self.record.save(Path(checkpoint), state)
         return {"global_step": step, "is_resumable": not trainer.args.save_only_model}
 
-    def _restore(self, checkpoint: Path) -> None:
-        """Take up the state that `saved` wrote.
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint of this mixture has in common with the run."""
+        names = self.domains.names
+        rows = dict(zip(names, self.domains.rows.tolist(), strict=True))
+        return {"domains": list(names), "rows": rows, "global_batch": self.trainer.global_batch}
 
-        Raises:
-            MismatchError: it is missing, or of another mixture.
-        """
-        path = checkpoint / _STATE_FILE
-        if not path.is_file():
-            raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_mix")
-        state = json.loads(path.read_text("utf-8"))
-        expected = {
-            "domains": list(self.domains.names),
-            "rows": dict(zip(self.domains.names, self.domains.rows.tolist(), strict=True)),
-            "global_batch": self.trainer.global_batch,
-        }
-        for name, value in expected.items():
-            if state[name] != value:
-                raise MismatchError(
-                    f"{path}: found {name} {state[name]}, this run has {value}; resume with the data and the global "
-                    "batch the run was begun with, or start anew with another output_dir"
-                )
+    def _restore(self, checkpoint: Path) -> None:
+        """Take up the state that `saved` wrote."""
+        state = self.record.restore(checkpoint, self._identity)
         self._restored, self._counted, self._update = state, int(state["step"]), int(state["update"])
         self._proportions = np.array(state["proportions"])
         self._stream.restore(state["stream"])
-        pending = state["pending"]
-        self._pending = Statistics(int(pending.pop("steps")), **{k: np.array(v) for k, v in pending.items()})
+        self._pending = Statistics.restored(state["pending"])
         if self.is_native:
             self.mixer.restore(state["mixer"])
         if self.run.weighter is not None:
             self.run.weighter.restore(state["weighter"])
-        if distributed.is_main():
-            self._append({"resumed": self._counted})
 
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write what came out: proportions for a later run, and the shares that were realised."""
@@ -299,9 +278,9 @@ class MixDirector:
         about = {
             "steps": trainer.state.global_step,
             "unit": self.domains.unit,
-            "proportions": _named(names, self._proportions),
-            "realised_rows": _named(names, served),
-            "passes": _named(names, served / self.domains.rows),
+            "proportions": named(names, self._proportions),
+            "realised_rows": named(names, served),
+            "passes": named(names, served / self.domains.rows),
         }
         write_summary(
             Path(trainer.args.output_dir) / "dataflex_summary.json",
@@ -312,49 +291,39 @@ class MixDirector:
         )
         shown = ", ".join(f"{n} {s / max(1, served.sum()):.1%}" for n, s in zip(names, served, strict=True))
         log.info("rows trained on: %s", shown)
-        if not distributed.is_main():
-            return
-        self.run.access.record.finish()
         if outcome is not None:
-            kept = {"proportions": _named(names, outcome), "unit": self.domains.unit, "steps": about["steps"]}
-            path = Path(trainer.args.output_dir) / OUTCOME_FILE
-            path.write_text(json.dumps(kept | {"method": self.settings.component_name}, indent=1) + "\n", "utf-8")
-            log.info("%s: %s", path, ", ".join(f"{n} {w:.3f}" for n, w in zip(names, outcome, strict=True)))
+            self.record.outcome(
+                names, outcome, self.domains.unit, trainer.state.global_step, self.settings.component_name
+            )
+        if distributed.is_main():
+            self.run.access.record.finish()
 
     def _log(self, round: Round) -> None:
         """Append what was decided to the run's log."""
-        if not distributed.is_main():
-            return
         names, seen = self.domains.names, self._pending
         line: dict[str, Any] = {
             "step": round.first_step,
             "steps": round.steps,
             "kind": round.kind,
             "unit": self.domains.unit,
-            "proportions": _named(names, self._proportions),
-            "rows_before": _named(names, self._stream.served),
+            "proportions": named(names, self._proportions),
+            "rows_before": named(names, self._stream.served),
         }
-        if self.is_native:
-            line |= {
-                key: _named(names, value) if isinstance(value, list) and len(value) == len(names) else value
-                for key, value in self.mixer.record().items()
-            }
-        self._append(line)
+        for key, value in (self.mixer.record() if self.is_native else {}).items():
+            is_by_domain = isinstance(value, list) and len(value) == len(names)
+            line[key] = named(names, value) if is_by_domain else value
+        self.record.add(line)
         if round.number == 0 or self.schedule.update_step >= 100:
             shown = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, self._proportions, strict=True))
             log.info("step %d: proportions %s", round.first_step, shown)
         if seen.nonfinite.sum():
             log.warning("%d token losses were NaN or infinite and left out", int(seen.nonfinite.sum()))
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        with (Path(self.trainer.args.output_dir) / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
     def _unit_per_row(self) -> float:
         return 1.0 if self.domains.unit == "rows" else float(self.domains.tokens.sum() / self.domains.rows.sum())
 
     def _manager(self) -> Any:
-        return _Manager(self.trainer.train_dataset, self.domains, self._members, self.initial)
+        return MixtureManager(self.trainer.train_dataset, self.domains, self._members, self.initial)
 
     def _freeze_gates(self) -> None:
         """Leave the routers of a mixture of experts untrained, if that is asked for.
@@ -367,60 +336,9 @@ class MixDirector:
         routers = [
             parameter
             for name, parameter in self.trainer.model.named_parameters()
-            if parameter.requires_grad and name.rpartition(".")[0].rpartition(".")[2] in ("gate", "router")
+            if parameter.requires_grad and {"gate", "router"} & set(name.split("."))
         ]
         if not routers:
             raise ConfigError("freeze_gate: found no router among the trained parameters; remove the key")
         for parameter in routers:
             parameter.requires_grad_(False)
-
-
-class _Manager:
-    """The domains as a mixer of the documented kind knows them.
-
-    Attributes:
-        names: of the domains, in order.
-        sizes: rows of each.
-        initial_proportions: as the run begins.
-    """
-
-    def __init__(self, dataset: Any, domains: Domains, members: list[np.ndarray], initial: np.ndarray):
-        self._dataset, self._members = dataset, members
-        self.names, self.sizes, self.initial_proportions = list(domains.names), domains.rows.tolist(), initial.tolist()
-
-    @property
-    def sources(self) -> dict[str, Any]:
-        """Processed rows by domain."""
-        return {n: self._dataset.select(m) for n, m in zip(self.names, self._members, strict=True)}
-
-
-def domains_of(rows: Any, unit: Any) -> tuple[list[np.ndarray], Domains]:
-    """Return the rows of each domain that have something to learn from, and the domains, in the run file's order.
-
-    Raises:
-        ConfigError: a domain has none.
-    """
-    numbers = list(dict.fromkeys(np.unique(rows.dataset).tolist()))
-    names = [name for name in rows.names if name in {rows.names[n] for n in numbers}]
-    members = [np.flatnonzero((rows.dataset == rows.names.index(n)) & (rows.supervised > 0)) for n in names]
-    empty = [name for name, found in zip(names, members, strict=True) if not len(found)]
-    if empty:
-        raise ConfigError(
-            f"dataset: found no row with a supervised token in {', '.join(empty)}; check the data, template and "
-            "cutoff_len, or leave it out"
-        )
-    counts = np.array([len(found) for found in members], np.int64)
-    tokens = np.array([rows.supervised[found].sum() for found in members], np.int64)
-    return members, Domains(tuple(names), counts, tokens, unit)
-
-
-def _sum(a: Statistics, b: Statistics) -> Statistics:
-    return Statistics(**{name: value + getattr(b, name) for name, value in vars(a).items()})
-
-
-def _named(names: Any, values: Any) -> dict[str, float]:
-    return dict(zip(names, np.asarray(values).tolist(), strict=True))
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -127,7 +127,7 @@ def _check_vocabulary(path: str, tokenizer: Any) -> None:
     ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path).get_vocab()
     if other := [token for token, number in ours.items() if theirs.get(token) != number]:
         raise MismatchError(
-            f"reference_model_path: {len(other)} of the run's {len(ours)} tokens are others, or none, in {path} (first: "
-            f"{other[0]!r}); losses of tokens can only be compared under one tokenizer. Train the reference with the "
-            "proxy's"
+            f"reference_model_path: {len(other)} of the run's {len(ours)} tokens are others, or none, in {path} "
+            f"(first: {other[0]!r}); losses of tokens can only be compared under one tokenizer. Train the reference "
+            "with the proxy's"
         )

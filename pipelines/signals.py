@@ -13,7 +13,12 @@ from dataflex.draws import generator
 from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
 from dataflex.features.evaluation import evaluation
+from dataflex.features.spec import BASE, LossSpec
 from dataflex.pipelines.run import Run
+from dataflex.rows import Status
+
+_BIASES = ("correction_bias", "expert_bias")
+"""Ends of the names of what some models add to the router logits when they choose."""
 
 
 def signals(
@@ -24,16 +29,42 @@ def signals(
     Raises:
         ConfigError: the model has no experts, or there are no rows to route.
     """
-    if "expert_loads" not in getattr(run.method, "signals", ()):
-        return {}
-    return {"expert_loads": ExpertLoads(run, settings, members, names)}
+    made: dict[str, Callable[[], Callable[[], np.ndarray]]] = {
+        "expert_loads": lambda: ExpertLoads(run, settings, members, names),
+        "base_losses": lambda: BaseLosses(run, members),
+    }
+    return {name: made[name]() for name in getattr(run.method, "signals", ())}
+
+
+class BaseLosses:
+    """Each domain's mean loss per token under the model before any training, from the store. Making it is collective.
+
+    Args:
+        run: has the rows, and the stores.
+        members: K arrays, rows of each domain.
+    """
+
+    def __init__(self, run: Run, members: Sequence[np.ndarray]):
+        spec = LossSpec()
+        (store,) = run.access.ensure([spec], run.rows, BASE)
+        view = run.access.view(spec, run.rows, store)
+        usable, loss, tokens = view.status == Status.OK, view.scalar("loss_sum"), view.scalar("tokens")
+        kept = [rows[usable[rows]] for rows in members]
+        self._means = np.array(
+            [loss[rows].sum() / max(1, tokens[rows].sum()) if len(rows) else np.nan for rows in kept]
+        )
+
+    def __call__(self) -> np.ndarray:
+        """Return nats per token, (K,) float64, NaN for a domain without a usable row."""
+        return self._means
 
 
 class ExpertLoads:
     """Counts, for each domain, the tokens that the last router sends to each expert. K domains, E experts.
 
-    Rows are those of `mixer_eval_dataset`, one held-out dataset for each domain in its order; without it rows of the
-    domains themselves, drawn once. Padding is not counted.
+    Rows are those of `mixer_eval_dataset`, whose datasets belong to the domains by name where all are called
+    `<domain>_eval`, else in the domains' order; without it rows of the domains themselves, drawn once. Padding is not
+    counted.
 
     Args:
         run: has the model and the rows.
@@ -42,7 +73,7 @@ class ExpertLoads:
         names: (K,) of the domains.
 
     Raises:
-        ConfigError: the model has no router, or the held-out datasets do not fit the domains.
+        ConfigError: the model's experts are unknown, or the held-out datasets do not fit the domains.
     """
 
     def __init__(self, run: Run, settings: Any, members: Sequence[np.ndarray], names: Sequence[str]):
@@ -54,8 +85,16 @@ class ExpertLoads:
                 f"dynamic_moe: the model ({config.model_type}) has no experts whose router logits it gives; expected a "
                 "mixture of experts, as Mixtral or Qwen-MoE"
             )
+        tensors = [*run.trainer.model.named_parameters(), *run.trainer.model.named_buffers()]
+        if biased := next((name for name, _ in tensors if name.endswith(_BIASES)), None):
+            raise ConfigError(
+                f"dynamic_moe: the model ({config.model_type}) chooses experts by router logits and {biased}; expected "
+                "a model that chooses by the logits, which are all that it tells"
+            )
         named = settings.keys.mixer_eval_dataset
         held_out = None if named is None else [name.strip() for name in named.split(",")]
+        if set(called := [f"{name}_eval" for name in names]) == set(held_out or []):
+            held_out = called
         missing = [name for name in held_out or [] if name not in run.targets]
         if held_out is not None and (len(held_out) != len(names) or missing):
             raise ConfigError(
@@ -72,13 +111,16 @@ class ExpertLoads:
                 found = [run.rows.examples[int(row)] for row in draw.permutation(rows)[: self._params.eval_samples]]
             self._examples.append(found[: self._params.eval_samples])
 
-    @torch.no_grad()
     def __call__(self) -> np.ndarray:
-        """Return the counts at the live model, (K, E) float64. Collective."""
+        """Return the counts at the live model, (K, E) float64. Collective.
+
+        Raises:
+            ConfigError: the model gives no router logits after all.
+        """
         trainer: Any = self._run.trainer
         size, world, rank = self._params.eval_batch_size, distributed.world(), distributed.rank()
         loads = []
-        with evaluation(trainer.model):
+        with evaluation(trainer.model), torch.no_grad():
             for examples in self._examples:
                 batches = [examples[i : i + size] for i in range(0, len(examples), size)][: self._params.collect_steps]
                 total: Any = None
@@ -94,7 +136,7 @@ class ExpertLoads:
     def _counts(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
         trainer: Any = self._run.trainer
         pad = trainer.processing_class.pad_token_id or 0
-        batch = collate(examples, pad, "right", trainer.args.device)
+        batch = collate(examples, pad, "right", next(trainer.model.parameters()).device)
         with trainer.accelerator.autocast():
             output = trainer.model(
                 input_ids=batch.input_ids,
@@ -102,6 +144,9 @@ class ExpertLoads:
                 output_router_logits=True,
                 use_cache=False,
             )
-        logits = output.router_logits[-1].reshape(-1, output.router_logits[-1].shape[-1])
+        routed = output.get("router_logits")
+        if not routed:
+            raise ConfigError("dynamic_moe: the model gave no router logits; expected those of each layer with experts")
+        logits = routed[-1].reshape(-1, routed[-1].shape[-1])
         chosen = logits.topk(self._k, dim=1).indices[batch.attention_mask.reshape(-1).bool()]
         return torch.bincount(chosen.reshape(-1), minlength=logits.shape[1]).double()

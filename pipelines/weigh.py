@@ -42,19 +42,35 @@ class WeightDirector:
         else:
             trainer.documented = self.weighter
             trainer.documented_from = acts_from
-        if checkpoint is not None and isinstance(self.weighter, NativeWeighter):
-            path = Path(checkpoint) / _STATE_FILE
-            if not path.is_file():
-                raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_weight")
-            self.weighter.restore(json.loads(path.read_text("utf-8")))
+        if checkpoint is not None:
+            self._restore(Path(checkpoint) / _STATE_FILE)
         return checkpoint
+
+    def _restore(self, path: Path) -> None:
+        """Take up the state that `saved` wrote.
+
+        Raises:
+            MismatchError: it is missing, or of another weighter.
+        """
+        if not path.is_file():
+            raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_weight")
+        found = json.loads(path.read_text("utf-8"))
+        if found["weighter"] != self.settings.component_name:
+            raise MismatchError(
+                f"{path}: found the weighter {found['weighter']}, this run has {self.settings.component_name}; resume "
+                "with the weighter the run was begun with, or start anew with another output_dir"
+            )
+        if isinstance(self.weighter, NativeWeighter):
+            self.weighter.restore(found["state"])
 
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the weighter's state to a checkpoint."""
-        if distributed.is_main() and isinstance(self.weighter, NativeWeighter):
+        if distributed.is_main():
+            state = self.weighter.state() if isinstance(self.weighter, NativeWeighter) else {}
             path = Path(checkpoint) / _STATE_FILE
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(self.weighter.state()) + "\n", "utf-8")
+            kept = {"weighter": self.settings.component_name, "state": state}
+            path.write_text(json.dumps(kept) + "\n", "utf-8")
         return {"global_step": trainer.state.global_step, "is_resumable": not trainer.args.save_only_model}
 
     def finish(self, trainer: Any, stopped: bool) -> None:

@@ -250,8 +250,8 @@ def test_default_components_file_is_read_if_there_is_one():
             "train_type: dynamic_selct",
             ["train_type: found 'dynamic_selct'; expected static, dynamic", "'dynamic_select'?"],
         ),
-        ("train_type: dynamic_mix", ["train_type: found 'dynamic_mix'; ", "not part of this version yet"]),
-        ("train_type: dynamic_weight", ["not part of this version yet"]),
+        ("train_type: dynamic_mix", ["component_name: found 'less'; expected a mixer (ado, "]),
+        ("train_type: dynamic_weight", ["component_name: found 'less'; expected a weighter (adapt, "]),
         ("warmup_step: -1", ["run.yaml:15: warmup_step: found -1; expected greater than or equal to 0"]),
         ("update_step: 2.5", ["update_step: found 2.5; expected a whole number"]),
         ("update_step: true", ["update_step: found true; expected a whole number"]),
@@ -283,7 +283,7 @@ def test_default_components_file_is_read_if_there_is_one():
         ("dataflex: {params: {checkpoints: [gone]}}", ["dataflex.params: found 'gone'; expected checkpoint folders"]),
         (
             "dataflex: {features: [{kind: embeding}]}",
-            ["dataflex.features.0.kind: found 'embeding'; expected loss, embedding, gradient", "'embedding'?"],
+            ["dataflex.features.0.kind: found 'embeding'; expected loss, token_loss, embedding", "'embedding'?"],
         ),
         (
             "dataflex: {features: [{kind: gradient, projection: {dimm: 3}}]}",

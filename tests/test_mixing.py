@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dataflex.errors import CoverageError
+from dataflex import distributed
+from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.pipelines.domains import domains_of
 from dataflex.trainers.rounds import _Batches
 from dataflex.trainers.weighing import ROWS, Observer, Weighing
 from tests.test_training import assert_same
@@ -257,3 +260,52 @@ def test_a_mixer_of_the_documented_kind_runs_as_it_is(workspace: Any, drawn: lis
 def test_nothing_of_the_evaluation_split_is_trained_on(workspace: Any, drawn: list[list[int]]) -> None:
     workspace.run("train", mix(workspace, "split", component_name="uniform", val_size=0.25, train_step=9))
     assert len({row for batch in drawn for row in batch}) == 18
+
+
+def test_the_arms_of_odm_begin_at_stored_losses(workspace: Any, drawn: list[list[int]]) -> None:
+    section = {"params": {"initial_losses": "base"}, "storage": "float32"}
+    path = mix(workspace, "arms", component_name="odm", dataflex=section)
+    featurized = workspace.run("featurize", path)
+    summary = workspace.run("train", path)
+    assert (featurized["computed"], summary["computed"], summary["reused"]) == (24, 0, 24)
+    state = json.loads((workspace.folder / "out" / "arms" / "mixture.jsonl").read_text().splitlines()[1])
+    assert min(state["proportions"].values()) > 0.2  # no domain waits until it is drawn for the first time
+
+
+def test_the_workers_of_a_loader_change_nothing(workspace: Any) -> None:
+    found = {}
+    for workers in (0, 2):
+        name = f"workers-{workers}"
+        keys = {"dataloader_num_workers": workers, "update_step": 2, "update_times": -1, "lora_dropout": 0.1}
+        workspace.run("train", mix(workspace, name, component_name="odm", **keys))
+        found[workers] = lines(workspace, name)
+    assert found[0] == found[2]
+    assert_same(workspace.weights("workers-0"), workspace.weights("workers-2"))
+
+
+def test_processes_that_disagree_are_found_out(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = distributed.gather
+    monkeypatch.setattr(
+        "dataflex.pipelines.mix.distributed.gather",
+        lambda value: [value, "another"] if isinstance(value, str) else gather(value),
+    )
+    with pytest.raises(DataflexError, match="the processes have come to different proportions at step 0"):
+        workspace.run("train", mix(workspace, "apart", component_name="odm"))
+
+
+def test_another_mixture_is_not_resumed(workspace: Any) -> None:
+    keys = {"save_strategy": "steps", "save_steps": 3, "component_name": "uniform"}
+    workspace.run("train", mix(workspace, "first", **keys))
+    shutil.rmtree(workspace.folder / "out" / "first" / "checkpoint-6")
+    with pytest.raises(MismatchError, match="found global_batch 4, this run has 2"):
+        workspace.run("train", mix(workspace, "first", **keys, gradient_accumulation_steps=1))
+
+
+def test_a_domain_without_rows_is_refused() -> None:
+    rows = SimpleNamespace(names=("a", "b", "c"), dataset=np.array([0, 0, 1]), supervised=np.array([1, 0, 0]))
+    with pytest.raises(ConfigError, match="found no row with a supervised token in b, c;"):
+        domains_of(rows, ["a", "b", "c"], "rows")
+    with pytest.raises(ConfigError, match="does not tell which rows are of d"):
+        domains_of(rows, ["a", "d"], "rows")
+    members, found = domains_of(rows, ["a"], "tokens")
+    assert (members[0].tolist(), found.sizes.tolist()) == ([0], [1.0])

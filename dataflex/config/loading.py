@@ -230,7 +230,9 @@ class _Loading:
             or getattr(found and found.cls, "watches", False)
         ):
             check.check_losses()
-        if any(need.of == "targets" for need in needs):
+        if any(need.of == "targets" for need in needs) or any(
+            getattr(each.cls, "needs_targets", False) for each in (found, weighter) if each
+        ):
             check.check_targets()
         else:
             check.check_evaluation()

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from dataflex.config.component import constructor_params
 from dataflex.errors import ConfigError
-from dataflex.registry import SELECTORS
+from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS
 
+KINDS = (SELECTORS, MIXERS, WEIGHTERS)
 _MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])")
 _CHECKED = re.compile(r"Annotated\[(\w+), .*?>\)\]")  # a type with a check of ours
 
@@ -20,10 +21,11 @@ _CHECKED = re.compile(r"Annotated\[(\w+), .*?>\)\]")  # a type with a check of o
 def methods() -> list[dict[str, Any]]:
     """Return every registered method: name, place, first line of its description, parameters; JSON-compatible."""
     found = []
-    for name, place in sorted(SELECTORS.places().items()):
-        entry: dict[str, Any] = {"name": name, "kind": SELECTORS.kind, "class": place}
+    every = [(registry, *item) for registry in KINDS for item in sorted(registry.places().items())]
+    for registry, name, place in every:
+        entry: dict[str, Any] = {"name": name, "kind": registry.kind, "class": place}
         try:
-            cls = SELECTORS.load(name)
+            cls = registry.load(name)
         except ConfigError as error:
             found.append(entry | {"error": str(error)})
             continue

@@ -38,6 +38,13 @@ def mixing_schedule(flat: FlatKeys, epochs: float, mixer: Any) -> Schedule:
     return Schedule(flat.warmup_step, interval, times, flat.train_step, epochs, spans_run=True)
 
 
+def dataset_names(llamafactory: Mapping[str, Any]) -> list[str]:
+    """Return the training datasets in order, each once, as LLaMA-Factory reads the key."""
+    given = llamafactory.get("dataset")
+    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given or [])
+    return list(dict.fromkeys(names))
+
+
 def check_mixing(
     flat: FlatKeys,
     llamafactory: Mapping[str, Any],
@@ -48,12 +55,11 @@ def check_mixing(
 ) -> list[str]:
     """Note what keeps a mixture from being what the run file says; return what is allowed but probably not meant."""
     notes = []
-    given = llamafactory.get("dataset")
-    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given or [])
+    names = dataset_names(llamafactory)
     shares = flat.init_mixture_proportions
     if shares is not None:
-        if names and len(shares) != len(dict.fromkeys(names)):
-            expected = f"{len(dict.fromkeys(names))} numbers, one for each of {', '.join(dict.fromkeys(names))}"
+        if names and len(shares) != len(names):
+            expected = f"{len(names)} numbers, one for each of {', '.join(names)}"
             problems.add(origin, "init_mixture_proportions", expected, list(shares))
         elif min(shares) < 0 or not np.isfinite(shares).all() or sum(shares) <= 0:
             problems.add(origin, "init_mixture_proportions", "numbers of 0 or more, not all 0", list(shares))
@@ -62,7 +68,7 @@ def check_mixing(
         why = f"{flat.mixture_sample_rule} would take no notice of the mixer {name}. Set mixture, or leave it out"
         problems.add(origin, "mixture_sample_rule", "mixture", flat.mixture_sample_rule, why=why)
     if mixer is not None and hasattr(mixer.cls, "check"):
-        for text in mixer.cls(mixer.params).check(list(dict.fromkeys(names))):
+        for text in mixer.cls(mixer.params).check(names):
             problems.say(origin, "dataflex.params", text)
     for key, right in (("mix_strategy", ("concat",)), ("interleave_probs", ())):
         value = llamafactory.get(key)

@@ -13,6 +13,9 @@ def summary(settings: Settings) -> list[str]:
     lines = [f"{settings.path}: valid", f"  train_type  {settings.train_type}"]
     if settings.train_type == "static":
         lines.append("  steps       LLaMA-Factory's own: num_train_epochs or max_steps")
+    elif settings.train_type == "dynamic_weight":
+        steps = f"{settings.keys.train_step} (train_step)" if settings.keys.train_step else "LLaMA-Factory's own"
+        lines.append(f"  steps       {steps}; weighted after the first {settings.keys.warmup_step}")
     else:
         lines.append(f"  steps       {settings.schedule.describe()}")
     lines.append(f"  batch       {_batch(settings)}")
@@ -20,6 +23,9 @@ def summary(settings: Settings) -> list[str]:
         lines.append(f"  method      {settings.component_name}")
         params = settings.params if isinstance(settings.params, dict) else settings.params.model_dump()
         lines += [f"              {name}: {value}" for name, value in params.items()]
+    if settings.weighter is not None:
+        lines.append(f"  weighter    {settings.dataflex.weighter.name}")
+        lines += [f"              {name}: {value}" for name, value in settings.weighter_params.model_dump().items()]
     lines += [f"  features    {text}" for text in _features(settings)]
     if settings.needs or settings.dataflex.features:
         lines.append(f"  stores      {settings.store_root} ({settings.dataflex.storage})")

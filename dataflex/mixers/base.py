@@ -82,6 +82,19 @@ class Statistics:
         """Return the statistics of no step over `count` domains."""
         return cls(0, *(np.zeros(count) for _ in range(6)))
 
+    def __add__(self, other: Statistics) -> Statistics:
+        summed: dict[str, Any] = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        return Statistics(**summed)
+
+    def state(self) -> dict[str, Any]:
+        """Return plain data from which `restored` makes the same."""
+        return {name: value if name == "steps" else value.tolist() for name, value in vars(self).items()}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Statistics:
+        """Return what `state` was of."""
+        return cls(**{name: value if name == "steps" else np.array(value) for name, value in state.items()})
+
     @property
     def seen(self) -> np.ndarray:
         """(K,) bool, domains that have a loss."""
@@ -142,17 +155,20 @@ class NativeMixer(ABC):
         interval: `update_step` where the run file gives none; 0: the proportions never change.
         draws: how rows are dealt to the proportions by default: `greedy` (no randomness, shares exact to one row) or
             `random` (independent draws, which a bandit's estimates assume).
-        signals: names of what it takes from `MixContext.ask`.
         whole_batches: whether all rows of a micro-batch come from one domain.
     """
 
     watches: ClassVar[bool] = False
     interval: ClassVar[int] = 0
     draws: ClassVar[Literal["greedy", "random"]] = "greedy"
-    signals: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Any):
         self.params = params
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of what it takes from `MixContext.ask`."""
+        return ()
 
     @property
     def whole_batches(self) -> bool:

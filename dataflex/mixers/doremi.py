@@ -28,8 +28,9 @@ class Doremi(NativeMixer):
     step: alpha <- (1 - eps) * softmax(log alpha + eta * lambda) + eps / K. The outcome is the mean alpha.
 
     Source: arXiv 2305.10429, algorithm 1; `official` options are those of its repository. Deviations: p is the run
-    file's where it gives any; where a batch lacks a domain, which the paper leaves open, see `absent`; without `exact`
-    the loss of a step is weighed by the alpha of the steps before it.
+    file's where it gives any; where a step lacks a domain, which the paper leaves open, see `absent`, and the paper's
+    loss takes the alpha of the others normalised; without `exact` the loss of a step is weighed by the alpha of the
+    steps before it; a token whose loss or reference loss is not finite is left out.
 
     Attributes:
         loss_form: how the weights of `loss_weights` act. domain_mean: loss = sum_i weight_i * mean over the tokens of
@@ -44,7 +45,8 @@ class Doremi(NativeMixer):
         """Parameters of `doremi`."""
 
         reference_model_path: Annotated[str, AfterValidator(_existing)] = Field(
-            description="folder of the reference: a model of the same tokenizer, trained on the domains as they are"
+            description="folder of the reference: a model with its tokenizer, which is the run's, trained on the "
+            "domains as they are"
         )
         reweight_eta: float = Field(1.0, gt=0, description="step size of log alpha, per nat of excess loss")
         reweight_eps: float = Field(1e-3, ge=0, lt=1, description="share of the uniform weights: alpha >= eps / K")
@@ -63,8 +65,8 @@ class Doremi(NativeMixer):
         )
         reference: Literal["stored", "live"] = Field(
             "stored",
-            description="stored: the reference's token losses are computed once and kept; live: its model stands "
-            "beside the proxy and runs at every step",
+            description="stored: the token losses of a reference of the run's architecture and finetuning_type are "
+            "computed once and kept; live: any model, or adapter, stands beside the proxy and runs at every step",
         )
         exact: bool = Field(
             False, description="two passes per step: alpha is moved by a batch before it weighs that batch's loss"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -28,7 +28,11 @@ class DynamicMoe(NativeMixer):
     """
 
     interval = 100
-    signals: ClassVar[tuple[str, ...]] = ("expert_loads",)
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The tokens of each domain's evaluation rows that the experts get."""
+        return ("expert_loads",)
 
     class Params(MixerParams):
         """Parameters of `dynamic_moe`."""

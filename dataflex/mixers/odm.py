@@ -9,6 +9,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dataflex.errors import ConfigError, DataflexError
+from dataflex.features.need import Need
+from dataflex.features.spec import BASE, LossSpec
 from dataflex.mixers.arms import Arms
 from dataflex.mixers.base import MixContext, MixerParams, NativeMixer
 from dataflex.mixers.static import Weights, proportions_of, unknown_names, weight_problems
@@ -45,19 +47,33 @@ class Odm(NativeMixer):
         initial_proportions: Weights | None = Field(
             None, description="until then, in domain order or by name; default: init_mixture_proportions, else by size"
         )
-        reward_scale: float = Field(1.0, gt=0, description="paper, exp3: factor on the reward; official: it cancels")
+        reward_scale: float = Field(
+            1.0,
+            gt=0,
+            description="paper, exp3: factor on the reward; official: it cancels, so a file with it and no variant "
+            "means paper",
+        )
         min_exploration_rate: float = Field(0.0, ge=0, lt=1, description="least share of a domain; below 1 / K")
         start: Literal["warmup_losses", "zeros"] | None = Field(
             None,
             description="official, paper: estimates begin at the first mean loss known of a domain (warmup_losses), or "
             "at 0. Default: warmup_losses in official, zeros in paper and exp3",
         )
-        initial_losses: dict[str, float] | None = Field(
-            None, description="start warmup_losses: nats per token by domain, for those that the warm-up does not see"
+        initial_losses: dict[str, float] | Literal["base"] | None = Field(
+            None,
+            description="start warmup_losses: nats per token by domain, for those that the warm-up does not see; base: "
+            "of the model before any training, from the store",
         )
         batches: Literal["mixed", "single"] = Field(
             "mixed", description="single: a micro-batch has one domain, as in the paper, and counts once; mixed: tokens"
         )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _documented(cls, values: Any) -> Any:
+            if isinstance(values, dict) and "reward_scale" in values and "variant" not in values:
+                return values | {"variant": "paper"}
+            return values
 
         @model_validator(mode="after")
         def _nothing_in_vain(self) -> Odm.Params:
@@ -69,7 +85,8 @@ class Odm(NativeMixer):
                 raise ValueError("start left out: exp3 adds rewards up from 0")
             if self.initial_losses is not None and not self.starts_known:
                 raise ValueError("initial_losses left out: estimates that start at zeros have no use for them")
-            if any(loss < 0 for loss in (self.initial_losses or {}).values()):
+            given = self.initial_losses if isinstance(self.initial_losses, dict) else {}
+            if any(loss < 0 for loss in given.values()):
                 raise ValueError("initial_losses of 0 or more, in nats per token")
             return self
 
@@ -83,6 +100,15 @@ class Odm(NativeMixer):
         self._arms: Arms | None = None
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """What it asks for while it mixes."""
+        return ("base_losses",) if self.params.initial_losses == "base" else ()
+
+    def needs(self) -> Sequence[Need]:
+        """Need the base model's losses, if the estimates begin at them."""
+        return [Need(LossSpec(), "train", BASE)] if self.params.initial_losses == "base" else []
+
+    @property
     def whole_batches(self) -> bool:
         """Whether all rows of a micro-batch come from one domain."""
         return bool(self.params.batches == "single")
@@ -90,7 +116,8 @@ class Odm(NativeMixer):
     def check(self, names: Sequence[str]) -> list[str]:
         """Return what is wrong with the parameters for domains of these names."""
         problems = weight_problems(self.params.initial_proportions, names, "initial_proportions")
-        problems += unknown_names(self.params.initial_losses or {}, names, "initial_losses")
+        if isinstance(self.params.initial_losses, dict):
+            problems += unknown_names(self.params.initial_losses, names, "initial_losses")
         floor = self.params.min_exploration_rate
         if floor * len(names) >= 1 and len(names) > 1:
             problems.append(
@@ -145,7 +172,11 @@ class Odm(NativeMixer):
             arms.known = np.ones(len(arms.known), dtype=bool)
             return
         given = self.params.initial_losses or {}
-        loss = arms.warmup_mean(np.array([given.get(name, np.nan) for name in context.domains.names], dtype=np.float64))
+        if isinstance(given, str):
+            known = np.asarray(context.ask["base_losses"](), dtype=np.float64)
+        else:
+            known = np.array([given.get(name, np.nan) for name in context.domains.names], dtype=np.float64)
+        loss = arms.warmup_mean(known)
         arms.known = np.isfinite(loss)
         arms.estimates = np.where(arms.known, self._rewards(loss, context), 0.0)
 

@@ -9,16 +9,18 @@ import contextlib
 import functools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from dataflex import distributed
 from dataflex.errors import DataflexError
+from dataflex.schedule import Round
 from dataflex.trainers.checkpoints import mark_complete
 from dataflex.trainers.weighing import ROWS, Weighing
 
@@ -52,6 +54,9 @@ class DataflexTrainer(Trainer):
         model_args: LLaMA-Factory's model arguments.
         kwargs: what LLaMA-Factory's workflow passes to its trainer.
     """
+
+    rounds: Sequence[Round] = ()
+    """None, where the order of rows is LLaMA-Factory's own."""
 
     def __init__(self, *, director: Director, row_sets: Any, model_args: Any, **kwargs: Any):
         args = kwargs["args"]
@@ -89,7 +94,8 @@ class DataflexTrainer(Trainer):
         acts = self.state.global_step >= self.documented_from
         # It divides by the accumulation steps itself.
         items = None if num_items_in_batch is None else num_items_in_batch / self.args.gradient_accumulation_steps
-        return self.documented.training_step(self, model, inputs, items, acts)
+        with _scaled_once(self.accelerator):
+            return self.documented.training_step(self, model, inputs, items, acts)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the micro-batches of the next step, which `weighing` sees first."""
@@ -115,15 +121,31 @@ class DataflexTrainer(Trainer):
             self._forward = rows, states, {name: value for name, value in inputs.items() if name != "labels"}
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def loss_by(self, weigh: Callable[[Any, Any], Any], model: Any, inputs: Any) -> Any:
+        """Return `weigh(logits, labels)` of a forward pass that computes no loss of its own, for weighters.
+
+        Args:
+            weigh: returns a scalar.
+            model: as the trainer wraps it.
+            inputs: a micro-batch, left as it is.
+        """
+
+        def loss(output: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+            return self._with_auxiliary(weigh(_logits(output), labels), output)
+
+        kept, self.compute_loss_func = self.compute_loss_func, loss
+        try:
+            return self.compute_loss(model, dict(inputs))
+        finally:
+            self.compute_loss_func = kept
+
     def _loss(self, output: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """Transformers' `compute_loss_func`: called with what the forward pass gave."""
         assert self.weighing is not None
-        if output.get("logits") is None:
-            raise DataflexError(
-                "the model gave no logits, so there is no loss of single examples: a fused loss (Liger) hides them; "
-                "set enable_liger_kernel: false"
-            )
-        loss = self.weighing.loss(output, labels, *self._forward)
+        return self._with_auxiliary(self.weighing.loss(_logits(output), labels, *self._forward), output)
+
+    def _with_auxiliary(self, loss: Any, output: Any) -> Any:
+        """Add the auxiliary loss of a mixture of experts, which the model adds to no loss but its own."""
         model: Any = self.model
         extra, config = output.get("aux_loss"), model.config.get_text_config()
         if extra is not None and getattr(config, "output_router_logits", False):  # as the model adds it itself
@@ -165,6 +187,34 @@ class DataflexTrainer(Trainer):
         finally:
             self.args.output_dir, self.args.save_total_limit, self.args.save_only_model = kept
         return os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+
+def _logits(output: Any) -> Any:
+    """Return the logits of a forward pass.
+
+    Raises:
+        DataflexError: there are none.
+    """
+    if output.get("logits") is None:
+        raise DataflexError(
+            "the model gave no logits, so there is no loss of single examples: a fused loss (Liger) hides them; set "
+            "enable_liger_kernel: false"
+        )
+    return output["logits"]
+
+
+@contextlib.contextmanager
+def _scaled_once(accelerator: Any) -> Iterator[None]:
+    """Keep DeepSpeed from dividing by the accumulation steps what has been divided by them, as Transformers does."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        yield
+        return
+    kept = accelerator.backward
+    accelerator.backward = functools.partial(kept, scale_wrt_gas=False)
+    try:
+        yield
+    finally:
+        accelerator.backward = kept
 
 
 class _WithRows:

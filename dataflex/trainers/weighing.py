@@ -40,7 +40,8 @@ class MicroBatch:
         targets: (B, T) int64, label of the next token; negative where there is none.
         states: (B, T, H) last hidden states without gradient, if they are wanted.
         inputs: what the model was fed, without labels.
-        items: tokens by which this rank's sum is divided: the number of all ranks, or of this one.
+        items: what this rank's sum of token losses is divided by: the step's tokens on all ranks, or on this one; for
+            a model whose plain loss is a mean of means, those of this micro-batch times the number of micro-batches.
         micro_batches: G of this step.
         apart: W if `items` is the number of this rank, so that Transformers takes the mean over ranks; 1 if their sum.
     """
@@ -175,6 +176,8 @@ class Weighing:
         """Prepare for the micro-batches of a step. Collective."""
         self._items, self._count, self._next = items, len(batches), 0
         self._apart = 1 if trainer.args.average_tokens_across_devices else world()
+        # For models that read images, and some of others' code, the plain step is the mean of its micro-batches' means.
+        self._by_micro_batch = not trainer.model_accepts_loss_kwargs
         self.is_active = trainer.state.global_step >= self.acts_from
         if not self.is_active or not self.factors:
             return
@@ -195,22 +198,25 @@ class Weighing:
             rows, labels = inputs.pop(ROWS), inputs.pop("labels")
             with evaluation(trainer.model), torch.no_grad(), self.captured(trainer) as states:
                 output = trainer.model_wrapped(**inputs)
-            yield self._micro_batch(output, labels, rows, states, inputs)
+            yield self._micro_batch(output.logits, labels, rows, states, inputs)
 
     def _micro_batch(
-        self, output: Any, labels: Tensor, rows: Tensor, states: list[Tensor], inputs: Mapping[str, Tensor]
+        self, logits: Tensor, labels: Tensor, rows: Tensor, states: list[Tensor], inputs: Mapping[str, Tensor]
     ) -> MicroBatch:
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        losses = token_losses(output.logits, targets)
-        items = torch.as_tensor(self._items, device=losses.device)
+        losses = token_losses(logits, targets)
+        if self._by_micro_batch:
+            items = (targets >= 0).sum().clamp(min=1) * self._count * (world() // self._apart)
+        else:
+            items = torch.as_tensor(self._items, device=losses.device)
         last = states[-1] if states else None
         return MicroBatch(rows, losses, targets, last, inputs, items, self._count, self._apart)
 
     def loss(
-        self, output: Any, labels: Tensor, rows: Tensor, states: list[Tensor], inputs: Mapping[str, Tensor]
+        self, logits: Tensor, labels: Tensor, rows: Tensor, states: list[Tensor], inputs: Mapping[str, Tensor]
     ) -> Tensor:
         """Return this rank's part of the loss of the next micro-batch, a scalar with gradient. Collective."""
-        batch = self._micro_batch(output, labels, rows, states, inputs)
+        batch = self._micro_batch(logits, labels, rows, states, inputs)
         number, self._next = self._next, self._next + 1
         for observer in self.observers:
             observer.observe(batch)
@@ -297,7 +303,7 @@ class ByWeighter:
         step = self._counts.step
         group = Group(everyone[:, 0].long(), losses, everyone[:, 3], step, step - self._from, self._counts.total)
         weights = self.weighter.weights(group)
-        self._usable = group.usable.sum() / (1 if not self.needs_losses_ahead else len(parts))
+        self._usable = group.usable.sum().clamp(min=1) / len(parts)
         return weights.reshape(len(gathered), -1)[rank()]
 
     def _padded(self, part: Examples) -> Tensor:
@@ -316,8 +322,10 @@ class ByDomain:
     Args:
         domains: (N,) domain of each training row.
         weights: returns the weights in force, (K,), or None for a plain loss.
-        form: `domain_mean`: the loss is sum_i w_i times the mean over domain i's tokens, over the domains that the
-            step has; `token`: the mean over tokens, each with its domain's weight.
+        form: `domain_mean`: the loss is sum_i w_i times the mean over domain i's tokens, with the w_i of the domains
+            that the step has normalised; `token`: the mean over tokens, weighed by their domains. Both stand on the
+            scale of the plain loss, so that weights in the shares of the tokens, or equal ones, give exactly that: in
+            stage pt Transformers divides by every row's first token too, which is no target, and so does this.
         before: told the losses of the step before it is trained on, so that the weights may follow from them.
     """
 

@@ -29,6 +29,7 @@ class Adapt(NativeWeighter):
     """
 
     wants_states = True
+    needs_targets = True
 
     class Params(WeighterParams):
         """Parameters of `adapt`."""

@@ -1,0 +1,83 @@
+"""What a mixture leaves behind: a log of its shares, its state in checkpoints, the proportions that came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.errors import MismatchError
+from dataflex.trainers.checkpoints import FOLDER
+
+_STATE = f"{FOLDER}/mixture.json"
+
+
+class MixRecord:
+    """Files of one run, written on rank 0.
+
+    `mixture.jsonl` has a line for every update and is only ever appended to; after a line `resumed`, the lines from
+    that step on count. `mixture_proportions.json` has what came out, by name, for `static` to read.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path):
+        self._log, self._outcome = folder / "mixture.jsonl", folder / "mixture_proportions.json"
+
+    def begin(self) -> None:
+        """Remove what an earlier run left."""
+        if distributed.is_main():
+            self._log.unlink(missing_ok=True)
+            self._outcome.unlink(missing_ok=True)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Append a line to the log."""
+        if distributed.is_main():
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Write a state into a checkpoint; JSON keeps every float64 exactly."""
+        if distributed.is_main():
+            path = checkpoint / _STATE
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+
+    def restore(self, checkpoint: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a checkpoint, and say in the log that the run goes on from there.
+
+        Args:
+            checkpoint: its folder.
+            expected: what must be as in this run.
+
+        Raises:
+            MismatchError: the checkpoint has no state, or one of another mixture.
+        """
+        path = checkpoint / _STATE
+        if not path.is_file():
+            raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_mix")
+        state: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        for name, value in expected.items():
+            if state[name] != value:
+                raise MismatchError(
+                    f"{path}: found {name} {state[name]}, this run has {value}; resume with the data and the global "
+                    "batch the run was begun with, or start anew with another output_dir"
+                )
+        self.add({"resumed": state["step"]})
+        return state
+
+    def outcome(self, names: Sequence[str], found: np.ndarray, unit: str, steps: int, method: str) -> None:
+        """Write the proportions that came out."""
+        if distributed.is_main():
+            said = {"proportions": named(names, found), "unit": unit, "steps": steps, "method": method}
+            self._outcome.write_text(json.dumps(said, indent=1) + "\n", "utf-8")
+
+
+def named(names: Sequence[str], values: Any) -> dict[str, Any]:
+    """Return values by domain."""
+    return dict(zip(names, np.asarray(values).tolist(), strict=True))

@@ -1,0 +1,126 @@
+"""Run files with a mixer or a weighter: what is refused, what is noted, what follows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataflex.config import load
+from dataflex.config.summary import summary
+from dataflex.errors import ConfigError
+from tests.test_config import here, write  # noqa: F401 - `here`: the folder that run files stand in
+
+MIX = "train_type: dynamic_mix\ncomponent_name: odm\ndataset: pool,target\n"
+WEIGHT = "train_type: dynamic_weight\ncomponent_name: loss\n"
+
+
+def merged(base: str, changes: str) -> Path:
+    """Write a run file; a key in `changes` takes the place of the one in `base`."""
+    given = {line.partition(":")[0] for line in changes.splitlines()}
+    kept = [line for line in base.splitlines() if line.partition(":")[0] not in given]
+    path: Path = write("\n".join([*kept, changes]))
+    return path
+
+
+def problems(base: str, changes: str) -> str:
+    with pytest.raises(ConfigError) as found:
+        load(merged(base, changes))
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("init_mixture_proportions: [1, 2, 3]", "expected 2 numbers, one for each of pool, target"),
+        ("init_mixture_proportions: [0, 0]", "expected numbers of 0 or more, not all 0"),
+        ("init_mixture_proportions: [-1, 2]", "expected numbers of 0 or more, not all 0"),
+        ("mixture_sample_rule: stratified", "stratified would take no notice of the mixer odm"),
+        ("mixture_sample_rule: proportional", "mixture_sample_rule: found 'proportional'; expected mixture, "),
+        ("mix_strategy: interleave_under", "mix_strategy: found 'interleave_under'; expected concat"),
+        ("streaming: true", "streaming: found true; expected it left out"),
+        ("enable_liger_kernel: true", "Its fused loss hides the logits"),
+        ("label_smoothing_factor: 0.1", "another loss than the one that is watched and weighted"),
+        ("mixer_eval_dataset: target", "expected it with component_name: dynamic_moe alone"),
+        ("max_steps: 5", "Set train_step: 5, which takes its place under dynamic_mix"),
+        ("dataflex: {mixture: {passes: 2}}", "exhausted: renormalise or stop beside passes"),
+        ("dataflex: {params: {min_exploration_rate: 0.5}}", "min_exploration_rate: found 0.5 for 2 domains"),
+        ("dataflex: {params: {alhpa: 1}}", "did you mean 'alpha'?"),
+        ("dataflex: {weighter: {name: los}}", "dataflex.weighter.name: found 'los'; expected a weighter"),
+        (
+            "dataflex: {weighter: {name: loss, params: {delta: x}}}",
+            "dataflex.weighter.params.delta: found 'x'; expected a number",
+        ),
+        ("component_name: static\ndataflex: {params: {proportions: {pool: 1}}}", "target"),
+        ("component_name: doremi", "dataflex.params.reference_model_path: "),
+    ],
+)
+def test_what_a_mixture_cannot_be_is_refused(changes: str, said: str) -> None:
+    assert said in problems(MIX, changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ("enable_liger_kernel: true", "Its fused loss hides the logits"),
+        ("use_unsloth: true", "there is none of single examples"),
+        ("use_dft_loss: true", "another loss than the one"),
+        ("max_steps: 5\ntrain_step: 5", "max_steps: found 5; expected nothing"),
+        ("dataflex: {weighter: {name: loss}}", "the weighter is component_name itself"),
+        ("dataflex: {params: {strategy: lin}}", "dataflex.params.strategy: found 'lin'; expected "),
+    ],
+)
+def test_what_cannot_be_weighted_is_refused(changes: str, said: str) -> None:
+    assert said in problems(WEIGHT, changes)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    text = problems(MIX, "init_mixture_proportions: [1]\nmix_strategy: interleave_over\nlearning_rate: x")
+    assert text.startswith("3 problems")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "note"),
+    [
+        ("static_mix: true", "static", "static_mix: true leaves odm out"),
+        ("update_step: 5\nupdate_times: 2\nnum_train_epochs: 2", "odm", "num_train_epochs has no effect"),
+        ("component_name:\nmixture_sample_rule: uniform", "uniform", ""),
+    ],
+)
+def test_the_documented_keys_name_a_mixer(changes: str, name: str, note: str) -> None:
+    settings = load(merged(MIX, changes))
+    assert settings.component_name == name
+    assert not note or any(note in text for text in settings.notes)
+
+
+def test_a_documented_odm_file_means_the_papers_rule() -> None:
+    assert load(merged(MIX, "dataflex: {params: {reward_scale: 15}}")).params.variant == "paper"
+
+
+def test_steps_follow_from_the_keys() -> None:
+    every = "num_train_epochs: 2"
+    schedule = load(merged(MIX, "warmup_step: 3\nupdate_step: 5\nupdate_times: 2\n" + every)).schedule
+    assert schedule.total(100, 4) == 13
+    assert [r.steps for r in schedule.rounds(100, 4)] == [3, 5, 5]
+    schedule = load(merged(MIX, "warmup_step: 0\nupdate_step: 0\n" + every)).schedule
+    assert schedule.total(100, 4) == 50
+    assert {r.steps for r in schedule.rounds(100, 4)} == {1}  # the mixer's own interval
+    schedule = load(merged(MIX, "warmup_step: 4\nupdate_step: 7\nupdate_times: -1\ntrain_step: 20")).schedule
+    assert [(r.kind, r.steps) for r in schedule.rounds(100, 4)] == [
+        ("warmup", 4), ("update", 7), ("update", 7), ("update", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [MIX, WEIGHT])
+def test_validate_imports_no_torch(text: str) -> None:
+    path = write(text)
+    code = f"import sys; from dataflex.config import load; load({str(path)!r}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_summary_names_method_and_steps() -> None:
+    said = "\n".join(summary(load(merged(MIX, "dataflex: {weighter: {name: loss}}"))))
+    assert "odm" in said
+    assert "weighter" in said

@@ -1,0 +1,62 @@
+"""Weighted and observed losses under DeepSpeed on two processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.test_processes import TWO, dataflex
+
+NAMES = "target_words,target_records,target_arithmetic"
+
+
+def losses(workspace: Any, name: str) -> list[float]:
+    state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text("utf-8"))
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # DeepSpeed compiles its communication first
+@pytest.mark.parametrize("stage", [2, 3])
+def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int) -> None:
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    (workspace.folder / "ds.json").write_text(json.dumps(config))
+    once: dict[str, Any] = {"dataset": NAMES, "eval_dataset": None, "lora_dropout": 0.0, "save_strategy": "no"}
+    once |= {"warmup_step": None, "update_step": None, "update_times": None, "disable_shuffling": True}
+    once |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": None}
+    sharded = {"deepspeed": str(workspace.folder / "ds.json"), "use_cpu": None}
+
+    def write(name: str, **keys: Any) -> Path:
+        return workspace.write(name, **{**once, **keys})  # type: ignore[no-any-return]
+
+    plain = write("plain", train_type="static", component_name=None, max_steps=4, dataflex=None, **sharded)
+    uniform = {"params": {"strategy": "uniform"}}
+    weighted = {"train_type": "dynamic_weight", "component_name": "loss", "train_step": 4}
+    mixed = {"train_type": "dynamic_mix", "component_name": "odm", "train_step": 4}
+    section = {"store": str(workspace.folder / "store")}
+    dataflex("train", plain, **TWO, DS_ACCELERATOR="cpu")
+    dataflex(
+        "train", write("equal", dataflex={**section, **uniform}, **weighted, **sharded), **TWO, DS_ACCELERATOR="cpu"
+    )
+    dataflex("train", write("mixed", dataflex=section, **mixed, **sharded), **TWO, DS_ACCELERATOR="cpu")
+    np.testing.assert_allclose(losses(workspace, "equal"), losses(workspace, "plain"), rtol=1e-4)
+    alone = write("alone", dataflex=section, **{**mixed, "gradient_accumulation_steps": 4})
+    workspace.run("train", alone)
+    shares = [
+        [
+            list(json.loads(line)["proportions"].values())
+            for line in (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8").splitlines()
+        ]
+        for name in ("alone", "mixed")
+    ]
+    np.testing.assert_allclose(shares[1], shares[0], rtol=1e-3)
