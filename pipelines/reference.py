@@ -29,10 +29,9 @@ def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
         ConfigError: rows are padded on the left, so that stored losses are not where the tokens are; or the reference
             is to stand beside a model that ZeRO-3 has sharded.
     """
-    path = getattr(run.method.params, "reference_model_path", None)
+    path = check_reference(run)
     if path is None:
         return None
-    _check_vocabulary(path, run.trainer.processing_class)
     if run.method.params.reference == "live":
         if run.state.is_zero3:
             raise ConfigError(
@@ -45,6 +44,18 @@ def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
     (need,) = (need for need in run.method.needs() if isinstance(need.spec, TokenLossSpec))
     (store,) = run.access.ensure([need.spec], run.rows, need.state)
     return StoredReference(run.access.view(need.spec, run.rows, store), run.trainer.args.device)
+
+
+def check_reference(run: Run) -> str | None:
+    """Return the folder of the method's reference model, None if it has none.
+
+    Raises:
+        MismatchError: its tokenizer is not the run's.
+    """
+    path: str | None = getattr(getattr(run.method, "params", None), "reference_model_path", None)
+    if path is not None:
+        _check_vocabulary(path, run.trainer.processing_class)
+    return path
 
 
 class StoredReference:

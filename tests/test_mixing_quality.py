@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import trainer_overhead
 from benchmarks.mixing_quality import Outcome, Study, held_out_losses, intended, interval, line, prepare
+from dataflex.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -46,6 +47,26 @@ def test_every_method_trains_as_long_and_is_measured_alike(data: Path, tiny: Any
     proportions = json.loads((study.folder / "out" / "proxy-42" / "mixture_proportions.json").read_text("utf-8"))
     assert study.outcome("doremi", 42).intended == pytest.approx(proportions["proportions"])
     assert max(abs(outcome.realised[d] - outcome.intended[d]) for d in domains) < 0.5
+
+
+def test_ado_acts_or_is_refused(data: Path, tiny: Any) -> None:
+    domains, texts = prepare(data, tiny.model, data / "study")
+    study = Study(data / "study", domains, texts, steps=52, batch=1, cutoff=32, rate=1e-3)
+    with pytest.raises(ConfigError, match="first fit comes after 52"):
+        study.outcome("ado", 42)
+    study.steps = 60
+    study.outcome("ado", 42)
+    lines = (study.folder / "out" / "ado-42" / "mixture.jsonl").read_text("utf-8").splitlines()
+    shares = [list(json.loads(line)["proportions"].values()) for line in lines]
+    assert shares[52] == shares[0]
+    assert shares[-1] != shares[0]
+
+
+def test_random_draws_ten_mixtures(data: Path, tiny: Any) -> None:
+    domains, texts = prepare(data, tiny.model, data / "study")
+    study = Study(data / "study", domains, texts, steps=20, batch=1, cutoff=32, rate=1e-3)
+    study.outcome("random", 42)
+    assert len((study.folder / "out" / "random-42" / "mixture.jsonl").read_text("utf-8").splitlines()) == 10
 
 
 def one_by_one(folder: Path, texts: Any, cutoff: int) -> dict[str, float]:
@@ -85,7 +106,7 @@ def test_a_line_has_means_intervals_and_pairs() -> None:
 
 
 def test_trainings_take_turns(data: Path, tiny: Any) -> None:
-    names = ["plain", "mix: static", "weight: loss"]
+    names = ["plain", "mix: odm"]
     found = trainer_overhead.measure(data, tiny.model, data / "study", names, rounds=2, batch=2, cutoff=32)
     assert {name: len(steps) for name, steps in found.items()} == dict.fromkeys(names, 2)
     assert all(step.cpu > 0 and step.wall > 0 for steps in found.values() for step in steps)

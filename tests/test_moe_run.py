@@ -24,6 +24,7 @@ def shape(tokenizer: Any) -> dict[str, Any]:
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
+        "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -48,12 +49,11 @@ def models(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     torch.manual_seed(0)
-    more = {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48}
+    qwen = shape(tokenizer) | {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48}
+    mixtral = shape(tokenizer) | {"num_local_experts": 4, "tie_word_embeddings": True}
     made: dict[str, Any] = {
-        "qwen": Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape(tokenizer), intermediate_size=96, **more)),
-        "mixtral": MixtralForCausalLM(
-            MixtralConfig(**shape(tokenizer), num_local_experts=4, intermediate_size=48, tie_word_embeddings=True)
-        ),
+        "qwen": Qwen2MoeForCausalLM(Qwen2MoeConfig(**qwen)),
+        "mixtral": MixtralForCausalLM(MixtralConfig(**mixtral)),
     }
     folders = {}
     for name, model in made.items():
@@ -180,10 +180,9 @@ def test_held_out_rows_by_name_and_no_more_than_asked(workspace: Any, models: di
     _, domains, before = loads[0]
     assert [len(examples) for examples in domains] == [5, 5]
     np.testing.assert_array_equal(first, counted(models["qwen"], before, [examples[:3] for examples in domains]))
-    for wrong in ("a_eval", "a_eval,a"):
-        run = write(workspace, "wrong", models["qwen"], mixer_eval_dataset=wrong, **keys)
-        with pytest.raises(ConfigError, match="mixer_eval_dataset: found a_eval"):
-            workspace.run("train", run)
+    run = write(workspace, "wrong", models["qwen"], mixer_eval_dataset="a_eval,a", **keys)
+    with pytest.raises(ConfigError, match=r"mixer_eval_dataset: found a_eval, a; expected 2 datasets of eval_dataset"):
+        workspace.run("train", run)
 
 
 def test_a_model_that_tells_no_experts_is_an_error_before_training(
@@ -198,7 +197,7 @@ def test_a_model_that_tells_no_experts_is_an_error_before_training(
     biased = workspace.folder / "biased"
     more: dict[str, Any] = {"moe_intermediate_size": 48, "moe_num_experts": 4, "moe_layer_start_index": 0}
     more |= shape(AutoTokenizer.from_pretrained(workspace.tiny.model))
-    AutoModelForCausalLM.from_config(Ernie4_5_MoeConfig(intermediate_size=96, **more)).save_pretrained(biased)
+    AutoModelForCausalLM.from_config(Ernie4_5_MoeConfig(**more)).save_pretrained(biased)
     AutoTokenizer.from_pretrained(workspace.tiny.model).save_pretrained(biased)
     with pytest.raises(ConfigError, match=r"chooses experts by router logits and .*e_score_correction_bias"):
         workspace.run("train", write(workspace, "biased", biased))

@@ -122,6 +122,8 @@ def test_stored_they_are_rounded_as_asked_and_never_to_eight_bits(workspace: Any
     assert sorted(stores) == ["float16", "float32"]
     assert {store.layout.width for store in stores.values()} == {128}
     exact, rounded = (next(stores[storage].scan()) for storage in ("float32", "float16"))
+    assert exact.vectors is not None
+    assert rounded.vectors is not None
     np.testing.assert_array_equal(exact.keys, rounded.keys)
     np.testing.assert_allclose(rounded.vectors, exact.vectors, rtol=2**-11)
     losses = next(

@@ -231,7 +231,9 @@ def expected_loss(
         found = [[flat.pop(0) for _ in batch] for batch in means]
     else:
         found = [weights(batch) for batch in means]
-    pairs = [(w, t, len(batch)) for ws, batch in zip(found, tokens, strict=True) for w, t in zip(ws, batch, strict=True)]
+    pairs = [
+        (w, t, len(batch)) for ws, batch in zip(found, tokens, strict=True) for w, t in zip(ws, batch, strict=True)
+    ]
     if reduction == "token":
         return sum(w * t.sum() for w, t, _ in pairs) / sum(len(t) for _, t, _ in pairs)  # type: ignore[return-value]
     return sum(w * t.mean() / size for w, t, size in pairs) / len(batches)  # type: ignore[return-value]

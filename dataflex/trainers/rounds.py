@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -47,7 +47,7 @@ class RoundLoader:
         decide: returns a round's rows, or None to end the run before it.
     """
 
-    def __init__(self, trainer: Any, rounds: list[Round], decide: Callable[[Round], DecidedRound | None]):
+    def __init__(self, trainer: Any, rounds: Sequence[Round], decide: Callable[[Round], DecidedRound | None]):
         self.dataset = trainer.train_dataset
         self._trainer = trainer
         self._rounds = rounds

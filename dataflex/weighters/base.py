@@ -156,8 +156,8 @@ class Weighter:
             ConfigError: the class overrides neither this nor `training_step`.
         """
         raise ConfigError(
-            f"{type(self).__name__}: found neither get_weighted_loss nor training_step; expected one of them, which says "
-            "how the losses of a micro-batch are weighted"
+            f"{type(self).__name__}: found neither get_weighted_loss nor training_step; expected one of them, which "
+            "says how the losses of a micro-batch are weighted"
         )
 
     def training_step(
