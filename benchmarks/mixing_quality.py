@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -119,7 +120,7 @@ class Study:
         Raises:
             ConfigError: the method is none, or does not act within so few steps.
         """
-        natural = ("natural", seed, "stratified", {})
+        natural: tuple[str, int, str, dict[str, Any]] = ("natural", seed, "stratified", {})
         before: list[Path] = []
         if method == "natural":
             out = self.train(*natural)
@@ -230,7 +231,8 @@ def held_out_losses(folder: Path, texts: Mapping[str, Sequence[str]], cutoff: in
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = model.to(device).eval()
     found = {}
     for name, some in texts.items():
         ids = tokenizer([text + tokenizer.eos_token for text in some], add_special_tokens=False).input_ids
@@ -344,7 +346,7 @@ def main() -> None:
                 key = {"method": method, "seed": seed, "domains": domains}
                 key |= {name: getattr(args, name) for name in ("steps", "batch", "cutoff", "rate")}
                 with contextlib.redirect_stdout(sys.stderr):  # what LLaMA-Factory prints
-                    found.append(kept(args.records, key, lambda m=method, s=seed: study.outcome(m, s)))
+                    found.append(kept(args.records, key, functools.partial(study.outcome, method, seed)))
             natural = found if method == "natural" else natural
             print(line(method, found, natural), flush=True)
 

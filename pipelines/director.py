@@ -64,6 +64,8 @@ class RoundDirector:
                     f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "
                     "template and cutoff_len"
                 )
+        if self.settings.train_type != "dynamic_select":
+            return
         if hasattr(run.method, "prepare"):
             run.method.prepare()
         largest = max((round.steps for round in run.updates), default=0) * run.trainer.global_batch

@@ -74,7 +74,7 @@ def dataflex(**keys: Any) -> dict[str, Any]:
     return {"plugins": ["tests.test_custom_weighter"], **keys}
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (2, 4)])
+@pytest.mark.parametrize("shape", [pytest.param((4, 1), marks=pytest.mark.slow), (2, 4)])
 def test_a_mean_is_plain_training(workspace, equal, shape):
     """The last step of an epoch of 30 rows has fewer micro-batches, by which it is not divided either."""
     keys = shaped(shape, max_steps=3, **equal)

@@ -124,3 +124,21 @@ def test_the_summary_names_method_and_steps() -> None:
     said = "\n".join(summary(load(merged(MIX, "dataflex: {weighter: {name: loss}}"))))
     assert "odm" in said
     assert "weighter" in said
+
+
+DOCUMENTED = """
+from dataflex.weighters import Weighter, register_weighter
+
+@register_weighter("documented_under_test")
+class Mine(Weighter):
+    def get_weighted_loss(self, losses, *, ctx, model, inputs):
+        return losses.mean()
+"""
+
+
+def test_a_documented_weighter_stands_alone() -> None:
+    Path("mine.py").write_text(DOCUMENTED)
+    plugins = "dataflex: {plugins: [mine.py]"
+    said = problems(MIX, plugins + ", weighter: {name: documented_under_test}}")
+    assert "expected a weighter that gives weights" in said
+    assert load(merged(WEIGHT, "component_name: documented_under_test\n" + plugins + "}")).component is not None

@@ -33,12 +33,12 @@ def experts(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM, set_seed
 
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
-    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 32)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    routed = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    shape: dict[str, Any] = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 32)
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2, "num_experts": 4}
+    shape |= {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 32, "vocab_size": len(tokenizer)}
+    shape |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     set_seed(0)
-    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(vocab_size=len(tokenizer), **sizes, **heads, **routed, **ends))
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape))
     folder = tmp_path_factory.mktemp("experts")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -194,6 +194,9 @@ class _Loading:
         if section.weighter is not None and registry is MIXERS and isinstance(beside, dict):
             at = ("dataflex.weighter.name", "dataflex.weighter.params")
             weighter = found(Asked(section.weighter.name, WEIGHTERS, beside.get("params"), *at))
+            if weighter is not None and not hasattr(weighter.cls, "weights"):
+                why = "A weighter of the documented kind computes the whole loss, so it acts alone: dynamic_weight"
+                self.problems.add(self.origin, at[0], "a weighter that gives weights", section.weighter.name, why=why)
         return found(asked), weighter
 
     def _cross_check(

@@ -23,7 +23,7 @@ def summary(settings: Settings) -> list[str]:
         lines.append(f"  method      {settings.component_name}")
         params = settings.params if isinstance(settings.params, dict) else settings.params.model_dump()
         lines += [f"              {name}: {value}" for name, value in params.items()]
-    if settings.weighter is not None:
+    if settings.dataflex.weighter is not None:
         lines.append(f"  weighter    {settings.dataflex.weighter.name}")
         lines += [f"              {name}: {value}" for name, value in settings.weighter_params.model_dump().items()]
     lines += [f"  features    {text}" for text in _features(settings)]

@@ -93,7 +93,8 @@ class Statistics:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Statistics:
         """Return what `state` was of."""
-        return cls(**{name: value if name == "steps" else np.array(value) for name, value in state.items()})
+        arrays = {name: np.array(value) for name, value in state.items() if name != "steps"}
+        return cls(steps=int(state["steps"]), **arrays)
 
     @property
     def seen(self) -> np.ndarray:

@@ -6,15 +6,16 @@ B examples of up to T tokens, hidden size H; M examples of a group.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from dataflex.errors import DataflexError
 from dataflex.weighters.base import Examples, Group, NativeWeighter, WeighterParams
 from dataflex.weighters.relative import mean_one
+
+if TYPE_CHECKING:  # a run file is checked without torch
+    from torch import Tensor
 
 
 class Adapt(NativeWeighter):
@@ -67,7 +68,7 @@ class Adapt(NativeWeighter):
         Raises:
             DataflexError: a number is not finite, as the mean of no anchors.
         """
-        if not bool(torch.isfinite(mean).all()):
+        if not bool(mean.isfinite().all()):
             raise DataflexError(
                 "adapt: the mean of the anchors is not finite; expected one target row or more with finite hidden "
                 "states; look at eval_dataset, or at the model's numbers"
@@ -89,10 +90,10 @@ class Adapt(NativeWeighter):
     def weights(self, group: Group) -> Tensor:
         """Return the weights, (M,) float64; 0 where there is no loss or no finite signal."""
         usable = group.usable
-        found = torch.sigmoid(group.signal.double() / self.params.tau)
+        found = (group.signal.double() / self.params.tau).sigmoid()
         if self.params.clip is not None:
             found = found.clamp(max=self.params.clip)
-        found = torch.where(usable & torch.isfinite(group.signal), found, 0.0)
+        found = found.where(usable & group.signal.isfinite(), 0.0)
         if self.params.form == "absolute":
             return found
         return mean_one(found, usable) if self.params.form == "relative" else found * usable.sum()
@@ -104,6 +105,8 @@ class Adapt(NativeWeighter):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take the state of `state()` back."""
         if state:
+            import torch
+
             self._mean = torch.tensor(state["mean"], dtype=torch.float64)
             self._refreshed = int(state["refreshed"])
 
@@ -115,6 +118,8 @@ def pool(states: Tensor, mask: Tensor) -> Tensor:
         states: (B, T, H).
         mask: (B, T) bool, real tokens; t = 1, 2, ... counts them alone, wherever the padding is.
     """
+    import torch
+
     real = mask.bool()
     weight = real.double().cumsum(dim=1) * real
     weight = weight / weight.sum(dim=1, keepdim=True)
@@ -125,5 +130,5 @@ def pool(states: Tensor, mask: Tensor) -> Tensor:
 
 def unit(vectors: Tensor) -> Tensor:
     """Return vectors (B, H) divided by their norms; zeros stay zeros, NaN stays NaN."""
-    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / torch.where(norm == 0, 1.0, norm)
+    norm = vectors.norm(dim=1, keepdim=True)
+    return vectors / norm.where(norm != 0, 1.0)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import torch
 from pydantic import AfterValidator, Field, model_validator
-from torch import Tensor
 
 from dataflex.distributed import is_main
 from dataflex.errors import ConfigError, MismatchError
@@ -19,6 +17,9 @@ from dataflex.features.spec import BASE, FeatureSpec
 from dataflex.rows import KEY_DTYPE, Rows, Status
 from dataflex.weighters.base import Group, NativeWeighter, WeighterParams
 from dataflex.weighters.relative import mean_one, softmax
+
+if TYPE_CHECKING:  # a run file is checked without torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ class ByFeature(NativeWeighter):
 
     def __init__(self, params: Params):
         super().__init__(params)
-        self._values = torch.zeros(0, dtype=torch.float64)
+        self._values: Tensor | None = None
 
     def needs(self) -> Sequence[Need]:
         """Need the feature, if it is not read from a file."""
@@ -122,18 +123,21 @@ class ByFeature(NativeWeighter):
                 f"weighter feature: found {np.nanmin(found):g} in {place}; function: linear expects numbers of 0 or "
                 "more; take exp, rank or threshold"
             )
+        import torch
+
         self._values = torch.from_numpy(found)
 
     def weights(self, group: Group) -> Tensor:
         """Return the weights, (M,) float64, mean 1 over the usable examples; all 0 if none of them counts."""
+        assert self._values is not None
         self._values = self._values.to(group.rows.device)
         score = self._values[group.rows]
         if self.params.excess:
             score = group.losses.double() - score
         usable = group.usable
-        judged = usable & torch.isfinite(score)
+        judged = usable & score.isfinite()
         sign = 1.0 if self.params.favour == "high" else -1.0
-        score = torch.where(judged, sign * score, torch.nan)
+        score = (sign * score).where(judged, np.nan)
         if self.params.function == "exp":
             return softmax(score / self.params.temperature, judged, usable)
         functions: dict[str, Callable[[], Tensor]] = {
@@ -141,7 +145,7 @@ class ByFeature(NativeWeighter):
             "rank": lambda: _ranks(score),
             "threshold": lambda: (score >= sign * (self.params.threshold or 0.0)).double(),
         }
-        return mean_one(torch.where(judged, functions[self.params.function](), 0.0), usable)
+        return mean_one(functions[self.params.function]().where(judged, 0.0), usable)
 
 
 def _ranks(scores: Tensor) -> Tensor:

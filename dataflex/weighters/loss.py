@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from dataflex.weighters.base import Group, NativeWeighter, WeighterParams
 from dataflex.weighters.relative import softmax
+
+if TYPE_CHECKING:  # a run file is checked without torch
+    from torch import Tensor
 
 _LEAST_RANGE = 1e-6
 
@@ -106,7 +108,7 @@ def position(losses: Tensor, usable: Tensor, delta: float, quantiles: tuple[floa
 
     A range below 1e-6 nats counts as one of 1e-6, so that noise does not part the weights.
     """
-    judged = torch.where(usable, losses, torch.nan)
-    low, high = (torch.nanquantile(judged, quantile) for quantile in quantiles)
-    inside = torch.minimum(torch.maximum(judged, low), high)
+    judged = losses.where(usable, math.nan)
+    low, high = (judged.nanquantile(quantile) for quantile in quantiles)
+    inside = judged.maximum(low).minimum(high)
     return delta * (2 * inside - low - high) / (high - low).clamp(min=_LEAST_RANGE)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a run file is checked without torch
+    from torch import Tensor
 
 
 def mean_one(weights: Tensor, usable: Tensor) -> Tensor:
@@ -16,7 +17,7 @@ def mean_one(weights: Tensor, usable: Tensor) -> Tensor:
         usable: (M,) bool, examples that the mean is over; one whose weight is 0 counts.
     """
     total = weights.sum()
-    return weights * usable.sum() / torch.where(total > 0, total, 1.0)
+    return weights * usable.sum() / total.where(total > 0, 1.0)
 
 
 def softmax(scores: Tensor, judged: Tensor, usable: Tensor, cap: float | None = None) -> Tensor:
@@ -31,9 +32,9 @@ def softmax(scores: Tensor, judged: Tensor, usable: Tensor, cap: float | None = 
     """
     if not len(scores):
         return scores.double()
-    logits = torch.where(judged, scores.double(), -torch.inf)
+    logits = scores.double().where(judged, -math.inf)
     top = logits.max()
-    logits = logits - torch.where(torch.isfinite(top), top, 0.0)
+    logits = logits - top.where(top.isfinite(), 0.0)
     weights = mean_one(logits.exp(), usable)
     return weights if cap is None else _capped(logits, weights, usable.sum(), cap)
 
@@ -41,7 +42,7 @@ def softmax(scores: Tensor, judged: Tensor, usable: Tensor, cap: float | None = 
 def effective_size(weights: Tensor) -> Tensor:
     """Return (sum w)^2 / sum w^2, a scalar: how many examples of equal weight are worth as much; 0 of no weight."""
     squares = weights.square().sum()
-    return weights.sum().square() / torch.where(squares > 0, squares, 1.0)
+    return weights.sum().square() / squares.where(squares > 0, 1.0)
 
 
 def _capped(logits: Tensor, weights: Tensor, total: Tensor, cap: float) -> Tensor:
@@ -50,10 +51,10 @@ def _capped(logits: Tensor, weights: Tensor, total: Tensor, cap: float) -> Tenso
     In logarithms, as the rest may be too small to be told from 0 beside the highest.
     """
     ranked, order = logits.sort(descending=True)
-    number = torch.arange(len(ranked), dtype=ranked.dtype, device=ranked.device)
-    rest = torch.logcumsumexp(ranked.flip(0), 0).flip(0)  # of those from the k-th on
+    number = ranked.new_ones(len(ranked)).cumsum(0) - 1
+    rest = ranked.flip(0).logcumsumexp(0).flip(0)  # of those from the k-th on
     scale = (total - cap * number).clamp(min=0).log() - rest
-    fits = (scale + ranked <= math.log(cap)) & torch.isfinite(rest)
+    fits = (scale + ranked <= math.log(cap)) & rest.isfinite()
     k = fits.int().argmax(0, keepdim=True)
-    filled = torch.where(number < k, cap, (ranked + scale.gather(0, k)).exp().clamp(max=cap))
-    return torch.where((weights.max() > cap) & fits.any(), torch.empty_like(filled).scatter(0, order, filled), weights)
+    filled = (ranked + scale.gather(0, k)).exp().clamp(max=cap).where(number >= k, cap)
+    return filled.scatter(0, order, filled).where((weights.max() > cap) & fits.any(), weights)

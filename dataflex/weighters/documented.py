@@ -1,0 +1,84 @@
+"""The base of weighters written against the documented interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dataflex.errors import ConfigError
+from dataflex.features.loss import token_losses
+from dataflex.fingerprint import IGNORE_INDEX
+
+
+class Weighter:
+    """Base of weighters written against the documented interface: override `get_weighted_loss`, or `training_step`."""
+
+    def __init__(self, **kwargs: Any):
+        pass
+
+    def get_weighted_loss(self, losses: Tensor, *, ctx: Any, model: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """Return a scalar from the examples' mean losses (B,), which carry gradients.
+
+        Args:
+            losses: (B,) mean loss per supervised token of each example of this rank's micro-batch; 0 without any.
+            ctx: the trainer.
+            model: the model as the trainer wraps it.
+            inputs: the micro-batch.
+
+        Raises:
+            ConfigError: the class overrides neither this nor `training_step`.
+        """
+        raise ConfigError(
+            f"{type(self).__name__}: found neither get_weighted_loss nor training_step; expected one of them, which "
+            "says how the losses of a micro-batch are weighted"
+        )
+
+    def training_step(
+        self, ctx: Any, model: Any, inputs: Any, num_items_in_batch: Any = None, use_weighter: bool = False
+    ) -> Tensor:
+        """Run a micro-batch forward and backward; return its part of the step's loss, without gradient.
+
+        The plain loss of a step is the mean over its tokens; the weighted one is the mean over micro-batches and ranks
+        of what `get_weighted_loss` returns. The two agree for a mean over examples that are equally long.
+
+        Args:
+            ctx: the trainer.
+            model: the model as the trainer wraps it.
+            inputs: the micro-batch as it was loaded.
+            num_items_in_batch: the step's tokens divided by its micro-batches: what `ctx.compute_loss` has to be given
+                for its result, divided by the micro-batches, to be this one's part of the plain loss.
+            use_weighter: False during warm-up, whose loss is the plain one.
+        """
+        model.train()
+        if callable(getattr(ctx.optimizer, "train", None)):  # an optimizer without a schedule has two modes
+            ctx.optimizer.train()
+        inputs = ctx._prepare_inputs(inputs)
+
+        def weigh(logits: Tensor, labels: Tensor) -> Tensor:
+            losses = self._per_sample_loss_from_logits(logits, labels)
+            return self.get_weighted_loss(losses, ctx=ctx, model=model, inputs=inputs)
+
+        with ctx.compute_loss_context_manager():
+            if use_weighter:
+                loss = ctx.loss_by(weigh, model, inputs)
+            else:
+                loss = ctx.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = loss / ctx.args.gradient_accumulation_steps
+        ctx.accelerator.backward(loss)
+        return loss.detach()  # type: ignore[no-any-return]
+
+    def _per_sample_loss_from_logits(self, logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+        """Return each example's mean loss per supervised token, (B,), with gradient; 0 without any.
+
+        Args:
+            logits: (B, T, V), of which nothing can be read after the backward pass (`token_losses`).
+            labels: (B, T), not yet shifted.
+            ignore_index: label of a token that is no target.
+        """
+        targets = pad(labels[:, 1:], (0, 1), value=ignore_index)
+        targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
+        losses = token_losses(logits, targets)
+        return losses.sum(dim=1) / (targets >= 0).sum(dim=1).clamp(min=1)
