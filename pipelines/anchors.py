@@ -12,7 +12,7 @@ from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
 from dataflex.features.evaluation import evaluation
 from dataflex.pipelines.run import Run
-from dataflex.trainers.weighing import capturing
+from dataflex.trainers.micro_batch import capturing
 from dataflex.weighters.adapt import Adapt, pool, unit
 
 

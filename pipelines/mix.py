@@ -23,9 +23,12 @@ from dataflex.pipelines.signals import signals
 from dataflex.pipelines.summary import write_summary
 from dataflex.pipelines.weigh import weighter_factor
 from dataflex.schedule import Round
+from dataflex.trainers.factors import ByDomain
+from dataflex.trainers.micro_batch import ROWS, MicroBatch
+from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.trainers.stream import Exhaustion, MixtureStream
-from dataflex.trainers.weighing import ROWS, ByDomain, MicroBatch, Observer, Weighing
+from dataflex.trainers.weighing import Weighing
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from dataflex.features.loss import token_losses
 from dataflex.features.spec import TokenLossSpec
 from dataflex.pipelines.run import Run
 from dataflex.rows import Status
-from dataflex.trainers.weighing import MicroBatch
+from dataflex.trainers.micro_batch import MicroBatch
 
 
 def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:

@@ -13,7 +13,8 @@ from dataflex.pipelines.anchors import Anchors
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.trainers.checkpoints import FOLDER
-from dataflex.trainers.weighing import ByWeighter, Weighing
+from dataflex.trainers.factors import ByWeighter
+from dataflex.trainers.weighing import Weighing
 from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.base import NativeWeighter
 

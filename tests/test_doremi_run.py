@@ -17,8 +17,9 @@ import torch
 
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.reference import _check_vocabulary
+from dataflex.trainers.micro_batch import MicroBatch
+from dataflex.trainers.observer import Observer
 from dataflex.trainers.trainer import DataflexTrainer
-from dataflex.trainers.weighing import MicroBatch, Observer
 
 DOMAINS = ("words", "sums", "lists")
 EPS = 1e-3

@@ -15,8 +15,10 @@ import torch
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.pipelines.domains import domains_of
+from dataflex.trainers.micro_batch import ROWS
+from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import _Batches
-from dataflex.trainers.weighing import ROWS, Observer, Weighing
+from dataflex.trainers.weighing import Weighing
 from tests.test_training import assert_same
 
 NAMES = ("target_words", "target_records", "target_arithmetic")  # 8 rows each

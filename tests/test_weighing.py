@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataflex.config import load
 from dataflex.errors import ConfigError, MismatchError
+from dataflex.trainers.factors import ByWeighter
+from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.trainer import DataflexTrainer
-from dataflex.trainers.weighing import ROWS, ByWeighter, Weighing
+from dataflex.trainers.weighing import Weighing
 from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.base import Group, NativeWeighter
 from dataflex.weighters.feature import ByFeature

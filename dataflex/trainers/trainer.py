@@ -22,7 +22,8 @@ from dataflex import distributed
 from dataflex.errors import DataflexError
 from dataflex.schedule import Round
 from dataflex.trainers.checkpoints import mark_complete
-from dataflex.trainers.weighing import ROWS, Weighing
+from dataflex.trainers.micro_batch import ROWS
+from dataflex.trainers.weighing import Weighing
 
 
 class Stopped(Exception):

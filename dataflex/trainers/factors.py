@@ -1,0 +1,170 @@
+"""What multiplies the loss of examples: the weights of a weighter, or those of domains.
+
+A factor is relative to the plain loss: 1 everywhere leaves that as it is. B examples of a micro-batch of this rank, T
+tokens, M examples of a group, K domains, N training rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataflex.distributed import all_gather_rows, rank
+from dataflex.trainers.micro_batch import MicroBatch
+from dataflex.weighters.base import Examples, Group, NativeWeighter
+
+
+class Factor(Protocol):
+    """Something that multiplies the loss of examples."""
+
+    needs_losses_ahead: bool
+    """Whether it has to know the losses of all micro-batches of a step before the first one is trained on."""
+
+    def begin(self, ahead: Sequence[MicroBatch], counts: StepCounts) -> None:
+        """Prepare for a step. Collective.
+
+        Args:
+            ahead: the losses of the step's micro-batches by a forward pass without gradient, if they are needed.
+            counts: of the step.
+        """
+        ...
+
+    def factors(self, batch: MicroBatch, number: int) -> Tensor:
+        """Return the factor of each example, (B,), of micro-batch `number` of the step. Collective."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What is known of a step before its first forward pass.
+
+    Attributes:
+        rows: for each micro-batch of this rank, (B,) positions in the training set.
+        targets: for each micro-batch, (B,) int64 supervised tokens of each example.
+        step: optimizer steps done.
+        total: optimizer steps of the run.
+    """
+
+    rows: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    step: int
+    total: int
+
+
+class ByWeighter:
+    """A weighter as a factor: groups are put together over all ranks, and each rank takes its part of the weights.
+
+    Args:
+        weighter: gives the weights.
+        size: examples of a micro-batch of one rank, at most.
+        acts_from: optimizer step from which it acts.
+        before: called with the steps done before every step on which it acts.
+    """
+
+    def __init__(
+        self,
+        weighter: NativeWeighter,
+        size: int,
+        acts_from: int = 0,
+        before: Callable[[int], None] | None = None,
+    ):
+        self.weighter, self._size, self._from, self._before = weighter, size, acts_from, before
+        self.needs_losses_ahead = weighter.params.normalisation == "batch"
+        self._parts: list[Tensor] = []
+
+    def begin(self, ahead: Sequence[MicroBatch], counts: StepCounts) -> None:
+        """Weigh all examples of the step together, if that is asked for."""
+        self._counts = counts
+        if self._before is not None:
+            self._before(counts.step)
+        if self.needs_losses_ahead:
+            weights = self._weights([batch.examples for batch in ahead])
+            self._parts = list(weights.split(self._size))
+
+    def factors(self, batch: MicroBatch, number: int) -> Tensor:
+        """Return this rank's weights, as the reduction has them."""
+        size = len(batch.rows)
+        weights = self._parts[number][:size] if self.needs_losses_ahead else self._weights([batch.examples])[:size]
+        if self.weighter.params.reduction == "token":
+            return weights
+        tokens = batch.examples.tokens.clamp(min=1)
+        # The mean over examples in place of that over tokens, each micro-batch by the examples that it has.
+        return weights * batch.items * batch.apart / (tokens * self._usable * batch.micro_batches)
+
+    def _weights(self, parts: Sequence[Examples]) -> Tensor:
+        """Return this rank's weights, (micro-batches x size,), padded where a micro-batch is smaller."""
+        padded = [self._padded(part) for part in parts]
+        mine = torch.cat(padded)
+        gathered = all_gather_rows(mine)
+        everyone = gathered.reshape(-1, mine.shape[1])
+        is_row = everyone[:, 0] >= 0
+        losses = torch.where(is_row & (everyone[:, 2] > 0), everyone[:, 1] / everyone[:, 2].clamp(min=1), torch.nan)
+        step = self._counts.step
+        group = Group(everyone[:, 0].long(), losses, everyone[:, 3], step, step - self._from, self._counts.total)
+        weights = self.weighter.weights(group)
+        self._usable = group.usable.sum().clamp(min=1) / len(parts)
+        return weights.reshape(len(gathered), -1)[rank()]
+
+    def _padded(self, part: Examples) -> Tensor:
+        signal = self.weighter.signal(part)
+        if signal is None:
+            signal = torch.full_like(part.losses, torch.nan)
+        columns = [part.rows.double(), part.losses, part.tokens.double(), signal.double()]
+        table = torch.full((self._size, 4), -1.0, dtype=torch.float64, device=part.losses.device)
+        table[: len(part.rows)] = torch.stack(columns, dim=1)
+        return table
+
+
+class ByDomain:
+    """Weights of domains as a factor.
+
+    Args:
+        domains: (N,) domain of each training row.
+        weights: returns the weights in force, (K,), or None for a plain loss.
+        form: `domain_mean`: the loss is sum_i w_i times the mean over domain i's tokens, with the w_i of the domains
+            that the step has normalised; `token`: the mean over tokens, weighed by their domains. Both stand on the
+            scale of the plain loss, so that weights in the shares of the tokens, or equal ones, give exactly that: in
+            stage pt Transformers divides by every row's first token too, which is no target, and so does this.
+        before: told the losses of the step before it is trained on, so that the weights may follow from them.
+    """
+
+    def __init__(
+        self,
+        domains: Tensor,
+        weights: Callable[[], np.ndarray | None],
+        form: str,
+        before: Callable[[Sequence[MicroBatch]], None] | None = None,
+    ):
+        self._domains, self._given, self._form, self._before = domains, weights, form, before
+        self.needs_losses_ahead = before is not None
+
+    def begin(self, ahead: Sequence[MicroBatch], counts: StepCounts) -> None:
+        """Count the step's tokens by domain, over all ranks."""
+        if self._before is not None:
+            self._before(ahead)
+        given = self._given()
+        self._weights: Tensor | None = None
+        if given is None:
+            return
+        weights = torch.from_numpy(np.asarray(given)).to(self._domains.device)
+        tokens = torch.zeros_like(weights)
+        for rows, targets in zip(counts.rows, counts.targets, strict=True):
+            tokens.index_add_(0, self._domains[rows], targets.double())
+        tokens = all_gather_rows(tokens).sum(dim=0)
+        share = tokens / tokens.sum().clamp(min=1)
+        if self._form == "domain_mean":
+            present = torch.where(tokens > 0, weights, 0.0)
+            self._weights = present / present.sum() / torch.where(tokens > 0, share, 1.0)
+        else:
+            self._weights = weights / (weights * share).sum()
+
+    def factors(self, batch: MicroBatch, number: int) -> Tensor:
+        """Return the factor of each example's domain."""
+        if self._weights is None:
+            return torch.ones(len(batch.rows), dtype=torch.float64, device=batch.rows.device)
+        return self._weights[self._domains[batch.rows]]
