@@ -23,10 +23,10 @@ demo: $(READY)
 	@$(PY) -m examples.quickstart.demo
 
 test: $(READY)
-	$(PY) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(PY) -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 test-all: test
-	$(PY) -m pytest --numprocesses 2 --dist loadfile -m slow
+	$(PY) -m pytest --numprocesses 2 --dist worksteal -m slow
 
 check: $(READY)
 	$(PY) -m ruff check .

@@ -115,9 +115,9 @@ def test_ls_shows_parameters(capsys):
     code, out, _ = run(capsys, "ls")
     assert code == 0
     assert "proj_dim: int, default 8192." in out
-    found = {method["name"]: method for method in json.loads(run(capsys, "ls", "--json")[1])}
-    assert {"name": "path", "required": True}.items() <= found["static"]["params"][0].items()
-    assert {"less", "random", "static"} <= found.keys()
+    found = {(method["kind"], method["name"]): method for method in json.loads(run(capsys, "ls", "--json")[1])}
+    assert {"name": "path", "required": True}.items() <= found["selector", "static"]["params"][0].items()
+    assert {("selector", "less"), ("mixer", "static"), ("mixer", "odm"), ("weighter", "loss")} <= found.keys()
 
 
 def test_version_names_what_it_stands_on(capsys):

@@ -231,7 +231,7 @@ def test_featurize_computes_the_references_losses_of_every_row(space: Any) -> No
     assert (summary["computed"], summary["rows"], summary["gradients"]) == (24, 24, 0)
 
 
-@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
+@pytest.mark.parametrize(("batch", "accumulation"), [pytest.param(4, 1, marks=pytest.mark.slow), (2, 2)])
 def test_a_proxy_run_is_the_method_in_plain_loops(space: Any, seen: Seen, batch: int, accumulation: int) -> None:
     """Alpha, its mean, and the gradient of every step; the losses are read, and none is computed in training."""
     name = f"proxy-{batch}x{accumulation}"
@@ -283,6 +283,7 @@ def test_in_stage_sft_the_loss_is_the_papers_exactly(space: Any, seen: Seen) -> 
     assert_close(seen.grads[0], gradient(space, seen, 0, "paper", [1 / 3] * 3), 2e-5)
 
 
+@pytest.mark.slow
 def test_the_official_loss_divides_by_what_is_drawn(space: Any, seen: Seen) -> None:
     drawn = [0.5, 0.25, 0.25]
     space.run(
@@ -331,6 +332,7 @@ def test_a_live_reference_equals_the_stored_one(space: Any) -> None:
         torch.testing.assert_close(live[name], stored[name], rtol=0, atol=2e-5)  # Adam moved by up to 4e-3
 
 
+@pytest.mark.slow
 def test_an_adapter_is_a_live_reference(space: Any, seen: Seen) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -353,7 +355,9 @@ def test_an_adapter_is_a_live_reference(space: Any, seen: Seen) -> None:
     assert np.ptp(expected[1]) > 1e-3
 
 
-@pytest.mark.parametrize(("interval", "step", "exact"), [(1, 2, False), (2, 3, True)])
+@pytest.mark.parametrize(
+    ("interval", "step", "exact"), [pytest.param(1, 2, False, marks=pytest.mark.slow), (2, 3, True)]
+)
 def test_resumed_it_ends_as_the_uninterrupted_run(
     space: Any, seen: Seen, interval: int, step: int, exact: bool
 ) -> None:
@@ -383,7 +387,7 @@ def test_resumed_it_ends_as_the_uninterrupted_run(
     assert {line["step"]: line["alpha"] for line in logged(space, f"{name}-again")} == alpha
 
 
-@pytest.mark.parametrize("reference", ["stored", "live"])
+@pytest.mark.parametrize("reference", ["stored", pytest.param("live", marks=pytest.mark.slow)])
 def test_what_the_reference_has_no_loss_of_is_left_out(space: Any, seen: Seen, reference: str) -> None:
     """NaN for one word: a row with it has no stored losses; live, its tokens from that one on have none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

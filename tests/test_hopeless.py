@@ -18,10 +18,10 @@ from tests.held import pool
 
 def director(targets: dict[str, Any], needs: list[Need], steps: int = 1) -> RoundDirector:
     """A director whose run has ten rows that can be chosen, before its first step."""
-    made = RoundDirector(SimpleNamespace(schedule=Schedule(0, steps, 1)))
+    made = RoundDirector(SimpleNamespace(schedule=Schedule(0, steps, 1), train_type="dynamic_select"))
     rounds = [SimpleNamespace(steps=steps)]
     made.run = SimpleNamespace(  # type: ignore[assignment]
-        selector=SimpleNamespace(chooses_distinct=True),
+        method=SimpleNamespace(chooses_distinct=True),
         updates=rounds,
         trainer=SimpleNamespace(global_batch=4),
         needs=needs,

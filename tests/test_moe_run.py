@@ -136,7 +136,7 @@ def logged(workspace: Any, name: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, text.splitlines()) if "proportions" in line]
 
 
-@pytest.mark.parametrize("family", ["qwen", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_loads_are_those_of_a_loop_and_move_the_proportions(
     workspace: Any, models: dict[str, Path], loads: Any, family: str
 ) -> None:

@@ -408,7 +408,7 @@ EPSILON = math.sqrt(math.log(3) / (3 * 2001))
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
-        ({"reward_scale": 15}, "reward_scale left out"),
+        ({"variant": "official", "reward_scale": 15}, "reward_scale left out"),
         ({"variant": "exp3", "alpha": 0.5}, "alpha left out"),
         ({"variant": "exp3", "start": "warmup_losses"}, "start left out"),
         ({"variant": "exp3", "initial_losses": {"d0": 1.0}}, "initial_losses left out"),

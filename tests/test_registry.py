@@ -113,7 +113,7 @@ def test_plugin_that_fails_is_not_kept(tmp_path):
 
 def test_selectors_load_apart():
     assert {"static", "random", "less"} <= set(SELECTORS.places())
-    assert "custom" not in SELECTORS.places()
+    assert "odm" not in SELECTORS.places()
     assert dataflex.register_selector.__self__ is SELECTORS  # type: ignore[attr-defined]
     code = (
         "import sys; from dataflex.registry import SELECTORS; SELECTORS.load('random'); "

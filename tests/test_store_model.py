@@ -170,4 +170,4 @@ class Model(RuleBasedStateMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
+TestModel.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
