@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,10 @@ class MixDirector:
         weighing = self.trainer.weighing
         if weighing is None or not weighing.observers or step == self._counted:
             return
-        self._pending += self._observer.collect(step - self._counted)
+        seen = self._observer.collect(step - self._counted)
+        if seen.nonfinite.any():
+            log.warning("%d token losses were NaN or infinite and left out", int(seen.nonfinite.sum()))
+        self._pending += seen
         self._counted = step
 
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
@@ -257,7 +261,9 @@ class MixDirector:
         """What a checkpoint of this mixture has in common with the run."""
         names = self.domains.names
         rows = dict(zip(names, self.domains.rows.tolist(), strict=True))
-        return {"domains": list(names), "rows": rows, "global_batch": self.trainer.global_batch}
+        beside = self.settings.dataflex.weighter
+        methods = {"mixer": self.settings.component_name, "weighter": beside and beside.name}
+        return {"methods": methods, "domains": list(names), "rows": rows, "global_batch": self.trainer.global_batch}
 
     def _restore(self, checkpoint: Path) -> None:
         """Take up the state that `saved` wrote."""
@@ -276,6 +282,10 @@ class MixDirector:
         self._count(trainer.state.global_step)
         if self.is_native and self._pending.steps and hasattr(self.mixer, "loss_form"):
             self._mixed(Round(-1, "update", trainer.state.global_step, 0, 0, 0))
+        if self._round is not None:  # it may have been broken off: what was drawn behind that step was not trained on
+            trained = trainer.state.global_step - self._round.first_step
+            self._stream.restore(self._at_round)
+            self._draw(replace(self._round, steps=min(trained, self._round.steps)))
         served, names = self._stream.served, self.domains.names
         outcome = self.mixer.outcome() if self.is_native else None
         about = {
@@ -303,7 +313,7 @@ class MixDirector:
 
     def _log(self, round: Round) -> None:
         """Append what was decided to the run's log."""
-        names, seen = self.domains.names, self._pending
+        names = self.domains.names
         line: dict[str, Any] = {
             "step": round.first_step,
             "steps": round.steps,
@@ -319,8 +329,6 @@ class MixDirector:
         if round.number == 0 or self.schedule.update_step >= 100:
             shown = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, self._proportions, strict=True))
             log.info("step %d: proportions %s", round.first_step, shown)
-        if seen.nonfinite.sum():
-            log.warning("%d token losses were NaN or infinite and left out", int(seen.nonfinite.sum()))
 
     def _unit_per_row(self) -> float:
         return 1.0 if self.domains.unit == "rows" else float(self.domains.tokens.sum() / self.domains.rows.sum())

@@ -65,8 +65,8 @@ class MixRecord:
         for name, value in expected.items():
             if state[name] != value:
                 raise MismatchError(
-                    f"{path}: found {name} {state[name]}, this run has {value}; resume with the data and the global "
-                    "batch the run was begun with, or start anew with another output_dir"
+                    f"{path}: found {name} {state[name]}, this run has {value}; resume with the methods, the data and "
+                    "the global batch the run was begun with, or start anew with another output_dir"
                 )
         self.add({"resumed": state["step"]})
         return state

@@ -301,6 +301,17 @@ def test_another_mixture_is_not_resumed(workspace: Any) -> None:
     shutil.rmtree(workspace.folder / "out" / "first" / "checkpoint-6")
     with pytest.raises(MismatchError, match="found global_batch 4, this run has 2"):
         workspace.run("train", mix(workspace, "first", **keys, gradient_accumulation_steps=1))
+    with pytest.raises(MismatchError, match=r"found methods .*'uniform'.*, this run has .*'odm'"):
+        workspace.run("train", mix(workspace, "first", **{**keys, "component_name": "odm"}))
+
+
+def test_a_run_that_ends_early_tells_what_was_trained_on(workspace: Any, drawn: list[list[int]]) -> None:
+    keys = {"eval_strategy": "steps", "eval_steps": 1, "early_stopping_steps": 1, "early_stopping_min_delta": 100.0}
+    keys |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_strategy": "steps"}
+    path = mix(workspace, "early", component_name="uniform", save_steps=1, eval_dataset="target_words", **keys)
+    summary = workspace.run("train", path)
+    assert summary["steps"] == 2
+    assert sum(summary["realised_rows"].values()) == 8
 
 
 def test_a_domain_without_rows_is_refused() -> None:
