@@ -56,8 +56,11 @@ def test_a_signal_interrupts_through_handlers_of_exceptions(tmp_path: Path, numb
 
 def test_a_forked_worker_dies_as_ever(tmp_path: Path) -> None:
     with reported("train", tmp_path):
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        fork = multiprocessing.get_context("fork")
+        is_up = fork.Event()  # Python forgets a signal that comes while it forks
+        worker = fork.Process(target=lambda: (is_up.set(), time.sleep(60)), daemon=True)
         worker.start()
+        assert is_up.wait(20)
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == -signal.SIGTERM
