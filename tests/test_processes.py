@@ -157,7 +157,8 @@ def test_every_way_of_choosing_is_the_same_with_two_processes(workspace: Any) ->
 
 
 @pytest.mark.timeout(600)  # DeepSpeed compiles its communication first
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage: int) -> None:
     """Each row's own gradient, not the mean over ranks: equal to one process's at the state that DeepSpeed reached."""
     config = {

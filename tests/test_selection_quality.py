@@ -16,11 +16,11 @@ SHARED = Path(__file__).parents[2] / "shared"
 def test_less_finds_the_rows_of_a_targets_source(tmp_path: Path) -> None:
     """Above chance, and later targets compute their own rows only."""
     targets = ["wikisql", "banking77"]
-    study = easy(SHARED / "data", SHARED / "tiny_model", tmp_path, rows=160, targets=targets)
+    study = easy(SHARED / "data", SHARED / "tiny_model", tmp_path, rows=120, targets=targets)
     chance = 1 / 8
-    for method, least in (("random", 0.0), ("less", 3 * chance), ("embedding", 6 * chance), ("ifd", 0.0)):
+    for method, least in (("less", 3 * chance), ("embedding", 6 * chance), ("ifd", 0.0)):
         found = study.precision(method)
         print(f"\n{line(method, [found], targets)}")
         assert sum(found.share.values()) / 2 >= least
         if method == "less":
-            assert found.cost.computed <= 160 + 2 * 48
+            assert found.cost.computed <= 120 + 2 * 48

@@ -58,7 +58,12 @@ def test_a_forked_worker_dies_as_ever(tmp_path: Path) -> None:
     with reported("train", tmp_path):
         fork = multiprocessing.get_context("fork")
         is_up = fork.Event()  # Python forgets a signal that comes while it forks
-        worker = fork.Process(target=lambda: (is_up.set(), time.sleep(60)), daemon=True)
+
+        def work() -> None:
+            is_up.set()
+            time.sleep(60)
+
+        worker = fork.Process(target=work, daemon=True)
         worker.start()
         assert is_up.wait(20)
         worker.terminate()
