@@ -88,6 +88,10 @@ class Schedule:
             raise ValueError("the length of an epoch follows from the number of rows and the global batch")
         return math.ceil(rows / batch)
 
+    def shown_epoch(self, rows: int, batch: int) -> int:
+        """Return the steps that people call an epoch: a flex epoch, or a pass over the data where that is the run."""
+        return self._pass(rows, batch) if self.spans_run else self.flex_steps(rows, batch)
+
     def total(self, rows: int | None = None, batch: int | None = None) -> int:
         """Return the optimizer steps of the run; arguments and exceptions as for `flex_steps`."""
         if self.train_step > 0:

@@ -13,8 +13,8 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.config.mixing import dataset_names
-from dataflex.errors import ConfigError, CoverageError, DataflexError
-from dataflex.fingerprint import digest
+from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.fingerprint import digest, keys_digest
 from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
 from dataflex.pipelines.domains import MixtureManager, domains_of
 from dataflex.pipelines.mix_record import MixRecord, named
@@ -92,8 +92,16 @@ class MixDirector:
         self._at_round, self._round = self._stream.state(), round
         rows = self._draw(round)
         steps = len(rows) // trainer.global_batch
+        missing = round.steps * trainer.global_batch - len(rows)
+        may_end = self.settings.dataflex.mixture.exhausted == "stop" or missing < trainer.global_batch
+        if missing and (not may_end or round.first_step + steps == 0):
+            raise CoverageError(
+                f"dataflex.mixture: the domains with a share are used up after {self._stream.served.sum()} rows, at "
+                f"step {round.first_step + steps}; allow more passes, set exhausted: cycle, or train for fewer steps"
+            )
+        if missing:
+            log.warning("a domain has been passed through: the run ends after step %d", round.first_step + steps)
         if steps == 0:
-            log.info("every domain with a share has been passed through: the run ends after step %d", round.first_step)
             return None
         cut = round if steps == round.steps else Round(round.number, round.kind, round.first_step, steps, 0, 0)
         rows = rows[: steps * trainer.global_batch]
@@ -187,7 +195,7 @@ class MixDirector:
         keys = self.settings.dataflex.mixture
         steps = sum(round.steps for round in self.trainer.rounds)
         wanted, found = steps * self.trainer.global_batch, self._stream.room
-        if keys.exhausted == "renormalise" and wanted > found:
+        if keys.exhausted == "renormalise" and wanted - found >= self.trainer.global_batch:
             raise CoverageError(
                 f"dataflex.mixture: {wanted} rows wanted, found {found:g} within {keys.passes or 1:g} passes; raise "
                 "passes, set exhausted: cycle, or train for fewer steps"
@@ -246,6 +254,7 @@ class MixDirector:
             **self._identity,
             "step": step,
             "round": self._round.number,
+            "first_step": self._round.first_step,
             "update": self._update,
             "proportions": self._proportions.tolist(),
             "stream": self._at_round,
@@ -263,12 +272,28 @@ class MixDirector:
         rows = dict(zip(names, self.domains.rows.tolist(), strict=True))
         beside = self.settings.dataflex.weighter
         methods = {"mixer": self.settings.component_name, "weighter": beside and beside.name}
-        return {"methods": methods, "domains": list(names), "rows": rows, "global_batch": self.trainer.global_batch}
+        return {
+            "methods": methods,
+            "domains": list(names),
+            "rows": rows,
+            "content": keys_digest(self.run.rows.keys),
+            "global_batch": self.trainer.global_batch,
+            "seed": self.trainer.args.seed,
+            "mixture": self.settings.dataflex.mixture.model_dump(mode="json"),
+            "rows at a time": self._stream.group,
+        }
 
     def _restore(self, checkpoint: Path) -> None:
         """Take up the state that `saved` wrote."""
         state = self.record.restore(checkpoint, self._identity)
         self._restored, self._counted, self._update = state, int(state["step"]), int(state["update"])
+        rounds, number = self.trainer.rounds, int(state["round"])
+        if number >= len(rounds) or rounds[number].first_step != state["first_step"]:
+            raise MismatchError(
+                f"{checkpoint}: its shares were set at step {state['first_step']}, where this run sets none; resume "
+                "with the warmup_step and update_step the run was begun with, or start anew with another output_dir"
+            )
+        self._round, self._at_round = rounds[number], state["stream"]
         self._proportions = np.array(state["proportions"])
         self._stream.restore(state["stream"])
         self._pending = Statistics.restored(state["pending"])

@@ -55,6 +55,12 @@ def problems(base: str, changes: str) -> str:
         ),
         ("component_name: static\ndataflex: {params: {proportions: {pool: 1}}}", "target"),
         ("component_name: doremi", "dataflex.params.reference_model_path: "),
+        (
+            "component_name: doremi\ninit_mixture_proportions: [1, 0]\n"
+            "dataflex: {params: {reference_model_path: model}}",
+            "expected more than 0 for every domain, as doremi compares all of them",
+        ),
+        ("fsdp: full_shard", "no values of single examples under FSDP"),
     ],
 )
 def test_what_a_mixture_cannot_be_is_refused(changes: str, said: str) -> None:
@@ -142,3 +148,14 @@ def test_a_documented_weighter_stands_alone() -> None:
     said = problems(MIX, plugins + ", weighter: {name: documented_under_test}}")
     assert "expected a weighter that gives weights" in said
     assert load(merged(WEIGHT, "component_name: documented_under_test\n" + plugins + "}")).component is not None
+
+
+def test_a_documented_mixer_takes_the_loss_that_is_watched() -> None:
+    Path("fading.py").write_text(
+        "from dataflex.mixers import Mixer, register_mixer\n\n"
+        "@register_mixer('fading_under_test')\nclass Fading(Mixer):\n"
+        "    def mix(self, model, step_id, **kwargs):\n        return [0.5, 0.5]\n"
+    )
+    base = MIX.replace("odm", "fading_under_test") + "dataflex: {plugins: [fading.py]}\n"
+    assert load(merged(base, "")).component is not None
+    assert "another loss than the one that is watched" in problems(base, "use_dft_loss: true")

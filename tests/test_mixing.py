@@ -322,3 +322,33 @@ def test_a_domain_without_rows_is_refused() -> None:
         domains_of(rows, ["a", "d"], "rows")
     members, found = domains_of(rows, ["a"], "tokens")
     assert (members[0].tolist(), found.sizes.tolist()) == ([0], [1.0])
+
+
+def test_a_checkpoint_of_another_schedule_or_seed_is_not_resumed(workspace: Any) -> None:
+    keys = {"save_strategy": "steps", "save_steps": 3, "component_name": "odm"}
+    workspace.run("train", mix(workspace, "first", **keys, update_step=2, update_times=-1))
+    shutil.rmtree(workspace.folder / "out" / "first" / "checkpoint-6")
+    with pytest.raises(MismatchError, match="its shares were set at step 2, where this run sets none"):
+        workspace.run("train", mix(workspace, "first", **keys, update_step=3, update_times=-1))
+    with pytest.raises(MismatchError, match="found seed 42, this run has 7"):
+        workspace.run("train", mix(workspace, "first", **keys, update_step=2, update_times=-1, seed=7))
+
+
+def test_a_finished_run_that_is_run_again_says_the_same(workspace: Any) -> None:
+    path = mix(workspace, "again", save_strategy="steps", save_steps=6, component_name="uniform")
+    first = workspace.run("train", path)
+    assert workspace.run("train", path)["realised_rows"] == first["realised_rows"]
+    assert sum(first["realised_rows"].values()) == 24
+
+
+def test_an_epoch_is_a_pass_over_the_data(workspace: Any) -> None:
+    keys = {"save_strategy": "epoch", "num_train_epochs": 2.0, "train_step": None}
+    workspace.run("train", mix(workspace, "epochs", component_name="uniform", **keys))
+    found = sorted(path.name for path in (workspace.folder / "out" / "epochs").glob("checkpoint-*"))
+    assert found == ["checkpoint-12", "checkpoint-6"]
+
+
+def test_nothing_to_train_on_is_an_error(workspace: Any) -> None:
+    section = {"mixture": {"exhausted": "stop", "passes": 0.125}}
+    with pytest.raises(CoverageError, match="the domains with a share are used up after 3 rows, at step 0"):
+        workspace.run("train", mix(workspace, "nothing", component_name="uniform", dataflex=section))

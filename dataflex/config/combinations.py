@@ -63,6 +63,7 @@ class Combinations:
             for key in ("packing", "neat_packing"):
                 self._refuse_if_set(key, "A packed block in stage sft mixes examples, so a row is no example any more")
         self._refuse_if_set("streaming", "Rows of a stream cannot be chosen by position")
+        self._refuse_if_set("fsdp", "There are no values of single examples under FSDP; use DDP or DeepSpeed")
         self._refuse_if_set("auto_find_batch_size", "The rows of a round are decided for one batch size")
         for key in ("use_mca", "use_kt", "use_hyper_parallel"):
             self._refuse_if_set(key, "This backend has a training loop of its own, which asks no selector")
@@ -120,7 +121,6 @@ class Combinations:
     def check_features(self) -> None:
         """Refuse models that features cannot be computed of."""
         self._refuse_if_set("use_unsloth", "It replaces the model's forward pass, which features are computed by")
-        self._refuse_if_set("fsdp", "There are no per-example features of an FSDP-sharded model; use DDP or DeepSpeed")
         self._refuse_if_set("mixture_of_depths", "Which tokens a layer sees depends on the other rows of the batch")
 
     def check_base(self) -> None:

@@ -87,7 +87,8 @@ class Mixture(_Keys):
         "rows", description="what proportions are shares of; tokens: by the mean length of a domain's rows"
     )
     draws: Literal["greedy", "random"] | None = Field(
-        None, description="greedy: shares exact to one row at any time; random: independent draws; default: the mixer's"
+        None,
+        description="greedy: within a few rows of the shares; random: independent draws; default: the mixer's",
     )
     exhausted: Literal["cycle", "renormalise", "stop"] = Field(
         "cycle",

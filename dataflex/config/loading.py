@@ -14,7 +14,7 @@ from dataflex.config.component import Asked, Component, component, find_file, re
 from dataflex.config.files import check_files
 from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import fault, known_keys
-from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule
+from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule, watches
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
@@ -62,7 +62,7 @@ class _Loading:
         found, weighter = self._components(flat, section, llamafactory.get("output_dir"))
         if flat.train_type == "dynamic_mix":
             schedule = mixing_schedule(flat, epochs, found.cls if found else None)
-            weighs = weighter is not None or getattr(found.cls if found else None, "watches", False)
+            weighs = weighter is not None or (found is not None and watches(found.cls))
             self.notes += check_mixing(flat, llamafactory, found, weighs, self.origin, self.problems)
         self._cross_check(flat, llamafactory, stage, schedule, found, weighter, section)
         check_files(llamafactory, self.origin, self.problems)
@@ -230,7 +230,7 @@ class _Loading:
         if (
             flat.train_type == "dynamic_weight"
             or weighter is not None
-            or getattr(found and found.cls, "watches", False)
+            or (flat.train_type == "dynamic_mix" and found is not None and watches(found.cls))
         ):
             check.check_losses()
         if any(need.of == "targets" for need in needs) or any(

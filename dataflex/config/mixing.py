@@ -18,6 +18,11 @@ CONSTANT = 1000
 _RULES = ("stratified", "uniform")
 
 
+def watches(mixer: Any) -> bool:
+    """Say whether a mixer's class has the losses of the training watched or weighted: all of the documented kind do."""
+    return bool(getattr(mixer, "watches", not hasattr(mixer, "Params"))) or hasattr(mixer, "loss_form")
+
+
 def mixer_asked(flat: FlatKeys, asked: Asked, notes: list[str]) -> Asked:
     """Return the mixer that `component_name`, `static_mix` and `mixture_sample_rule` name together."""
     rule = flat.mixture_sample_rule
@@ -63,6 +68,9 @@ def check_mixing(
             problems.add(origin, "init_mixture_proportions", expected, list(shares))
         elif min(shares) < 0 or not np.isfinite(shares).all() or sum(shares) <= 0:
             problems.add(origin, "init_mixture_proportions", "numbers of 0 or more, not all 0", list(shares))
+        elif mixer is not None and getattr(mixer.cls, "needs_every_domain", False) and min(shares) == 0:
+            expected = f"more than 0 for every domain, as {mixer.name} compares all of them"
+            problems.add(origin, "init_mixture_proportions", expected, list(shares))
     name = mixer.name if mixer else None
     if flat.mixture_sample_rule in _RULES and name not in (None, flat.mixture_sample_rule):
         why = f"{flat.mixture_sample_rule} would take no notice of the mixer {name}. Set mixture, or leave it out"

@@ -154,13 +154,15 @@ class NativeMixer(ABC):
     Attributes:
         watches: whether it looks at `MixContext.statistics`.
         interval: `update_step` where the run file gives none; 0: the proportions never change.
-        draws: how rows are dealt to the proportions by default: `greedy` (no randomness, shares exact to one row) or
-            `random` (independent draws, which a bandit's estimates assume).
+        needs_every_domain: whether each domain must have a share from the start.
+        draws: how rows are dealt to the proportions by default: `greedy` (no randomness, near the shares at any
+            time) or `random` (independent draws, which a bandit's estimates assume).
         whole_batches: whether all rows of a micro-batch come from one domain.
     """
 
     watches: ClassVar[bool] = False
     interval: ClassVar[int] = 0
+    needs_every_domain: ClassVar[bool] = False
     draws: ClassVar[Literal["greedy", "random"]] = "greedy"
 
     def __init__(self, params: Any):

@@ -39,6 +39,7 @@ class Doremi(NativeMixer):
 
     watches = True
     interval = 1
+    needs_every_domain = True
     draws = "greedy"
 
     class Params(MixerParams):

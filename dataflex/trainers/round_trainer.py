@@ -57,7 +57,7 @@ class RoundTrainer(DataflexTrainer):
         args.ignore_data_skip = True  # the loader starts at the step itself
         self.rounds = director.schedule.rounds(rows=len(row_sets.train), batch=batch)
         super().__init__(director=director, row_sets=row_sets, model_args=model_args, **kwargs)
-        self.add_callback(_EpochShown(director.schedule.flex_steps(rows=len(row_sets.train), batch=batch)))
+        self.add_callback(_EpochShown(director.schedule.shown_epoch(len(row_sets.train), batch)))
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of the whole run."""
@@ -70,6 +70,8 @@ class RoundTrainer(DataflexTrainer):
         if decided is None:
             self.control.should_training_stop = True
             self._stopped = self.director.interrupts
+        elif decided.round.steps < round.steps:  # the last one: Transformers ends, saves and evaluates as ever
+            self.state.max_steps = decided.round.first_step + decided.round.steps
         return decided
 
     def learning_rates(self, first: int, steps: int) -> list[float] | None:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 
 from dataflex.draws import generator
-from dataflex.errors import CoverageError
 
 _BLOCK = 1024  # slots whose random numbers are drawn together
 
@@ -35,9 +34,9 @@ class Exhaustion:
 class MixtureStream:
     """Deals rows to slots, and goes on where it stopped.
 
-    Greedy draws follow the cumulative proportions: the slot goes to the domain that is furthest behind its share, so
-    every share is exact to one slot at any time, also when proportions change (as Megatron-LM assigns blended datasets,
-    with moving weights). Random draws take domain i with its probability, by a number that belongs to the slot.
+    Greedy draws follow the cumulative proportions: the slot goes to the domain that is furthest behind its share, so a
+    domain stays within about ln K slots of its share at any time (as Megatron-LM assigns blended datasets, here with
+    moving weights). Random draws take domain i with its probability, by a number that belongs to the slot.
 
     Args:
         names: (K,) of the domains; an order of rows belongs to its domain's name.
@@ -58,7 +57,7 @@ class MixtureStream:
         exhaustion: Exhaustion = Exhaustion(),
     ):
         self.names, self._members, self._seed = tuple(names), [np.asarray(m, np.int64) for m in members], seed
-        self._draws, self._group, self._exhaustion = draws, group, exhaustion
+        self._draws, self.group, self._exhaustion = draws, group, exhaustion
         limit = exhaustion.passes
         self._limits = np.array([np.inf if limit is None else int(limit * len(m)) for m in self._members])
         self.served = np.zeros(len(self.names), np.int64)
@@ -70,35 +69,38 @@ class MixtureStream:
     @property
     def room(self) -> float:
         """Rows that can be dealt from the start on, infinite without a limit."""
-        return float(self._limits.sum())
+        return float((self._limits // self.group * self.group).sum())
 
     def take(self, proportions: np.ndarray, rows: int) -> np.ndarray:
-        """Return the next rows, (rows,) int64; fewer, a whole number of slots, where the policy is to stop.
+        """Return the next rows, (rows,) int64; fewer, a whole number of slots, where the domains are used up.
 
         Args:
             proportions: (K,) shares of slots; a domain with 0 is not drawn.
             rows: how many, a multiple of the rows of a slot.
-
-        Raises:
-            CoverageError: no domain that has a share is left.
         """
-        taken = []
-        for _ in range(rows // self._group):
-            is_left = self.served + self._group <= self._limits
-            if self._exhaustion.policy == "stop":
-                is_left[:] = True
-            shares = np.where(is_left, proportions, 0.0)
-            if shares.sum() <= 0:
-                raise CoverageError(
-                    f"every domain with a share has been passed through {self._exhaustion.passes:g} times after "
-                    f"{int(self.served.sum())} rows; allow more passes, set dataflex.mixture.exhausted: cycle, or "
-                    "train for fewer steps"
-                )
-            domain = self._choose(shares / shares.sum())
-            if self.served[domain] + self._group > self._limits[domain]:
+        taken: list[np.ndarray] = []
+        shares = self._shares(proportions)
+        for _ in range(rows // self.group):
+            if not shares.any():
+                break
+            domain = self._choose(shares)
+            if not self._has_room[domain]:
                 break
             taken.append(self._next(domain))
+            if not self._has_room[domain]:
+                shares = self._shares(proportions)
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
+
+    @property
+    def _has_room(self) -> np.ndarray:
+        """(K,) bool, domains that can fill another slot."""
+        return self.served + self.group <= self._limits
+
+    def _shares(self, proportions: np.ndarray) -> np.ndarray:
+        """Return the shares of the domains that can be drawn, summing to 1, or zeros; `stop` draws used-up ones too."""
+        shares = proportions if self._exhaustion.policy == "stop" else np.where(self._has_room, proportions, 0.0)
+        total = shares.sum()
+        return shares / total if total > 0 else np.zeros_like(shares)
 
     def _choose(self, shares: np.ndarray) -> int:
         """Return the domain of the next slot."""
@@ -122,13 +124,9 @@ class MixtureStream:
     def _next(self, domain: int) -> np.ndarray:
         """Return the next rows of a domain: a permutation for each pass."""
         members, start = self._members[domain], int(self.served[domain])
-        self.served[domain] += self._group
-        positions = np.arange(start, start + self._group)
-        found = np.empty(self._group, np.int64)
-        for number in np.unique(positions // len(members)).tolist():
-            at = positions // len(members) == number
-            found[at] = members[self._order(domain, number)[positions[at] % len(members)]]
-        return found
+        self.served[domain] += self.group
+        turns = (divmod(at, len(members)) for at in range(start, start + self.group))
+        return np.array([members[self._order(domain, number)[at]] for number, at in turns])
 
     def _order(self, domain: int, number: int) -> np.ndarray:
         """Return the order of a domain's pass; the last one is kept."""

@@ -66,7 +66,9 @@ class Weighter:
                 loss = ctx.loss_by(weigh, model, inputs)
             else:
                 loss = ctx.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        loss = loss / ctx.args.gradient_accumulation_steps
+        # The last step of an epoch may have fewer micro-batches; the plain loss is divided as its items were.
+        parts = ctx.current_gradient_accumulation_steps if use_weighter else ctx.args.gradient_accumulation_steps
+        loss = loss / parts
         ctx.accelerator.backward(loss)
         return loss.detach()  # type: ignore[no-any-return]
 
