@@ -2,7 +2,8 @@
 
 A plain step is the sum over its tokens of loss / N, N the supervised tokens that Transformers counts. Here every
 example has a factor on its tokens: 1 everywhere gives the plain step, whatever the batch size, the accumulation and the
-number of processes. Losses are those of the training forward; within a step nothing is synchronised with the host.
+number of processes. Losses are those of the training forward; within a step nothing is synchronised with the host, but
+for a reference's losses that are read from memory.
 """
 
 from __future__ import annotations
