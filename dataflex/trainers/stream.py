@@ -69,7 +69,7 @@ class MixtureStream:
     @property
     def room(self) -> float:
         """Rows that can be dealt from the start on, infinite without a limit."""
-        return float((self._limits // self.group * self.group).sum())
+        return float((np.floor(self._limits / self.group) * self.group).sum())
 
     def take(self, proportions: np.ndarray, rows: int) -> np.ndarray:
         """Return the next rows, (rows,) int64; fewer, a whole number of slots, where the domains are used up.
