@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_processes import TWO, dataflex
+from tests.test_processes import TWO, dataflex, sharding
 
 NAMES = "target_words,target_records,target_arithmetic"
 
@@ -23,18 +23,10 @@ def losses(workspace: Any, name: str) -> list[float]:
 @pytest.mark.timeout(900)  # DeepSpeed compiles its communication first
 @pytest.mark.parametrize("stage", [2, 3])
 def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int) -> None:
-    config = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    }
-    (workspace.folder / "ds.json").write_text(json.dumps(config))
     once: dict[str, Any] = {"dataset": NAMES, "eval_dataset": None, "lora_dropout": 0.0, "save_strategy": "no"}
     once |= {"warmup_step": None, "update_step": None, "update_times": None, "disable_shuffling": True}
     once |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": None}
-    sharded = {"deepspeed": str(workspace.folder / "ds.json"), "use_cpu": None}
+    sharded = {"deepspeed": sharding(workspace, stage), "use_cpu": None}
 
     def write(name: str, **keys: Any) -> Path:
         return workspace.write(name, **{**once, **keys})  # type: ignore[no-any-return]

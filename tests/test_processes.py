@@ -31,7 +31,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
-    command = [sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides]
+    launch([sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides], **env)
+
+
+def launch(command: list[str], **env: str) -> None:
+    """Run a command that starts processes of its own; what it said is shown if it fails."""
     with tempfile.TemporaryFile("w+") as log:
         # A session of its own, so that a launcher that hangs can be ended together with its workers.
         process = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log, start_new_session=True)
@@ -44,6 +48,20 @@ def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
             log.seek(0)
             said = log.read()
     assert status == 0, said[-4000:]
+
+
+def sharding(workspace: Any, stage: int) -> str:
+    """Write a DeepSpeed configuration of a ZeRO stage and return its path."""
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    path = workspace.folder / "ds.json"
+    path.write_text(json.dumps(config))
+    return str(path)
 
 
 TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
@@ -161,16 +179,9 @@ def test_every_way_of_choosing_is_the_same_with_two_processes(workspace: Any) ->
 @pytest.mark.parametrize("stage", [2, 3])
 def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage: int) -> None:
     """Each row's own gradient, not the mean over ranks: equal to one process's at the state that DeepSpeed reached."""
-    config = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    }
-    (workspace.folder / "ds.json").write_text(json.dumps(config))
+    config = sharding(workspace, stage)
     section = {"store": str(workspace.folder / "sharded"), "params": {"proj_dim": 256}, "storage": "float32"}
-    keys = {"deepspeed": str(workspace.folder / "ds.json"), "use_cpu": None, "dataflex": section, "lora_dropout": 0.0}
+    keys = {"deepspeed": config, "use_cpu": None, "dataflex": section, "lora_dropout": 0.0}
     run = workspace.write("sharded", per_device_train_batch_size=1, **keys)
     dataflex("train", run, "update_times=1", **TWO, DS_ACCELERATOR="cpu")
     checkpoint = workspace.folder / "out" / "sharded" / "checkpoint-3"

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +28,7 @@ from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.base import Group, NativeWeighter
 from dataflex.weighters.feature import ByFeature
 from dataflex.weighters.loss import ByLoss
+from tests.test_processes import launch
 
 SHARP = {"temperature": 0.2}
 TEXT = {"stage": "pt", "template": None, "dataset": "text"}
@@ -461,22 +458,8 @@ def test_two_processes_weigh_as_one(workspace):
         files.append(weigh(workspace, f"two-{name}", method, params, eval_dataset="target_words", **shaped((1, 2))))
     script = workspace.folder / "several.py"
     script.write_text(SEVERAL)
-    from tests.test_processes import environment
-
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    command += map(str, files)
-    with tempfile.TemporaryFile("w+") as log:
-        # A session of its own, so that a launcher that hangs can be ended together with its workers.
-        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
-        try:
-            status = process.wait(240)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            log.seek(0)
-            said = log.read()
-    assert status == 0, said[-4000:]
+    launch([*command, *map(str, files)])
     assert_same(workspace, "plain-True", "equal-True")
     assert_same(workspace, "plain-False", "equal-False")
     assert difference(workspace, "plain-True", "plain-False") > 1e-4

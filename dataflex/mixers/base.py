@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -216,12 +216,6 @@ class NativeMixer(ABC):
     def outcome(self) -> np.ndarray | None:
         """Return the proportions that a later run should take, (K,), if that is what the method is for."""
         return None
-
-
-class MixtureManager(Protocol):
-    """What a mixer of the documented kind is given as `mixture_manager`."""
-
-    names: list[str]
 
 
 class Mixer(ABC):
