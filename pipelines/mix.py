@@ -112,11 +112,12 @@ class MixDirector:
         self._count(round.first_step)
         if round.kind == "warmup":
             self._proportions = self.initial
+            self._log(round)
         else:
             self._proportions = self._mixed(round)
             self._update += 1
+            self._log(round)
             self._pending = Statistics.zeros(len(self.domains))
-        self._log(round)
 
     def _mixed(self, round: Round) -> np.ndarray:
         """Ask the mixer for proportions. Collective."""
@@ -222,7 +223,8 @@ class MixDirector:
         if watches or factors:
             # Where a step's losses are seen before it is trained on, they are not seen again.
             observers = [self._observer] if watches and before is None else []
-            trainer.weighing = Weighing(factors, observers, wants_states, acts_from)
+            prefetch = getattr(reference, "prefetch", None)
+            trainer.weighing = Weighing(factors, observers, wants_states, acts_from, prefetch)
 
     def _ahead(self, batches: Sequence[MicroBatch]) -> None:
         """Move the mixer's weights by a step's losses before the step is trained on. Collective."""
@@ -305,8 +307,11 @@ class MixDirector:
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write what came out: proportions for a later run, and the shares that were realised."""
         self._count(trainer.state.global_step)
-        if self.is_native and self._pending.steps and hasattr(self.mixer, "loss_form"):
-            self._mixed(Round(-1, "update", trainer.state.global_step, 0, 0, 0))
+        if self.is_native and hasattr(self.mixer, "loss_form"):  # what comes out counts the last step as well
+            end = Round(-1, "update", trainer.state.global_step, 0, 0, 0)
+            if self._pending.steps:
+                self._mixed(end)
+            self._log(end)
         if self._round is not None:  # it may have been broken off: what was drawn behind that step was not trained on
             trained = trainer.state.global_step - self._round.first_step
             self._stream.restore(self._at_round)
@@ -347,6 +352,11 @@ class MixDirector:
             "proportions": named(names, self._proportions),
             "rows_before": named(names, self._stream.served),
         }
+        if self._pending.steps:
+            mean = self._pending.mean_loss.tolist()
+            line["loss"] = {name: None if np.isnan(x) else x for name, x in zip(names, mean, strict=True)}
+            line["tokens"] = named(names, self._pending.tokens)
+            line["nonfinite_tokens"] = named(names, self._pending.nonfinite)
         for key, value in (self.mixer.record() if self.is_native else {}).items():
             is_by_domain = isinstance(value, list) and len(value) == len(names)
             line[key] = named(names, value) if is_by_domain else value

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def check_reference(run: Run) -> str | None:
 class StoredReference:
     """Losses by row in one file that is mapped into memory; one process of each node writes it from the store.
 
-    A row that the reference gave no finite loss has NaN for all of its tokens.
+    A row that the reference gave no finite loss has NaN for all of its tokens. A step's rows are read before its first
+    micro-batch, so that none waits for the device.
 
     Args:
         view: of the training rows' token losses.
@@ -84,12 +86,20 @@ class StoredReference:
         found = distributed.gather(folder)[distributed.rank() - distributed.local_rank()]
         assert found is not None
         self._losses = np.load(Path(found) / "losses.npy", mmap_mode="r")
+        self._ready: deque[Tensor] = deque()
+
+    def prefetch(self, rows: Sequence[Tensor]) -> None:
+        """Read the losses of a step's micro-batches, of rows (B,) each."""
+        found = torch.from_numpy(np.asarray(self._losses[torch.cat(list(rows)).cpu().numpy()], dtype=np.float32))
+        if self._device.type == "cuda":
+            found = found.pin_memory()
+        self._ready = deque(found.to(self._device, non_blocking=True).split([len(some) for some in rows]))
 
     def __call__(self, batch: MicroBatch) -> Tensor:
-        """Return the losses (B, T) of a batch whose rows begin at its first column."""
+        """Return the losses (B, T) of the next micro-batch, whose rows begin at its first column."""
         width = batch.losses.shape[1]
-        found = np.asarray(self._losses[batch.rows.cpu().numpy(), :width], dtype=np.float32)
-        return torch.nn.functional.pad(torch.from_numpy(found).to(self._device), (0, width - found.shape[1]))
+        found = self._ready.popleft()[:, :width]
+        return torch.nn.functional.pad(found, (0, width - found.shape[1]))
 
 
 class LiveReference:

@@ -73,7 +73,7 @@ class ExpertLoads:
         names: (K,) of the domains.
 
     Raises:
-        ConfigError: the model's experts are unknown, or the held-out datasets do not fit the domains.
+        ConfigError: the model's experts are unknown.
     """
 
     def __init__(self, run: Run, settings: Any, members: Sequence[np.ndarray], names: Sequence[str]):
@@ -95,12 +95,6 @@ class ExpertLoads:
         held_out = None if named is None else [name.strip() for name in named.split(",")]
         if set(called := [f"{name}_eval" for name in names]) == set(held_out or []):
             held_out = called
-        missing = [name for name in held_out or [] if name not in run.targets]
-        if held_out is not None and (len(held_out) != len(names) or missing):
-            raise ConfigError(
-                f"mixer_eval_dataset: found {', '.join(held_out)}; expected {len(names)} datasets of eval_dataset, one "
-                f"for each of {', '.join(names)} in this order"
-            )
         self._examples = []
         for i, (name, rows) in enumerate(zip(names, members, strict=True)):
             if held_out is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import distributed
-from dataflex.errors import MismatchError
+from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.anchors import Anchors
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
@@ -84,11 +84,25 @@ class WeightDirector:
 
 
 def weighter_factor(run: Run, weighter: NativeWeighter, acts_from: int) -> ByWeighter:
-    """Bring about what a weighter asks for, and return it as a factor of the loss. Collective."""
+    """Bring about what a weighter asks for, and return it as a factor of the loss. Collective.
+
+    Raises:
+        ConfigError: it compares examples, and there is never more than one.
+    """
+    args = run.trainer.args
+    is_batch = weighter.params.normalisation == "batch"
+    parts = args.gradient_accumulation_steps if is_batch else 1
+    if weighter.compares and args.per_device_train_batch_size * distributed.world() * parts == 1:
+        held = "optimizer steps" if is_batch else "micro-batches"
+        raise ConfigError(
+            f"weighter: found {held} of one example, whose weight would always be that of the plain loss; expected two "
+            "or more to be compared. Raise per_device_train_batch_size, or set gradient_accumulation_steps and "
+            "normalisation: batch"
+        )
     found = {}
     for need in weighter.needs():
         (store,) = run.access.ensure([need.spec], run.rows, need.state)
         found[need] = run.access.view(need.spec, run.rows, store)
     weighter.prepare(found, rows=run.rows)
     before = Anchors(run, weighter) if isinstance(weighter, Adapt) else None
-    return ByWeighter(weighter, run.trainer.args.per_device_train_batch_size, acts_from, before)
+    return ByWeighter(weighter, args.per_device_train_batch_size, acts_from, before)

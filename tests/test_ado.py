@@ -237,8 +237,19 @@ def test_what_was_drawn_of_late_forgets_by_the_step() -> None:
 def test_no_signal_is_an_error() -> None:
     run = Run()
     run()
-    with pytest.raises(DataflexError, match="no finite loss of any domain over 1 steps"):
+    with pytest.raises(DataflexError, match="no loss of any domain over 1 steps"):
         run.mix(replace(Statistics.zeros(3), steps=1))
+
+
+def test_a_step_of_losses_that_are_not_finite_changes_nothing() -> None:
+    run = Run()
+    for _ in range(130):
+        before = run()
+    state = run.mixer.state()
+    found = run.mix(replace(Statistics.zeros(3), steps=1, nonfinite=np.array([4.0, 3.0, 0.0])))
+    assert found == before != run.initial.tolist()
+    assert run.mixer.state() == state
+    assert run()
 
 
 @pytest.mark.parametrize("cut", [0, 1, 15, 57, 119, 121, 140])

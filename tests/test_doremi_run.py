@@ -20,6 +20,7 @@ from dataflex.pipelines.reference import _check_vocabulary
 from dataflex.trainers.micro_batch import MicroBatch
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.trainer import DataflexTrainer
+from tests.test_processes import TWO, dataflex
 
 DOMAINS = ("words", "sums", "lists")
 EPS = 1e-3
@@ -181,7 +182,7 @@ def logged(space: Any, name: str) -> list[dict[str, Any]]:
 
 
 def history(space: Any, name: str) -> np.ndarray:
-    """(steps, K) alpha in force at each step, as the run wrote it."""
+    """(steps + 1, K) alpha in force at each step, and after the last, as the run wrote it."""
     return np.array([[line["alpha"][name] for name in DOMAINS] for line in logged(space, name)])
 
 
@@ -239,7 +240,7 @@ def test_a_proxy_run_is_the_method_in_plain_loops(space: Any, seen: Seen, batch:
     summary = space.run("train", proxy(space, name, keys))
     assert (summary["computed"], summary["reused"], summary["tokens"]) == (0, 24, 0)
     expected = alphas(seen, token_losses(space.folder / "out" / "reference"), accumulation)
-    np.testing.assert_allclose(history(space, name), expected[:-1], rtol=1e-5)
+    np.testing.assert_allclose(history(space, name), expected, rtol=1e-5)
     np.testing.assert_allclose(outcome(space, name), np.mean(expected[1:], axis=0), rtol=1e-5)
     assert np.ptp(expected[-1]) > 0.02
     assert {tuple(line["proportions"].values()) for line in logged(space, name)} == {(1 / 3,) * 3}
@@ -290,7 +291,7 @@ def test_the_official_loss_divides_by_what_is_drawn(space: Any, seen: Seen) -> N
         "train", proxy(space, "official", {"init_mixture_proportions": drawn}, loss="official", average="official")
     )
     expected = alphas(seen, token_losses(space.folder / "out" / "reference"), 1)
-    np.testing.assert_allclose(history(space, "official"), expected[:-1], rtol=1e-5)
+    np.testing.assert_allclose(history(space, "official"), expected, rtol=1e-5)
     np.testing.assert_allclose(outcome(space, "official"), np.mean(expected, axis=0), rtol=1e-5)
     for step in (0, 3):
         weights = [a / p for a, p in zip(expected[step], drawn, strict=True)]
@@ -303,7 +304,7 @@ def test_exact_weighs_a_step_by_its_own_losses(space: Any, seen: Seen) -> None:
     space.run("train", proxy(space, "exact", keys, exact=True))
     assert seen.calls == len(seen.trained)  # seen once, ahead
     expected = alphas(seen, token_losses(space.folder / "out" / "reference"), 2)
-    np.testing.assert_allclose(history(space, "exact"), expected[:-1], rtol=1e-5)
+    np.testing.assert_allclose(history(space, "exact"), expected, rtol=1e-5)
     np.testing.assert_allclose(outcome(space, "exact"), np.mean(expected[1:], axis=0), rtol=1e-5)
     for step in (0, 3):
         assert_close(seen.grads[step], gradient(space, seen, step, "paper", expected[step + 1]), 2e-5)
@@ -333,6 +334,24 @@ def test_a_live_reference_equals_the_stored_one(space: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("reference", "exact"), [("stored", False), ("live", True)])
+def test_two_processes_come_to_the_weights_of_one(space: Any, reference: str, exact: bool) -> None:
+    """They compute the reference's losses as well, into a store of their own."""
+    name = f"{reference}-{exact}"
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    space.run("train", proxy(space, f"one-{name}", keys, reference=reference, exact=exact))
+    keys = keys | {"gradient_accumulation_steps": 1}
+    store = f"dataflex.store={space.folder / f'store-{name}'}"
+    dataflex("train", proxy(space, f"two-{name}", keys, reference=reference, exact=exact), store, **TWO)
+    np.testing.assert_allclose(history(space, f"two-{name}"), history(space, f"one-{name}"), rtol=1e-5)
+    np.testing.assert_allclose(outcome(space, f"two-{name}"), outcome(space, f"one-{name}"), rtol=1e-5)
+    one, two = space.weights(f"one-{name}"), space.weights(f"two-{name}")
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
 def test_an_adapter_is_a_live_reference(space: Any, seen: Seen) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -351,7 +370,7 @@ def test_an_adapter_is_a_live_reference(space: Any, seen: Seen) -> None:
     keys = {"train_step": 2}
     space.run("train", proxy(space, "beside", keys, reference_model_path=str(folder), reference="live"))
     expected = alphas(seen, token_losses(merged), 1)
-    np.testing.assert_allclose(history(space, "beside"), expected[:-1], rtol=1e-5)
+    np.testing.assert_allclose(history(space, "beside"), expected, rtol=1e-5)
     assert np.ptp(expected[1]) > 1e-3
 
 
@@ -419,7 +438,7 @@ def test_what_the_reference_has_no_loss_of_is_left_out(space: Any, seen: Seen, r
     expected = alphas(seen, by_row if reference == "stored" else by_token, 1)
     assert np.isfinite(expected).all()
     assert np.ptp(expected[-1]) > 1e-3
-    np.testing.assert_allclose(history(space, f"nan-{reference}"), expected[:-1], rtol=1e-5)
+    np.testing.assert_allclose(history(space, f"nan-{reference}"), expected, rtol=1e-5)
     np.testing.assert_allclose(outcome(space, f"nan-{reference}"), np.mean(expected[1:], axis=0), rtol=1e-5)
     assert any(not np.isfinite(by_token(tokens)).all() for _, _, tokens, _ in seen.rows)
 

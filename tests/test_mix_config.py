@@ -44,6 +44,10 @@ def problems(base: str, changes: str) -> str:
         ("enable_liger_kernel: true", "Its fused loss hides the logits"),
         ("label_smoothing_factor: 0.1", "another loss than the one that is watched and weighted"),
         ("mixer_eval_dataset: target", "expected it with component_name: dynamic_moe alone"),
+        (
+            "component_name: dynamic_moe\nmixer_eval_dataset: target",
+            "mixer_eval_dataset: found 'target'; expected 2 datasets of eval_dataset, one for each of pool, target",
+        ),
         ("max_steps: 5", "Set train_step: 5, which takes its place under dynamic_mix"),
         ("dataflex: {mixture: {passes: 2}}", "exhausted: renormalise or stop beside passes"),
         ("dataflex: {params: {min_exploration_rate: 0.5}}", "min_exploration_rate: found 0.5 for 2 domains"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,12 @@ def test_static_in_order_by_name_from_a_file_or_from_the_run(tmp_path: Path) -> 
         path = tmp_path / f"{number}.json"
         path.write_text(json.dumps(content))
         assert mixed(Static, proportions=str(path)) == expected
-        assert Static(Static.Params(proportions=str(path))).check(NAMES[:4]) == []
+        assert Static(Static.Params(proportions=str(path))).check(NAMES[:4], "rows") == []
+    path.write_text(json.dumps({"proportions": by_name, "unit": "tokens"}))
+    in_tokens = replace(context().domains, unit="tokens")
+    with pytest.raises(ConfigError, match="found shares of tokens; the run's are of rows"):
+        mixed(Static, proportions=str(path))
+    assert mixed(Static, replace(context(), domains=in_tokens), proportions=str(path)) == expected
     assert mixed(Static, context(initial=(0.7, 0.1, 0.1, 0.1))) == [0.7, 0.1, 0.1, 0.1]
     assert mixed(Static, proportions=[0, 0, 1, 0]) == [0, 0, 1, 0]
 
@@ -145,7 +151,7 @@ def test_static_in_order_by_name_from_a_file_or_from_the_run(tmp_path: Path) -> 
 def test_static_says_what_does_not_fit(proportions: Any, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         mixed(Static, proportions=proportions)
-    assert len(Static(Static.Params(proportions=proportions)).check(NAMES[:4])) == 1
+    assert len(Static(Static.Params(proportions=proportions)).check(NAMES[:4], "rows")) == 1
 
 
 @pytest.mark.parametrize(

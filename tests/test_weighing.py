@@ -261,12 +261,33 @@ def test_a_step_of_the_loss_weighter_equals_loops(workspace, batches, scope, red
     alone = Alone(workspace.tiny.model)
     loss = expected_loss(alone, examples(batches), lambda losses: linupper(losses, 0.2), scope, reduction)
     assert logged(workspace, "one") == pytest.approx([float(loss.detach())], rel=1e-5)
+    means = [[float(alone.losses(*one).detach().mean()) for one in batch] for batch in examples(batches)]
+    groups = [linupper(m, 0.2) for m in (means if scope == "micro_batch" else [[m for batch in means for m in batch]])]
+    spread = {
+        "weight_mean": 1.0,
+        "weight_max": max(max(group) for group in groups),
+        "weight_ess": float(np.mean([sum(g) ** 2 / sum(w * w for w in g) / len(g) for g in groups])),
+    }
+    assert spread["weight_ess"] < 0.9
+    for key, value in spread.items():
+        assert logged(workspace, "one", key) == pytest.approx([value], rel=1e-5)
     expected, found = alone.gradient(loss), step_taken(workspace, "one", 4.0)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
     others = {("micro_batch", "token"), ("micro_batch", "example"), ("batch", "token"), ("batch", "example")}
     for other in others - {(scope, reduction)}:  # so that a mistaken scope or reduction would be seen
         wrong = expected_loss(alone, examples(batches), lambda losses: linupper(losses, 0.2), *other)
         assert float((found - alone.gradient(wrong)).norm() / expected.norm()) > 1e-2
+
+
+def test_an_example_alone_cannot_be_compared(workspace):
+    """Its weight would be 1 whatever the method: an error, and not a plain run under another name."""
+    keys = shaped((1, 2))
+    with pytest.raises(ConfigError, match="found micro-batches of one example"):
+        workspace.run("train", weigh(workspace, "alone", "loss", **keys))
+    with pytest.raises(ConfigError, match="found optimizer steps of one example"):
+        workspace.run("train", weigh(workspace, "alone", "loss", {"normalisation": "batch"}, **shaped((1, 1))))
+    workspace.run("train", weigh(workspace, "pair", "loss", {"normalisation": "batch"}, **keys))
+    assert max(logged(workspace, "pair", "weight_max")) > 1.1
 
 
 def test_a_step_of_adapt_equals_loops(workspace, batches):

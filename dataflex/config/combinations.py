@@ -108,10 +108,10 @@ class Combinations:
             self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
 
     def check_targets(self) -> None:
-        """Require rows to select towards."""
+        """Require rows that training rows are held against."""
         has_split = bool(self._values.get("val_size"))
         if self._values.get("eval_dataset") is None and not has_split:
-            why = "The method selects towards these rows"
+            why = "The method holds training rows against these"
             self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
         if self._values.get("eval_dataset") is not None and has_split:
             self._refuse("val_size", "nothing beside eval_dataset", "LLaMA-Factory takes one of the two")

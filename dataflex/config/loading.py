@@ -63,7 +63,9 @@ class _Loading:
         if flat.train_type == "dynamic_mix":
             schedule = mixing_schedule(flat, epochs, found.cls if found else None)
             weighs = weighter is not None or (found is not None and watches(found.cls))
-            self.notes += check_mixing(flat, llamafactory, found, weighs, self.origin, self.problems)
+            self.notes += check_mixing(
+                flat, llamafactory, found, section.mixture.unit, weighs, self.origin, self.problems
+            )
         self._cross_check(flat, llamafactory, stage, schedule, found, weighter, section)
         check_files(llamafactory, self.origin, self.problems)
         self.problems.raise_if_any()

@@ -54,6 +54,7 @@ def check_mixing(
     flat: FlatKeys,
     llamafactory: Mapping[str, Any],
     mixer: Component | None,
+    unit: str,
     weighs: bool,
     origin: Origin,
     problems: Problems,
@@ -76,15 +77,22 @@ def check_mixing(
         why = f"{flat.mixture_sample_rule} would take no notice of the mixer {name}. Set mixture, or leave it out"
         problems.add(origin, "mixture_sample_rule", "mixture", flat.mixture_sample_rule, why=why)
     if mixer is not None and hasattr(mixer.cls, "check"):
-        for text in mixer.cls(mixer.params).check(names):
+        for text in mixer.cls(mixer.params).check(names, unit):
             problems.say(origin, "dataflex.params", text)
     for key, right in (("mix_strategy", ("concat",)), ("interleave_probs", ())):
         value = llamafactory.get(key)
         if value is not None and value not in right:
             why = "The mixer sets the shares, and LLaMA-Factory would mix once more"
             problems.add(origin, key, right[0] if right else "it left out", value, why=why)
-    if flat.mixer_eval_dataset is not None and name != "dynamic_moe":
-        problems.add(origin, "mixer_eval_dataset", "it with component_name: dynamic_moe alone", flat.mixer_eval_dataset)
+    if flat.mixer_eval_dataset is not None:
+        held_out = dataset_names({"dataset": flat.mixer_eval_dataset})
+        known = dataset_names({"dataset": llamafactory.get("eval_dataset")})
+        if name != "dynamic_moe":
+            expected = "it with component_name: dynamic_moe alone"
+            problems.add(origin, "mixer_eval_dataset", expected, flat.mixer_eval_dataset)
+        elif len(held_out) != len(names) or not set(held_out) <= set(known):
+            expected = f"{len(names)} datasets of eval_dataset, one for each of {', '.join(names)} in this order"
+            problems.add(origin, "mixer_eval_dataset", expected, flat.mixer_eval_dataset)
     if weighs and llamafactory.get("packing") and llamafactory.get("neat_packing"):
         problems.add(origin, "neat_packing", "false", True, why="Losses of a packed row belong to several examples")
     if flat.update_step and flat.update_times > 0 and "num_train_epochs" in llamafactory and not flat.train_step:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from dataflex.errors import ConfigError, DataflexError
+from dataflex.errors import ConfigError
 from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
 from dataflex.mixers.power_law import PowerLaw, fit
 
@@ -26,9 +26,10 @@ class Ado(NativeMixer):
     `mean_share` of the mean of rho over the run, to which the steps before the first fit count as the prior, and the
     rest of rho itself.
     Source: ADO (arXiv 2410.11820) and its authors' code. Deviations: n and h count supervised tokens; points are means
-    over 10 steps in place of a filtered loss; a point without tokens of a domain is left out, not repeated; the first
-    fit comes `fit_interval` steps after those ignored, when there are points; the code's additional (1 - h)^0.5, which
-    the paper does not have, is left out; a domain too rare to be fitted has the mean speed of the others.
+    over 10 steps in place of a filtered loss; a point without tokens of a domain is left out, not repeated; a step
+    without any finite loss changes nothing; the first fit comes `fit_interval` steps after those ignored, when there
+    are points; the code's additional (1 - h)^0.5, which the paper does not have, is left out; a domain too rare to be
+    fitted has the mean speed of the others.
     """
 
     watches: ClassVar[bool] = True
@@ -56,8 +57,8 @@ class Ado(NativeMixer):
         self._history: list[dict[str, list[Any]]] = []  # n (K,), loss (K,) None where a domain was not seen
         self._preference = np.zeros(0)
 
-    def check(self, names: Sequence[str]) -> list[str]:
-        """Return what is wrong with the parameters for domains of these names."""
+    def check(self, names: Sequence[str], unit: str) -> list[str]:
+        """Return what is wrong with the parameters for domains of these names, whatever the unit."""
         if self.params.floor * len(names) < 1:
             return []
         return [f"floor: found {self.params.floor} for {len(names)} domains; expected less than {1 / len(names):.4g}"]
@@ -67,9 +68,9 @@ class Ado(NativeMixer):
 
         Raises:
             ConfigError: the parameters do not fit the domains.
-            DataflexError: no token had a finite loss since the last update.
+            DataflexError: no token had a loss since the last update.
         """
-        if problems := self.check(context.domains.names):
+        if problems := self.check(context.domains.names, context.domains.unit):
             raise ConfigError("\n".join(problems))
         if not len(self._seen):
             count = len(context.domains)
@@ -77,6 +78,8 @@ class Ado(NativeMixer):
             self._drawn = self._mean = context.initial
         if context.update == 0 and context.statistics.steps == 0:
             return context.initial
+        if not context.statistics.has_losses("ado", context.step):
+            return context.proportions
         self._observe(context)
         if context.step >= max(self._fitted, self.params.ignore_steps) + self.params.fit_interval:
             self._fitted = context.step
@@ -87,12 +90,6 @@ class Ado(NativeMixer):
 
     def _observe(self, context: MixContext) -> None:
         found = context.statistics
-        if not found.seen.any():
-            raise DataflexError(
-                f"ado: found no finite loss of any domain over {found.steps} steps up to step {context.step} "
-                f"({int(found.nonfinite.sum())} tokens were NaN or infinite); expected the training losses of the rows "
-                "drawn. Look at the loss, and at whether the rows have labels"
-            )
         kept = self.params.smoothing**found.steps
         self._drawn = kept * self._drawn + (1 - kept) * found.tokens / found.tokens.sum()
         self._seen = self._seen + found.tokens

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from dataflex.draws import generator
+from dataflex.errors import DataflexError
 from dataflex.features.need import Need
 
 
@@ -100,6 +101,19 @@ class Statistics:
     def seen(self) -> np.ndarray:
         """(K,) bool, domains that have a loss."""
         return self.tokens > 0
+
+    def has_losses(self, mixer: str, step: int) -> bool:
+        """Say whether any loss was finite; without one, `mixer` is to leave out its update before step `step`.
+
+        Raises:
+            DataflexError: there was no loss at all, not even one that was NaN or infinite.
+        """
+        if not self.seen.any() and not self.nonfinite.any():
+            raise DataflexError(
+                f"{mixer}: found no loss of any domain over {self.steps} steps up to step {step}; expected the "
+                "training losses of the rows drawn, which it acts on. Look at whether the rows have labels"
+            )
+        return bool(self.seen.any())
 
     @property
     def mean_loss(self) -> np.ndarray:

@@ -29,7 +29,8 @@ class Odm(NativeMixer):
     `paper` ends close to uniform, since its logarithms are scaled by an exploration rate that vanishes.
     Deviations: a loss above 16 nats counts as 16 in `official`; a domain that was not seen keeps its estimate, and one
     that was never seen has the mean of the others' unless `start` is zeros, where it waits for a draw at the
-    exploration rate; the loss of a domain is the mean over its tokens on all ranks, unless `batches` is single.
+    exploration rate; a step without any finite loss changes nothing; the loss of a domain is the mean over its tokens
+    on all ranks, unless `batches` is single.
     """
 
     watches: ClassVar[bool] = True
@@ -113,8 +114,8 @@ class Odm(NativeMixer):
         """Whether all rows of a micro-batch come from one domain."""
         return bool(self.params.batches == "single")
 
-    def check(self, names: Sequence[str]) -> list[str]:
-        """Return what is wrong with the parameters for domains of these names."""
+    def check(self, names: Sequence[str], unit: str) -> list[str]:
+        """Return what is wrong with the parameters for domains of these names, whatever the unit."""
         problems = weight_problems(self.params.initial_proportions, names, "initial_proportions")
         if isinstance(self.params.initial_losses, dict):
             problems += unknown_names(self.params.initial_losses, names, "initial_losses")
@@ -131,10 +132,10 @@ class Odm(NativeMixer):
 
         Raises:
             ConfigError: the parameters do not fit the domains.
-            DataflexError: no token had a finite loss since the last update, or one of a domain with no share had.
+            DataflexError: no token had a loss since the last update, or one of a domain with no share had.
         """
         names, p = context.domains.names, self.params
-        problems = self.check(names)
+        problems = self.check(names, context.domains.unit)
         if problems:
             raise ConfigError("\n".join(problems))
         arms = self._arms = self._arms or Arms.new(len(names))
@@ -142,6 +143,8 @@ class Odm(NativeMixer):
         initial = context.initial if given is None else proportions_of(given, names, "initial_proportions")
         if context.update == 0 and context.statistics.steps == 0:
             return initial
+        if not context.statistics.has_losses("odm", context.step):
+            return context.proportions
         loss = self._losses(context)
         if context.update == 0 or context.step <= p.warmup_steps:  # drawn before this mixer had a say
             arms.warm_up(loss, context.statistics.groups if self.whole_batches else context.statistics.tokens)
@@ -158,12 +161,6 @@ class Odm(NativeMixer):
         """(K,) float64, nats; NaN where a domain was not seen."""
         found = context.statistics
         loss = found.mean_group_loss if self.whole_batches else found.mean_loss
-        if not np.isfinite(loss).any():
-            raise DataflexError(
-                f"odm: found no finite loss of any domain over {found.steps} steps up to step {context.step} "
-                f"({int(found.nonfinite.sum())} tokens were NaN or infinite); expected the training losses of the rows "
-                "drawn, without which there is no reward. Look at the loss, and at whether the rows have labels"
-            )
         return np.where(np.isfinite(loss), loss, np.nan)
 
     def _begin(self, arms: Arms, context: MixContext) -> None:

@@ -29,9 +29,16 @@ class Static(NativeMixer):
             "DoReMi writes; normalised. Default: init_mixture_proportions, else by size",
         )
 
-    def check(self, names: Sequence[str]) -> list[str]:
-        """Return what is wrong with the parameters for domains of these names."""
-        return weight_problems(self.params.proportions, names, "proportions")
+    def check(self, names: Sequence[str], unit: str) -> list[str]:
+        """Return what is wrong with the parameters for domains of these names, and proportions in `unit`."""
+        given = self.params.proportions
+        problems = weight_problems(given, names, "proportions")
+        if isinstance(given, str) and not problems and (other := _read(given)[1]) not in (None, unit):
+            problems.append(
+                f"proportions ({given}): found shares of {other}; the run's are of {unit}. Set dataflex.mixture.unit: "
+                f"{other}"
+            )
+        return problems
 
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
         """Return the given proportions.
@@ -39,8 +46,10 @@ class Static(NativeMixer):
         Raises:
             ConfigError: they do not fit the domains.
         """
-        given = self.params.proportions
-        return context.initial if given is None else proportions_of(given, context.domains.names, "proportions")
+        given, domains = self.params.proportions, context.domains
+        if problems := self.check(domains.names, domains.unit):
+            raise ConfigError("\n".join(problems))
+        return context.initial if given is None else proportions_of(given, domains.names, "proportions")
 
 
 class Uniform(NativeMixer):
@@ -130,7 +139,7 @@ def proportions_of(given: Weights | str, names: Sequence[str], key: str) -> np.n
     problems = weight_problems(given, names, key)
     if problems:
         raise ConfigError("\n".join(problems))
-    found = _read(given) if isinstance(given, str) else given
+    found = _read(given)[0] if isinstance(given, str) else given
     return normalised([found[name] for name in names] if isinstance(found, Mapping) else found)
 
 
@@ -140,7 +149,7 @@ def weight_problems(given: Weights | str | None, names: Sequence[str], key: str)
         return []
     where = f"{key} ({given})" if isinstance(given, str) else key
     try:
-        found = _read(given) if isinstance(given, str) else given
+        found = _read(given)[0] if isinstance(given, str) else given
     except ConfigError as error:
         return [f"{key}: {error}"]
     if isinstance(found, Mapping):
@@ -171,13 +180,15 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value)) and value >= 0
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read(path: str) -> tuple[dict[str, Any], str | None]:
+    """Return weights by name, and the unit that the file says they are shares of."""
+    unit = None
     try:
         found = json.loads(Path(path).expanduser().read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}; expected a JSON file of weights by domain") from error
     if isinstance(found, dict) and isinstance(found.get("proportions"), dict):
-        found = found["proportions"]
+        found, unit = found["proportions"], found.get("unit")
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: found {type(found).__name__}; expected an object: domain -> weight")
-    return found
+    return found, unit

@@ -17,6 +17,7 @@ from torch import Tensor
 from dataflex.distributed import all_gather_rows, rank
 from dataflex.trainers.micro_batch import MicroBatch
 from dataflex.weighters.base import Examples, Group, NativeWeighter
+from dataflex.weighters.relative import effective_size
 
 
 class Factor(Protocol):
@@ -36,6 +37,10 @@ class Factor(Protocol):
 
     def factors(self, batch: MicroBatch, number: int) -> Tensor:
         """Return the factor of each example, (B,), of micro-batch `number` of the step. Collective."""
+        ...
+
+    def report(self) -> dict[str, float]:
+        """Return what a training log should say of the steps since the last time; waits for the device."""
         ...
 
 
@@ -76,6 +81,8 @@ class ByWeighter:
         self.weighter, self._size, self._from, self._before = weighter, size, acts_from, before
         self.needs_losses_ahead = weighter.params.normalisation == "batch"
         self._parts: list[Tensor] = []
+        self._sums: Tensor | None = None
+        self._largest: Tensor | None = None
 
     def begin(self, ahead: Sequence[MicroBatch], counts: StepCounts) -> None:
         """Weigh all examples of the step together, if that is asked for."""
@@ -96,6 +103,19 @@ class ByWeighter:
         # The mean over examples in place of that over tokens, each micro-batch by the examples that it has.
         return weights * batch.items * batch.apart / (tokens * self._usable * batch.micro_batches)
 
+    def report(self) -> dict[str, float]:
+        """Return mean and maximum of the weights, and the share of examples that equal weights would need for as much.
+
+        `weight_mean` and `weight_ess` ((sum w)^2 / sum w^2 over the number of examples) are means over groups: 1 and 1
+        of a plain loss.
+        """
+        if self._sums is None or self._largest is None:
+            return {}
+        groups, mean, share = self._sums.tolist()
+        found = {"weight_mean": mean / groups, "weight_max": float(self._largest), "weight_ess": share / groups}
+        self._sums = self._largest = None
+        return found
+
     def _weights(self, parts: Sequence[Examples]) -> Tensor:
         """Return this rank's weights, (micro-batches x size,), padded where a micro-batch is smaller."""
         padded = [self._padded(part) for part in parts]
@@ -107,7 +127,11 @@ class ByWeighter:
         step = self._counts.step
         group = Group(everyone[:, 0].long(), losses, everyone[:, 3], step, step - self._from, self._counts.total)
         weights = self.weighter.weights(group)
-        self._usable = group.usable.sum().clamp(min=1) / len(parts)
+        usable = group.usable.sum().clamp(min=1)
+        self._usable = usable / len(parts)
+        found = torch.stack([weights.new_ones(()), weights.sum() / usable, effective_size(weights) / usable])
+        self._sums = found if self._sums is None else self._sums + found
+        self._largest = weights.max() if self._largest is None else self._largest.maximum(weights.max())
         return weights.reshape(len(gathered), -1)[rank()]
 
     def _padded(self, part: Examples) -> Tensor:
@@ -168,3 +192,7 @@ class ByDomain:
         if self._weights is None:
             return torch.ones(len(batch.rows), dtype=torch.float64, device=batch.rows.device)
         return self._weights[self._domains[batch.rows]]
+
+    def report(self) -> dict[str, float]:
+        """Return nothing: the mixer's own log has its weights."""
+        return {}

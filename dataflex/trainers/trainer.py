@@ -153,6 +153,12 @@ class DataflexTrainer(Trainer):
             loss = loss + config.router_aux_loss_coef * extra.to(loss.device)
         return loss
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log what Transformers does, and the spread of the weights beside the loss."""
+        if self.weighing is not None and "loss" in logs:
+            logs |= self.weighing.report()
+        super().log(logs, *args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate without moving the random state, so that evaluating more often trains the same weights."""
         with same_random_state():

@@ -2,13 +2,12 @@
 
 A plain step is the sum over its tokens of loss / N, N the supervised tokens that Transformers counts. Here every
 example has a factor on its tokens: 1 everywhere gives the plain step, whatever the batch size, the accumulation and the
-number of processes. Losses are those of the training forward; within a step nothing is synchronised with the host, but
-for a reference's losses that are read from memory.
+number of processes. Losses are those of the training forward; once a step begins nothing waits for the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +33,14 @@ class Weighing:
         observers: see every micro-batch of the training forward.
         wants_states: whether the last hidden states are captured.
         acts_from: optimizer step from which the factors act; observers always do.
+        prefetch: told the rows of a step's micro-batches, each (B,), before any of them goes through the model.
     """
 
     factors: Sequence[Factor]
     observers: Sequence[Observer] = ()
     wants_states: bool = False
     acts_from: int = 0
+    prefetch: Callable[[Sequence[Tensor]], None] | None = None
 
     def begin(self, trainer: Any, batches: Sequence[Mapping[str, Any]], items: Any) -> None:
         """Prepare for the micro-batches of a step. Collective."""
@@ -48,6 +49,8 @@ class Weighing:
         # For models that read images, and some of others' code, the plain step is the mean of its micro-batches' means.
         self._by_micro_batch = not trainer.model_accepts_loss_kwargs
         self.is_active = trainer.state.global_step >= self.acts_from
+        if self.prefetch is not None:
+            self.prefetch([batch[ROWS] for batch in batches])
         if not self.is_active or not self.factors:
             return
         device = trainer.args.device
@@ -97,6 +100,10 @@ class Weighing:
         # Zero by leaving out, not by the product: what is left out may be NaN.
         kept = torch.where(factor[:, None] > 0, batch.losses, 0.0)
         return ((kept * factor[:, None].to(kept.dtype)).sum() / batch.items).to(kept.dtype)
+
+    def report(self) -> dict[str, float]:
+        """Return what a training log should say of the steps since the last time; waits for the device."""
+        return {name: value for factor in self.factors for name, value in factor.report().items()}
 
     def captured(self, trainer: Any) -> AbstractContextManager[list[Tensor]]:
         """Collect the last hidden states meanwhile, if they are wanted."""

@@ -55,6 +55,11 @@ class Adapt(NativeWeighter):
         self._mean: Tensor | None = None
         self._refreshed = 0
 
+    @property
+    def compares(self) -> bool:
+        """Whether an example alone always has the weight 1."""
+        return self.params.form == "relative"
+
     def due(self, step: int) -> bool:
         """Say whether the anchors are to be embedded before the step that `step` steps were done before.
 

@@ -101,6 +101,11 @@ class NativeWeighter(ABC):
     def __init__(self, params: Any):
         self.params = params
 
+    @property
+    def compares(self) -> bool:
+        """Whether an example alone always has the weight 1, or 0."""
+        return False
+
     def needs(self) -> Sequence[Need]:
         """Return the stored features of the training rows that `prepare` will be given."""
         return ()

@@ -93,6 +93,11 @@ class ByFeature(NativeWeighter):
         super().__init__(params)
         self._values: Tensor | None = None
 
+    @property
+    def compares(self) -> bool:
+        """Whether an example alone always has the weight 1, or 0; a threshold may leave examples out one by one."""
+        return self.params.function != "threshold"
+
     def needs(self) -> Sequence[Need]:
         """Need the feature, if it is not read from a file."""
         return [Need(self.params.feature, "train", self.params.state)] if self.params.feature else []

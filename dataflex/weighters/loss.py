@@ -76,6 +76,11 @@ class ByLoss(NativeWeighter):
 
     params: Params
 
+    @property
+    def compares(self) -> bool:
+        """Whether an example alone always has the weight 1."""
+        return self.params.strategy != "uniform"
+
     def temperature(self, since: int) -> float:
         """Return r at the step that `since` steps were done before, after the weighter began to act."""
         params = self.params
