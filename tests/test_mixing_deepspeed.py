@@ -40,8 +40,14 @@ def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int
     dataflex(
         "train", write("equal", dataflex={**section, **uniform}, **weighted, **sharded), **TWO, DS_ACCELERATOR="cpu"
     )
+    documented = {"component_name": "own_step", "dataflex": {**section, "plugins": ["tests.test_custom_weighter"]}}
+    dataflex("train", write("documented", **{**weighted, **documented, **sharded}), **TWO, DS_ACCELERATOR="cpu")
     dataflex("train", write("mixed", dataflex=section, **mixed, **sharded), **TWO, DS_ACCELERATOR="cpu")
-    np.testing.assert_allclose(losses(workspace, "equal"), losses(workspace, "plain"), rtol=1e-4)
+    for name in ("equal", "documented"):
+        np.testing.assert_allclose(losses(workspace, name), losses(workspace, "plain"), rtol=1e-4)
+        plain, found = workspace.weights("plain"), workspace.weights(name)
+        for key, weight in plain.items():
+            np.testing.assert_allclose(found[key], weight, atol=2e-3 * float(weight.abs().max()), err_msg=name)
     alone = write("alone", dataflex=section, **{**mixed, "gradient_accumulation_steps": 4})
     workspace.run("train", alone)
     shares = [

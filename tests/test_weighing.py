@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataflex.config import load
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.trainers.factors import ByWeighter
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.trainer import DataflexTrainer
-from dataflex.trainers.weighing import Weighing
 from dataflex.weighters.adapt import Adapt
-from dataflex.weighters.base import Group, NativeWeighter
-from dataflex.weighters.feature import ByFeature
-from dataflex.weighters.loss import ByLoss
 from tests.test_processes import launch
 
 SHARP = {"temperature": 0.2}
@@ -511,111 +504,3 @@ def test_what_cannot_be_weighed_is_refused_with_the_reason(workspace, keys, reas
     path = weigh(workspace, "refused", "loss", **keys)
     with pytest.raises(ConfigError, match=reason):
         load(path)
-
-
-# ---- the weighing itself
-
-
-class Batch(dict[str, Any]):
-    """A micro-batch of B rows, and the logits of its forward pass."""
-
-    def __init__(self, rows: Sequence[int], tokens: int = 5, vocabulary: int = 7):
-        generator = torch.Generator().manual_seed(rows[0])
-        labels = torch.randint(vocabulary, (len(rows), tokens), generator=generator)
-        self.logits = torch.randn(len(rows), tokens, vocabulary, generator=generator).requires_grad_()
-        super().__init__({ROWS: torch.tensor(rows), "labels": labels})
-
-
-def begun(weighter: NativeWeighter, batches: Sequence[Batch], acts_from: int = 0, size: int = 3) -> Weighing:
-    """Return a weighing that is about to be told of the first micro-batch."""
-    made = Weighing([ByWeighter(weighter, size, acts_from)], (), False, acts_from)
-    args = SimpleNamespace(average_tokens_across_devices=True, device=torch.device("cpu"))
-    state = SimpleNamespace(global_step=0, max_steps=1)
-    items = torch.stack([(b["labels"][:, 1:] >= 0).sum() for b in batches]).sum()
-    made.begin(SimpleNamespace(args=args, state=state, model_accepts_loss_kwargs=True), batches, items)
-    return made
-
-
-def loss_of(weighing: Weighing, batch: Batch) -> torch.Tensor:
-    # The gradient is written into the logits, so a copy of them goes in.
-    return weighing.loss(batch.logits.clone(), batch["labels"], batch[ROWS], [], {})
-
-
-@pytest.mark.parametrize("reduction", ["token", "example"])
-def test_an_example_whose_loss_is_not_finite_weighs_nothing(reduction):
-    weighter = ByLoss(ByLoss.Params(**SHARP, reduction=reduction))
-    whole, without = Batch([0, 1, 2]), Batch([0, 1, 2])
-    without["labels"][1] = -100
-    with torch.no_grad():
-        whole.logits[1, 2] = math.nan
-    items = (whole["labels"][:, 1:] >= 0).sum()
-    found = []
-    for batch in (whole, without):
-        weighing = begun(weighter, [batch])
-        weighing._items = items
-        loss = loss_of(weighing, batch)
-        loss.backward()
-        found.append((loss.detach(), batch.logits.grad))
-    (one, gradient), (other, expected) = found
-    assert torch.isfinite(one)
-    assert float(one) == pytest.approx(float(other), rel=1e-6)
-    torch.testing.assert_close(gradient, expected)
-    assert gradient is not None
-    assert not gradient[1].any()
-
-
-@pytest.mark.parametrize("reduction", ["token", "example"])
-def test_a_micro_batch_in_which_nothing_is_usable_weighs_nothing(reduction):
-    batch = Batch([0, 1])
-    with torch.no_grad():
-        batch.logits[:] = math.nan
-    loss = loss_of(begun(ByLoss(ByLoss.Params(reduction=reduction)), [batch]), batch)
-    loss.backward()
-    assert float(loss) == 0
-    assert batch.logits.grad is not None
-    assert not batch.logits.grad.any()
-
-
-class Waits(TorchDispatchMode):
-    """Notes what would make the host wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class Constant(NativeWeighter):
-    """Weighs by rows, and looks at them on the host: what must not be done."""
-
-    def weights(self, group: Group) -> torch.Tensor:
-        return torch.full_like(group.losses, float(group.losses[0].item()))
-
-
-@pytest.mark.parametrize(
-    "weighter",
-    [
-        ByLoss(ByLoss.Params(**SHARP)),
-        ByLoss(ByLoss.Params(weight_cap=1.5, range_quantiles=(0.1, 0.9), reduction="example")),
-        ByLoss(ByLoss.Params(strategy="uniform")),
-        ByFeature(ByFeature.Params(path=__file__, function="rank")),
-    ],
-)
-def test_no_micro_batch_makes_the_host_wait(weighter):
-    if isinstance(weighter, ByFeature):
-        weighter._values = torch.arange(4.0, dtype=torch.float64)
-    batches = [Batch([0, 1, 2]), Batch([3, 1])]
-    weighing = begun(weighter, batches)
-    with Waits() as waits:
-        for batch in batches:
-            loss_of(weighing, batch).backward()
-    assert waits.found == []
-    weighing = begun(Constant(Constant.Params()), batches)
-    with Waits() as waits:
-        loss_of(weighing, batches[0])
-    assert waits.found == ["_local_scalar_dense"]
