@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +24,7 @@ from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import _Batches
 from dataflex.trainers.weighing import Weighing
+from tests.test_processes import environment
 from tests.test_training import assert_same
 
 NAMES = ("target_words", "target_records", "target_arithmetic")  # 8 rows each
@@ -146,6 +152,40 @@ def test_what_is_resumed_ends_as_the_uninterrupted_run(workspace: Any, drawn: li
         assert after[resumed]["resumed"] == step
         assert after[resumed + 1 :] == [line for line in before if line["step"] >= step]
         assert_same(workspace.weights(f"from-{step}"), workspace.weights("whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(workspace: Any, drawn: list[list[int]]) -> None:
+    """Twice, at a random step and wherever it was within that; what was saved is not lost, and no row is another."""
+    keys = MIXERS["with a weighter"] | {
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "lora_dropout": 0.1,
+        "train_step": 30,
+    }
+    workspace.run("train", mix(workspace, "whole", **keys))
+    whole, expected = list(drawn), lines(workspace, "whole")
+    path, log = mix(workspace, "killed", **keys), workspace.folder / "out" / "killed" / "mixture.jsonl"
+    draw, command = random.Random(), [sys.executable, "-m", "dataflex.cli", "train", str(path)]
+    for first in (2, 14):
+        wanted = draw.randint(first, first + 10)
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            while process.poll() is None and not (log.is_file() and f'"step": {wanted},' in log.read_text("utf-8")):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.3))
+        finally:
+            process.kill()
+        assert process.wait() == -signal.SIGKILL
+    drawn.clear()
+    workspace.run("train", path)
+    done = [line["resumed"] for line in lines(workspace, "killed") if "resumed" in line][-1]
+    assert done > 0
+    assert drawn == whole[2 * done :]
+    in_force = {line["step"]: line for line in lines(workspace, "killed") if "step" in line}
+    assert list(in_force.values()) == expected
+    assert_same(workspace.weights("killed"), workspace.weights("whole"))
 
 
 def test_rows_and_shares_do_not_depend_on_batch_and_accumulation(workspace: Any, drawn: list[list[int]]) -> None:
