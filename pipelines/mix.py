@@ -27,7 +27,7 @@ from dataflex.schedule import Round
 from dataflex.trainers.factors import ByDomain
 from dataflex.trainers.micro_batch import ROWS, MicroBatch
 from dataflex.trainers.observer import Observer
-from dataflex.trainers.rounds import DecidedRound
+from dataflex.trainers.rounds import DecidedRound, micro_batches
 from dataflex.trainers.stream import Exhaustion, MixtureStream
 from dataflex.trainers.weighing import Weighing
 
@@ -64,10 +64,11 @@ class MixDirector:
         self.mixer = self.run.method
         self.is_native = isinstance(self.mixer, NativeMixer)
         self._stream = self._new_stream()
-        self._refuse_hopeless()
+        self._refuse_hopeless(np.ones(len(self.domains), dtype=bool), trainer.args.max_steps)
         self._proportions, self._pending = self.initial, Statistics.zeros(len(self.domains))
         self._round: Round | None = None
         self._restored: Mapping[str, Any] | None = None
+        self._last_rows: np.ndarray | None = None
         self._update, self._counted = 0, 0
         self._signals = signals(self.run, self.settings, self._members, self.domains.names)
         self._freeze_gates()
@@ -86,7 +87,8 @@ class MixDirector:
             self._restored = None  # a round that was begun goes on as it was decided
         else:
             if before is not None:
-                self._draw(trainer.rounds[before["round"]])  # that round is over: the stream goes on behind it
+                # That round is over: the stream goes on behind it.
+                self._last_rows = self._draw(trainer.rounds[before["round"]])[-trainer.global_batch :]
                 self._restored = None
             self._decide(round)
         self._at_round, self._round = self._stream.state(), round
@@ -115,6 +117,8 @@ class MixDirector:
             self._log(round)
         else:
             self._proportions = self._mixed(round)
+            if self.is_native and self.mixer.interval == 0:  # they stay
+                self._refuse_hopeless(self._proportions > 0, self.trainer.args.max_steps - round.first_step)
             self._update += 1
             self._log(round)
             self._pending = Statistics.zeros(len(self.domains))
@@ -131,11 +135,10 @@ class MixDirector:
             self.trainer.args.seed,
             self._signals,
         )
-        steps = sum(r.steps for r in self.trainer.rounds)
         more = {
             "has_initial": self.settings.keys.init_mixture_proportions is not None,
             "vocabulary": len(self.trainer.processing_class),
-            "budget": steps * self.trainer.global_batch * self._unit_per_row(),
+            "budget": self.trainer.args.max_steps * self.trainer.global_batch * self._unit_per_row(),
         }
         if not self.is_native:
             more |= self._documented()
@@ -161,12 +164,17 @@ class MixDirector:
 
     def _documented(self) -> dict[str, Any]:
         """Return what the documented interface passes beside: the last micro-batch of this rank and its domains."""
-        trainer = self.trainer
-        batch = dict(trainer.last_batch or {})
+        trainer, args = self.trainer, self.trainer.args
+        if trainer.last_batch is None and self._last_rows is not None:  # trained on before this run was resumed
+            parts = micro_batches(
+                self._last_rows, 1, args.gradient_accumulation_steps, args.world_size, args.process_index
+            )
+            trainer.last_batch = trainer.data_collator([trainer.train_dataset[row] for row in parts[-1]])
+        batch = dict(trainer._prepare_inputs(trainer.last_batch)) if trainer.last_batch else {}
         rows = batch.pop(ROWS, None)
         return {
             "batch": batch or None,
-            "domain_ids": None if rows is None else self._observer.domains[rows.to(self._observer.domains.device)],
+            "domain_ids": None if rows is None else self._observer.domains[rows],
             "data_collator": trainer.data_collator,
             "dataset": trainer.train_dataset,
             "output_dir": trainer.args.output_dir,
@@ -187,15 +195,18 @@ class MixDirector:
         policy = Exhaustion(keys.exhausted, passes)
         return MixtureStream(self.domains.names, self._members, args.seed, draws, group, policy)
 
-    def _refuse_hopeless(self) -> None:
-        """Refuse, before anything is computed, a run that is longer than its rows.
+    def _refuse_hopeless(self, drawn: np.ndarray, steps: int) -> None:
+        """Refuse steps that are more than the rows are enough for.
+
+        Args:
+            drawn: (K,) bool, domains that may have a share.
+            steps: from here on.
 
         Raises:
             CoverageError: the domains hold too few.
         """
         keys = self.settings.dataflex.mixture
-        steps = sum(round.steps for round in self.trainer.rounds)
-        wanted, found = steps * self.trainer.global_batch, self._stream.room
+        wanted, found = steps * self.trainer.global_batch, self._stream.room(drawn)
         if keys.exhausted == "renormalise" and wanted - found >= self.trainer.global_batch:
             raise CoverageError(
                 f"dataflex.mixture: {wanted} rows wanted, found {found:g} within {keys.passes or 1:g} passes; raise "
@@ -230,7 +241,7 @@ class MixDirector:
         """Move the mixer's weights by a step's losses before the step is trained on. Collective."""
         for batch in batches:
             self._observer.observe(batch)
-        self._pending = self._observer.collect(1)
+        self._pending = self._collected(1)
         assert self._round is not None
         self._mixed(self._round)
         self._pending = Statistics.zeros(len(self.domains))
@@ -240,11 +251,15 @@ class MixDirector:
         weighing = self.trainer.weighing
         if weighing is None or not weighing.observers or step == self._counted:
             return
-        seen = self._observer.collect(step - self._counted)
+        self._pending += self._collected(step - self._counted)
+        self._counted = step
+
+    def _collected(self, steps: int) -> Statistics:
+        """Return what all ranks have seen of so many steps. Collective."""
+        seen = self._observer.collect(steps)
         if seen.nonfinite.any():
             log.warning("%d token losses were NaN or infinite and left out", int(seen.nonfinite.sum()))
-        self._pending += seen
-        self._counted = step
+        return seen
 
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the state of mixture, mixer and weighter to a checkpoint. Collective."""
@@ -264,7 +279,8 @@ class MixDirector:
             "mixer": self.mixer.state() if self.is_native else {},
             "weighter": weighter.state() if weighter is not None else {},
         }
-        self.record.save(Path(checkpoint), state)
+        if trainer.args.should_save:
+            self.record.save(Path(checkpoint), state)
         return {"global_step": step, "is_resumable": not trainer.args.save_only_model}
 
     @property

@@ -17,7 +17,7 @@ _STATE = f"{FOLDER}/mixture.json"
 
 
 class MixRecord:
-    """Files of one run, written on rank 0.
+    """Files of one run, written on rank 0, and its state, written wherever a checkpoint is.
 
     `mixture.jsonl` has a line for every update and is only ever appended to; after a line `resumed`, the lines from
     that step on count. `mixture_proportions.json` has what came out, by name, for `static` to read.
@@ -43,10 +43,9 @@ class MixRecord:
 
     def save(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         """Write a state into a checkpoint; JSON keeps every float64 exactly."""
-        if distributed.is_main():
-            path = checkpoint / _STATE
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+        path = checkpoint / _STATE
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(state, indent=1) + "\n", "utf-8")
 
     def restore(self, checkpoint: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of a checkpoint, and say in the log that the run goes on from there.

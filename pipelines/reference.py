@@ -1,4 +1,4 @@
-"""The losses of a reference model on the tokens that a proxy is trained on: kept in a store, or computed beside it."""
+"""The losses of a reference model on the tokens that a run is trained on: kept in a store, or computed beside it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
     if run.method.params.reference == "live":
         if run.state.is_zero3:
             raise ConfigError(
-                "doremi: found reference live under ZeRO-3, which would shard the reference without running it; take "
-                "reference: stored, computed by `dataflex featurize` without ZeRO-3, or ZeRO-2"
+                "reference: found live under ZeRO-3, which would shard the reference without running it; take "
+                "ZeRO-2 or DDP"
             )
         return LiveReference(path, run.trainer)
     if run.trainer.processing_class.padding_side != "right":
-        raise ConfigError("doremi: found padding_side left; stored losses expect rows that begin at their first token")
+        raise ConfigError(
+            "padding_side: found left; a reference's stored losses expect rows that begin at their first token"
+        )
     (need,) = (need for need in run.method.needs() if isinstance(need.spec, TokenLossSpec))
     (store,) = run.access.ensure([need.spec], run.rows, need.state)
     return StoredReference(run.access.view(need.spec, run.rows, store), run.trainer.args.device)

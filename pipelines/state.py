@@ -98,7 +98,9 @@ class ModelState:
             leave_out = getattr(self.model, "disable_adapter", contextlib.nullcontext)
             entered = leave_out()
         elif self.is_zero3:
-            raise ConfigError("dataflex.params.checkpoints: cannot be loaded into a ZeRO-3 model; use ZeRO-2 or DDP")
+            raise ConfigError(
+                f"{state}: a checkpoint's weights cannot be put into a model that ZeRO-3 has sharded; use ZeRO-2 or DDP"
+            )
         else:
             entered = checkpoint.loaded(Path(state), self.model, self._scaling())
         with entered:

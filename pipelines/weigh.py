@@ -66,7 +66,7 @@ class WeightDirector:
 
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the weighter's state to a checkpoint."""
-        if distributed.is_main():
+        if trainer.args.should_save:
             state = self.weighter.state() if isinstance(self.weighter, NativeWeighter) else {}
             path = Path(checkpoint) / _STATE_FILE
             path.parent.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,12 @@ def test_forms():
     np.testing.assert_allclose(found, [*absolute, 0, 0], rtol=1e-12)
     summed = adapt(tau=0.5, form="documented").weights(group(losses, signal))
     assert float((summed * torch.tensor([1.0, 2.0, 3.0, 0.0])).sum() / 3) == pytest.approx(absolute @ [1, 2], rel=1e-12)
+    # Two micro-batches, each the sum of its losses: their mean is half the sum.
+    halved = adapt(tau=0.5, form="documented").weights(replace(group(losses, signal), parts=2))
+    np.testing.assert_allclose(2 * halved, summed, rtol=1e-12)
+    assert Adapt.Params(form="documented").reduction == "example"
+    with pytest.raises(ValidationError, match="reduction: example"):
+        Adapt.Params(form="documented", reduction="token")
     relative = adapt(tau=0.5, form="relative").weights(group(losses, signal))
     assert float(relative.sum()) == pytest.approx(3, abs=1e-12)
     np.testing.assert_allclose(relative[:2] / relative[0], absolute / absolute[0], rtol=1e-12)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataflexError
 from dataflex.mixers.base import Domains, MixContext, Statistics
-from dataflex.mixers.doremi import Doremi, clipped_excess
+from dataflex.mixers.doremi import Doremi
+from dataflex.trainers.micro_batch import MicroBatch
+from dataflex.trainers.observer import Observer
 
 PROXY = ([2.0, 1.0, 3.0], [4.0, 2.0], [1.0, 1.0, 1.0, 5.0])
 REFERENCE = ([1.5, 1.5, 2.0], [4.5, 1.0], [1.0, 2.0, 0.5, 3.0])
@@ -30,11 +34,16 @@ def doremi(tmp_path: Path) -> Any:
 def statistics(
     proxy: Sequence[Sequence[float]] = PROXY, reference: Sequence[Sequence[float]] = REFERENCE, steps: int = 1
 ) -> Statistics:
-    excess = [clipped_excess(np.array(p), np.array(r)) for p, r in zip(proxy, reference, strict=True)]
-    tokens = np.array([np.isfinite(e).sum() for e in excess], np.float64)
-    zeros = np.zeros(len(proxy))
-    total = np.array([np.nansum(e) for e in excess])
-    return Statistics(steps, tokens, zeros, zeros, zeros, total, zeros)
+    """Return what an observer makes of token losses, one row of each domain."""
+    count, width = len(proxy), max(map(len, proxy))
+    ours, theirs = (torch.zeros(count, width, dtype=torch.float64) for _ in range(2))
+    targets = torch.full((count, width), -100)
+    for domain, (p, r) in enumerate(zip(proxy, reference, strict=True)):
+        ours[domain, : len(p)], theirs[domain, : len(r)] = torch.tensor(p), torch.tensor(r)
+        targets[domain, : len(p)] = 1
+    observer = Observer(np.arange(count), count, torch.device("cpu"), lambda _: theirs)
+    observer.observe(MicroBatch(torch.arange(count), ours, targets, None, {}, torch.tensor(1.0), 1, 1))
+    return observer.collect(steps)
 
 
 def context(found: Statistics | None, count: int = 3, initial: Sequence[float] | None = None) -> MixContext:
@@ -69,9 +78,23 @@ def test_excess_is_clipped_per_token_before_the_mean():
 
 
 def test_a_token_without_a_finite_loss_has_no_excess():
-    found = clipped_excess(np.array([math.nan, math.inf, 2.0, 1.0]), np.array([1.0, 1.0, math.nan, 3.0]))
-    assert np.isnan(found[:3]).all()
-    assert found[3] == 0
+    found = statistics([[math.nan, math.inf, 2.0, 1.0, 5.0]], [[1.0, 1.0, math.nan, 3.0, 4.5]])
+    assert (found.tokens.tolist(), found.nonfinite.tolist(), found.mean_excess.tolist()) == ([2], [3], [0.25])
+
+
+def test_a_step_without_a_comparable_loss_moves_nothing_and_none_at_all_is_an_error(doremi):
+    nothing = statistics([[math.nan, 1.0]] * 3, [[1.0, math.nan]] * 3)
+    with pytest.raises(DataflexError, match="no token with a finite loss under both the model and the reference"):
+        doremi().mix(None, 0, context=context(nothing))
+    mixer, other = doremi(), doremi()
+    for one in (mixer, other):
+        one.mix(None, 0, context=context(None))
+        one.mix(None, 1, context=context(statistics()))
+    mixer.mix(None, 2, context=context(nothing))
+    assert mixer.state() == other.state()
+    assert mixer.outcome().tolist() == other.outcome().tolist()
+    with pytest.raises(DataflexError, match="no loss of any domain"):
+        mixer.mix(None, 3, context=context(replace(Statistics.zeros(3), steps=1)))
 
 
 def test_updates_and_averages_equal_the_vectors(doremi):

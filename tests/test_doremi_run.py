@@ -21,6 +21,7 @@ from dataflex.trainers.micro_batch import MicroBatch
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.trainer import DataflexTrainer
 from tests.test_processes import TWO, dataflex
+from tests.test_weighing import linupper
 
 DOMAINS = ("words", "sums", "lists")
 EPS = 1e-3
@@ -191,11 +192,14 @@ def outcome(space: Any, name: str) -> np.ndarray:
     return np.array([found["proportions"][domain] for domain in DOMAINS])
 
 
-def gradient(space: Any, seen: Seen, step: int, form: str, weights: Sequence[float]) -> dict[str, Any]:
+def gradient(
+    space: Any, seen: Seen, step: int, form: str, weights: Sequence[float], sharp: float | None = None
+) -> dict[str, Any]:
     """Return the gradient of a step's weighted loss, in float64, by a loop over its rows.
 
     paper: sum_i w_i x mean loss of domain i's tokens, w normalised over the domains present. official: sum of w x loss
     over sum of w, over tokens. Both times T / N: tokens that are targets over those that Transformers divides by.
+    sharp: a row's losses are first multiplied by the weight of `linupper` over the step's rows at this temperature.
     """
     from transformers import AutoModelForCausalLM
 
@@ -203,10 +207,14 @@ def gradient(space: Any, seen: Seen, step: int, form: str, weights: Sequence[flo
     model.load_state_dict(seen.begun[step])
     model.double().train()
     losses: dict[int, list[torch.Tensor]] = {0: [], 1: [], 2: []}
+    rows = []
     for domain, tokens, labels in seen.step(step):
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
         found = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(labels[1:]), reduction="none")
-        losses[domain] += [loss for loss, label in zip(found, labels[1:], strict=True) if label != -100]
+        rows.append((domain, [loss for loss, label in zip(found, labels[1:], strict=True) if label != -100]))
+    means = [float(sum(row).detach()) / len(row) for _, row in rows]  # type: ignore[arg-type]
+    for (domain, row), factor in zip(rows, linupper(means, sharp) if sharp else [1.0] * len(rows), strict=True):
+        losses[domain] += [factor * loss for loss in row]
     present = [d for d in losses if losses[d]]
     total: Any
     if form == "paper":
@@ -310,6 +318,21 @@ def test_exact_weighs_a_step_by_its_own_losses(space: Any, seen: Seen) -> None:
         assert_close(seen.grads[step], gradient(space, seen, step, "paper", expected[step + 1]), 2e-5)
 
 
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_weights_of_domains_and_of_examples_multiply(space: Any, seen: Seen, exact: bool) -> None:
+    """Alpha goes by plain losses, and both factors are in the gradient."""
+    name, weighter = f"both-{exact}", {"name": "loss", "params": {"normalisation": "batch", "temperature": 0.3}}
+    path = proxy(space, name, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, exact=exact)
+    space.run("train", path, f"dataflex.weighter={json.dumps(weighter)}")
+    expected = alphas(seen, token_losses(space.folder / "out" / "reference"), 2)
+    np.testing.assert_allclose(history(space, name), expected, rtol=1e-5)
+    for step in (1, 3):
+        alpha = expected[step + exact]
+        assert_close(seen.grads[step], gradient(space, seen, step, "paper", alpha, 0.3), 2e-5)
+        with pytest.raises(AssertionError):
+            assert_close(seen.grads[step], gradient(space, seen, step, "paper", alpha), 1e-2)
+
+
 def test_the_target_run_takes_what_came_out(space: Any, seen: Seen) -> None:
     space.run("train", proxy(space, "steep", reweight_eta=20.0))
     file = space.folder / "out" / "steep" / "mixture_proportions.json"
@@ -331,6 +354,28 @@ def test_a_live_reference_equals_the_stored_one(space: Any) -> None:
     stored, live = space.weights("stored"), space.weights("live")
     for name in stored:
         torch.testing.assert_close(live[name], stored[name], rtol=0, atol=2e-5)  # Adam moved by up to 4e-3
+
+
+@pytest.mark.parametrize("reference", ["stored", pytest.param("live", marks=pytest.mark.slow)])
+def test_odm_is_rewarded_by_what_the_reference_could_learn(space: Any, seen: Seen, reference: str) -> None:
+    """At every step, for the rows of that step; what is stored is read, and the training forward is the only one."""
+    out = str(space.folder / "out" / "reference")
+    params = {"reference_model_path": out, "reference": reference}
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    run = write(space, f"odm-{reference}", component_name="odm", params=params, **keys)
+    summary = space.run("train", run)
+    assert (summary["computed"], summary["reused"]) == (0, 24 if reference == "stored" else 0)
+    by_token = token_losses(space.folder / "out" / "reference")
+    found = [line for line in logged(space, f"odm-{reference}") if line["step"]]
+    assert len(found) == 3
+    for step, line in enumerate(found):
+        excess: dict[str, list[float]] = {domain: [] for domain in DOMAINS}
+        for call, domain, tokens, losses in seen.rows:
+            if call // 2 == step:
+                excess[DOMAINS[domain]] += [max(a - b, 0.0) for a, b in zip(losses, by_token(tokens), strict=True)]
+        expected = {d: math.exp(sum(e) / len(e)) if e else None for d, e in excess.items()}
+        assert line["rewards"] == {d: None if e is None else pytest.approx(e, rel=1e-5) for d, e in expected.items()}
+    assert any(loss > 1.01 for loss in found[-1]["rewards"].values() if loss)
 
 
 @pytest.mark.slow

@@ -48,6 +48,8 @@ def problems(base: str, changes: str) -> str:
             "component_name: dynamic_moe\nmixer_eval_dataset: target",
             "mixer_eval_dataset: found 'target'; expected 2 datasets of eval_dataset, one for each of pool, target",
         ),
+        ("update_step: 2\nupdate_times: 0", "update_times: found 0; expected 1 or more, or -1"),
+        ("tokenized_path: tokens", "tokenized_path: found 'tokens'; expected it left out"),
         ("max_steps: 5", "Set train_step: 5, which takes its place under dynamic_mix"),
         ("dataflex: {mixture: {passes: 2}}", "exhausted: renormalise or stop beside passes"),
         ("dataflex: {params: {min_exploration_rate: 0.5}}", "min_exploration_rate: found 0.5 for 2 domains"),

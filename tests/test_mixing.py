@@ -202,6 +202,53 @@ def test_rows_and_shares_do_not_depend_on_batch_and_accumulation(workspace: Any,
     assert np.ptp(found[0][1][-1]) > 1e-3
 
 
+def test_one_loader_serves_shares_that_change_at_every_step_and_rows_are_processed_once(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is built anew at an update: one torch DataLoader in all, and each row goes through the template once."""
+    from llamafactory.data.processor.supervised import SupervisedDatasetProcessor
+
+    loaders: list[int] = []
+    processed: list[tuple[str, str]] = []
+    begin, process = torch.utils.data.DataLoader.__init__, SupervisedDatasetProcessor.preprocess_dataset
+
+    def begun(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> None:
+        loaders.append(len(dataset))
+        begin(self, dataset, *args, **kwargs)
+
+    def noted(self: Any, examples: Any) -> Any:
+        for prompt, response in zip(examples["_prompt"], examples["_response"], strict=True):
+            processed.append((prompt[-1]["content"], response[0]["content"]))
+        return process(self, examples)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", begun)
+    monkeypatch.setattr(SupervisedDatasetProcessor, "preprocess_dataset", noted)
+    # overwrite_cache: what another run left in the cache of `datasets` would not be processed.
+    workspace.run("train", mix(workspace, "once", component_name="odm", train_step=8, overwrite_cache=True))
+    found = [tuple(line["proportions"].values()) for line in lines(workspace, "once")]
+    assert len(found) == 8
+    assert len(set(found[3:])) == 5  # of three arms, ODM only explores until its fourth update
+    assert loaders == [24]
+    expected = []
+    for name in NAMES:
+        for record in json.loads((workspace.tiny.dataset_dir / f"{name}.json").read_text("utf-8")):
+            expected.append(("\n".join(filter(None, (record["instruction"], record["input"]))), record["output"]))
+    assert len(set(expected)) == 24
+    assert sorted(processed) == sorted(expected)
+
+
+@pytest.mark.parametrize(("params", "is_single"), [({"batches": "single"}, True), ({}, False)])
+def test_odm_draws_micro_batches_of_one_domain_if_asked_to(
+    workspace: Any, drawn: list[list[int]], params: dict[str, Any], is_single: bool
+) -> None:
+    """Of two rows each, two to a step; by default some hold two domains."""
+    workspace.run("train", mix(workspace, "batches", component_name="odm", dataflex={"params": params}))
+    found = [{row // 8 for row in rows} for rows in drawn]
+    assert [len(rows) for rows in drawn] == [2] * 12
+    assert len(set.union(*found)) == 3
+    assert all(len(batch) == 1 for batch in found) == is_single
+
+
 def test_the_statistics_are_those_of_every_micro_batch(
     workspace: Any, drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,18 +1,18 @@
-"""Mixing and weighting on one process and two: the same rows, and weights that differ by rounding."""
+"""Mixing and weighting on one process, on two, and on one again: the same rows, weights that differ by rounding."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.test_processes import environment
+from tests import test_processes as processes
 
 NAMES = ("target_words", "target_records", "target_arithmetic")
 LAUNCHED = """
@@ -46,88 +46,160 @@ RUNS: dict[str, dict[str, Any]] = {
             "weighter": {"name": "loss", "params": {"normalisation": "batch"}},
         },
     },
+    "random": {"component_name": "random", "update_step": 1, "update_times": -1},
+    "doremi": {"component_name": "doremi", "dataflex": {"params": {"reference": "stored"}}},  # after static
+}
+WEIGHTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "loss": ("loss", {"normalisation": "batch"}),
+    # Anchors of step 3 are in force where a run is resumed at 4, and those of step 0 at 2.
+    "adapt": ("adapt", {"tau": 0.5, "refresh_interval": 3, "anchor_batch_size": 3}),
+    "feature": ("feature", {"feature": {"kind": "loss"}, "function": "rank"}),
+}
+TWO = {
+    False: {"gradient_accumulation_steps": 1},
+    # A weighter compares the examples of a micro-batch on all ranks: as many of them, on two ranks.
+    True: {"per_device_train_batch_size": 1},
 }
 
 
 def write(workspace: Any, name: str, method: str, **keys: Any) -> Path:
-    own = dict(RUNS[method])
-    section = {"store": str(workspace.folder / "store"), **own.pop("dataflex", {})}
+    """Write a run file of 6 steps of 4 rows; each run has a store of its own."""
+    if method in WEIGHTERS:
+        component, params = WEIGHTERS[method]
+        own: dict[str, Any] = {"train_type": "dynamic_weight", "component_name": component}
+        own |= {"eval_dataset": "target_words" if component == "adapt" else None, "dataflex": {"params": params}}
+    else:
+        own = dict(RUNS[method])
+    section = {"store": str(workspace.folder / f"store-{name}"), **own.pop("dataflex", {})}
+    if method == "doremi":
+        section["params"] = section["params"] | {"reference_model_path": str(workspace.folder / "out" / "one-static")}
     once: dict[str, Any] = {"dataset": ",".join(NAMES), "eval_dataset": None, "warmup_step": None, "update_step": None}
     once |= {"update_times": None, "train_step": 6, "lora_dropout": 0.0, "train_type": "dynamic_mix"}
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     return workspace.write(name, **{**once, **batches, **own, **keys}, dataflex=section)  # type: ignore[no-any-return]
 
 
-def launch(workspace: Any, *files: Path) -> None:
+def alone(workspace: Any, name: str, method: str) -> None:
+    """Train on one process; note the rows drawn as LAUNCHED does."""
+    from dataflex.trainers.rounds import _Batches
+
+    begin, path = _Batches.__iter__, write(workspace, name, method)
+    with Path(f"{workspace.folder}/out/{name}-drawn-0.jsonl").open("w") as file, pytest.MonkeyPatch.context() as patch:
+
+        def noted(self: Any) -> Iterator[list[int]]:
+            for rows in begin(self):
+                print(json.dumps(rows), file=file)
+                yield rows
+
+        patch.setattr(_Batches, "__iter__", noted)
+        workspace.run("train", path)
+
+
+def launch(workspace: Any, files: Iterable[Path]) -> None:
+    """Train run files one after the other on two processes, which are started once."""
     several = workspace.folder / "several.py"
     several.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29757"]
-    arguments = [*command, str(several), *map(str, files)]
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(several)]
+    processes.launch([*command, *map(str, files)])
+
+
+def drawn(workspace: Any, name: str, rank: int) -> list[list[int]]:
+    """Return the rows of each micro-batch of a rank."""
+    text = Path(f"{workspace.folder}/out/{name}-drawn-{rank}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def steps(workspace: Any, name: str, ranks: int, per_step: int) -> list[list[int]]:
     """Return the rows of each step, sorted: the ranks' micro-batches of a step belong together."""
-    files = [Path(f"{workspace.folder}/out/{name}-drawn-{rank}.jsonl") for rank in range(ranks)]
-    parts = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    parts = [drawn(workspace, name, rank) for rank in range(ranks)]
     found = []
     for at in range(0, len(parts[0]), per_step):
         found.append(sorted(row for part in parts for batch in part[at : at + per_step] for row in batch))
     return found
 
 
-def shares(workspace: Any, name: str) -> np.ndarray:
+def recorded(workspace: Any, name: str, key: str) -> np.ndarray:
+    """Return what a run has in force for its domains at each step, (steps, domains)."""
     text = (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8").splitlines()
-    found = {line["step"]: list(line["proportions"].values()) for line in map(json.loads, text) if "step" in line}
+    found = {line["step"]: list(line[key].values()) for line in map(json.loads, text) if "step" in line}
     return np.array([found[step] for step in sorted(found)])
 
 
+def logged(workspace: Any, name: str, key: str) -> list[float]:
+    """Return what a run logged at each step."""
+    state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text("utf-8"))
+    return [entry[key] for entry in state["log_history"] if key in entry]
+
+
+def assert_alike(workspace: Any, method: str, name: str) -> None:
+    """Hold a run's weights, losses and shares of all steps against those of the run on one process."""
+    one = f"one-{method}"
+    first, second = workspace.weights(one), workspace.weights(name)
+    assert first.keys() == second.keys()
+    assert first
+    for key, weight in first.items():
+        np.testing.assert_allclose(second[key], weight, atol=2e-3 * float(weight.abs().max()), err_msg=name)
+    keys = ["loss", "weight_max"] if method in (*WEIGHTERS, "both") else ["loss"]
+    for key in keys:
+        expected = logged(workspace, one, key)
+        assert len(expected) == 6
+        np.testing.assert_allclose(logged(workspace, name, key), expected, rtol=1e-3, err_msg=f"{name}: {key}")
+    if "weight_max" in keys:
+        assert max(abs(weight - 1) for weight in logged(workspace, one, "weight_max")) > 0.01
+    if method in RUNS:
+        for key in ["proportions", "alpha"] if method == "doremi" else ["proportions"]:
+            shares = recorded(workspace, one, key)
+            np.testing.assert_allclose(recorded(workspace, name, key), shares, rtol=1e-4, err_msg=f"{name}: {key}")
+
+
+def assert_chain(workspace: Any, methods: Sequence[str]) -> None:
+    """Train on one process; on two; and on one up to step 2, on two up to step 4, on one to the end."""
+    out = workspace.folder / "out"
+    out.mkdir()
+    files = []
+    for method in methods:
+        alone(workspace, f"one-{method}", method)
+        shutil.copytree(out / f"one-{method}", out / f"changed-{method}")
+        leave(out / f"changed-{method}", 2)
+        for name in (f"two-{method}", f"changed-{method}"):
+            files.append(write(workspace, name, method, **TWO[method in WEIGHTERS]))
+    launch(workspace, files)
+    for method in methods:
+        two, changed = f"two-{method}", f"changed-{method}"
+        assert_alike(workspace, method, two)
+        assert_alike(workspace, method, changed)
+        if method in RUNS:
+            rows = steps(workspace, f"one-{method}", 1, 2)
+            assert len(rows) == 6
+            assert steps(workspace, two, 2, 1) == rows, method
+            assert steps(workspace, changed, 2, 1) == rows[2:], method
+        leave(out / changed, 4)
+        alone(workspace, changed, method)
+        assert_alike(workspace, method, changed)
+        if method in RUNS:
+            assert steps(workspace, changed, 1, 2) == rows[4:], method
+
+
+def leave(folder: Path, last: int) -> None:
+    """Remove all that a run of 6 steps saved after a step."""
+    for step in range(last + 1, 7):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    for path in (folder / "adapter_model.safetensors", folder / "trainer_state.json"):
+        path.unlink()
+
+
 @pytest.mark.timeout(400)
-def test_two_processes_train_what_one_trains_and_either_resumes_the_other(
-    workspace: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dataflex.trainers.rounds import _Batches
+def test_two_processes_train_what_one_trains_and_either_resumes_the_other(workspace: Any) -> None:
+    assert_chain(workspace, ["odm", "loss"])
 
-    begin = _Batches.__iter__
 
-    def alone(name: str, method: str) -> None:
-        path = write(workspace, name, method)
-        with Path(f"{workspace.folder}/out/{name}-drawn-0.jsonl").open("a") as file:
-
-            def noted(self: Any) -> Any:
-                for rows in begin(self):
-                    print(json.dumps(rows), file=file)
-                    yield rows
-
-            monkeypatch.setattr(_Batches, "__iter__", noted)
-            workspace.run("train", path)
-
-    (workspace.folder / "out").mkdir()
-    for method in RUNS:
-        alone(f"one-{method}", method)
-    two = [write(workspace, f"two-{method}", method, gradient_accumulation_steps=1) for method in RUNS]
-    # One process stops after step 2, two go on to step 4, one ends the run.
-    changed = workspace.folder / "out" / "changed"
-    shutil.copytree(workspace.folder / "out" / "one-odm", changed)
-    for step in range(3, 7):
-        shutil.rmtree(changed / f"checkpoint-{step}")
-    middle = write(workspace, "changed", "odm", gradient_accumulation_steps=1)
-    launch(workspace, *two, middle)
-    for method in RUNS:
-        one, other = steps(workspace, f"one-{method}", 1, 2), steps(workspace, f"two-{method}", 2, 1)
-        assert len(one) == 6
-        assert other == one, method
-        np.testing.assert_allclose(shares(workspace, f"two-{method}"), shares(workspace, f"one-{method}"), rtol=1e-4)
-        first, second = workspace.weights(f"one-{method}"), workspace.weights(f"two-{method}")
-        for name, weight in first.items():
-            np.testing.assert_allclose(second[name], weight, atol=2e-3 * float(weight.abs().max()), err_msg=method)
-    assert steps(workspace, "changed", 2, 1) == steps(workspace, "one-odm", 1, 2)[2:]
-    for step in (5, 6):
-        shutil.rmtree(changed / f"checkpoint-{step}")
-    Path(f"{workspace.folder}/out/changed-drawn-0.jsonl").unlink()
-    alone("changed", "odm")
-    assert steps(workspace, "changed", 1, 2) == steps(workspace, "one-odm", 1, 2)[4:]
-    first, second = workspace.weights("one-odm"), workspace.weights("changed")
-    for name, weight in first.items():
-        np.testing.assert_allclose(second[name], weight, atol=2e-3 * float(weight.abs().max()))
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_mixer_and_weighter_goes_on_with_another_number_of_processes(workspace: Any) -> None:
+    """And whole batches of one domain are so on every rank."""
+    assert_chain(workspace, ["static", "batches", "both", "random", "doremi", "adapt", "feature"])
+    for name, ranks, count in (("one-batches", 1, 12), ("two-batches", 2, 6), ("changed-batches", 1, 4)):
+        for rank in range(ranks):
+            found = drawn(workspace, name, rank)
+            assert len(found) == count
+            assert all(len(rows) == 2 and len({row // 8 for row in rows}) == 1 for rows in found)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataflexError
 from dataflex.mixers.dynamic_moe import deltas
 from dataflex.pipelines.signals import ExpertLoads
-from dataflex.trainers.trainer import DataflexTrainer
+from dataflex.trainers.trainer import DataflexTrainer, _auxiliary_weight
 from tests.test_processes import TWO, dataflex
 
 DOMAINS = ("target_words", "target_records", "target_arithmetic")
@@ -132,6 +133,11 @@ def write(workspace: Any, name: str, model: Path, params: dict[str, Any] | None 
     return path
 
 
+def losses(workspace: Any, name: str) -> list[float]:
+    state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text("utf-8"))
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
 def logged(workspace: Any, name: str) -> list[dict[str, Any]]:
     text = (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8")
     return [line for line in map(json.loads, text.splitlines()) if "proportions" in line]
@@ -215,6 +221,41 @@ def test_a_model_that_tells_no_experts_is_an_error_before_training(
     with pytest.raises(ConfigError, match=r"chooses experts by router logits and .*e_score_correction_bias"):
         workspace.run("train", write(workspace, "biased", biased))
     assert not trained
+
+
+def test_equal_weights_are_plain_training_of_experts(workspace: Any, models: dict[str, Path]) -> None:
+    """With the auxiliary loss, which the model adds to its own loss alone; Transformers sums it over micro-batches."""
+    keys: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    keys |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 3}
+    keys |= {name: None for name in ("warmup_step", "update_step", "update_times", "component_name", "dataflex")}
+    keys |= {"train_type": "static", "model_name_or_path": str(models["qwen"])}
+    weighted: dict[str, Any] = {"train_type": "dynamic_weight", "component_name": "loss"}
+    weighted["dataflex"] = {"store": str(workspace.folder / "store"), "params": {"strategy": "uniform"}}
+    for coefficient in (0.0, 0.5):
+        for name, more in (("plain", {}), ("equal", weighted)):
+            own = {**keys, **more, "moe_aux_loss_coef": coefficient or None}
+            workspace.run("train", write(workspace, f"{name}-{coefficient}", models["qwen"], **own))
+        plain, equal = (losses(workspace, f"{name}-{coefficient}") for name in ("plain", "equal"))
+        np.testing.assert_allclose(equal, plain, rtol=2e-6)
+        one, other = workspace.weights(f"plain-{coefficient}"), workspace.weights(f"equal-{coefficient}")
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-5)
+    assert losses(workspace, "equal-0.5")[0] > losses(workspace, "equal-0.0")[0] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "weight"),
+    [
+        (SimpleNamespace(router_aux_loss_coef=0.2), SimpleNamespace(), 0.2),  # DBRX
+        (SimpleNamespace(), SimpleNamespace(router_aux_loss_coef=0.3), 0.3),
+        (SimpleNamespace(), SimpleNamespace(aux_loss_coef=0.4), 0.4),  # JetMoE
+        (SimpleNamespace(get_base_model=lambda: SimpleNamespace(router_aux_loss_coef=0.5)), SimpleNamespace(), 0.5),
+    ],
+)
+def test_the_weight_of_the_auxiliary_loss_is_the_models(model: Any, config: Any, weight: float) -> None:
+    assert _auxiliary_weight(model, config) == weight
+    with pytest.raises(DataflexError, match="no coefficient of it"):
+        _auxiliary_weight(SimpleNamespace(), SimpleNamespace())
 
 
 def test_freeze_gate_freezes_routers_alone(

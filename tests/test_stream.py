@@ -111,7 +111,8 @@ def test_exhaustion() -> None:
     stream = MixtureStream(NAMES, MEMBERS, seed=0, exhaustion=Exhaustion("renormalise", 1.5))
     rows = stream.take(shares, 150)
     assert np.bincount(domains(rows))[0] == 15
-    assert stream.room == 15 + 30 + 150
+    assert stream.room(np.ones(3, dtype=bool)) == 15 + 30 + 150 - 150
+    assert stream.room(np.array([True, False, False])) == 0
     assert len(stream.take(shares, 100)) == 45
     assert len(stream.take(shares, 100)) == 0
     stopped = MixtureStream(NAMES, MEMBERS, seed=0, exhaustion=Exhaustion("stop", 1.0)).take(shares, 100)

@@ -118,6 +118,24 @@ def test_equal_weights_are_plain_training(workspace, stage, shape, average):
     assert_same(workspace, "plain", "equal")
 
 
+def test_a_model_is_fed_what_it_knows(workspace, monkeypatch):
+    """Transformers' models pass over keys that they do not know; those of others' code raise."""
+    from transformers import Qwen2ForCausalLM
+
+    fed: set[str] = set()
+    forward = Qwen2ForCausalLM.forward
+
+    def noted(self: Any, *args: Any, **given: Any) -> Any:
+        fed.update(given)
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", noted)
+    workspace.run("train", weigh(workspace, "plain", None, **shaped((2, 2))))
+    plain = set(fed)
+    workspace.run("train", weigh(workspace, "weighted", "loss", {"normalisation": "batch"}, **shaped((2, 2))))
+    assert {"input_ids", "attention_mask"} <= fed <= plain
+
+
 def test_equal_weights_are_plain_training_where_the_plain_step_is_a_mean_of_means(workspace, monkeypatch):
     """As Transformers has it for models that read images, and for some of others' code."""
     from transformers import Qwen2ForCausalLM
@@ -468,6 +486,10 @@ def test_two_processes_weigh_as_one(workspace):
         for name, method, params in (("plain", None, None), ("equal", "loss", {"strategy": "uniform"})):
             keys = shaped((1, 2), average_tokens_across_devices=average)
             files.append(weigh(workspace, f"{name}-{average}", method, params, **keys))
+    # Epochs whose last step has one micro-batch of three: DDP has to sum its gradients as well.
+    ragged = shaped((2, 3), max_steps=None, num_train_epochs=2.0)
+    for name, method, params in (("plain", None, None), ("equal", "loss", {"strategy": "uniform"})):
+        files.append(weigh(workspace, f"{name}-ragged", method, params, **ragged))
     for name, (method, params) in BOTH.items():
         files.append(weigh(workspace, f"two-{name}", method, params, eval_dataset="target_words", **shaped((1, 2))))
     script = workspace.folder / "several.py"
@@ -476,6 +498,8 @@ def test_two_processes_weigh_as_one(workspace):
     launch([*command, *map(str, files)])
     assert_same(workspace, "plain-True", "equal-True")
     assert_same(workspace, "plain-False", "equal-False")
+    assert_same(workspace, "plain-ragged", "equal-ragged")
+    assert len(logged(workspace, "equal-ragged")) == 2 * 6
     assert difference(workspace, "plain-True", "plain-False") > 1e-4
     for name, (method, params) in BOTH.items():
         workspace.run("train", weigh(workspace, name, method, params, eval_dataset="target_words", **shaped((2, 2))))

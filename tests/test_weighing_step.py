@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataflex.trainers.factors import ByWeighter
+from dataflex.trainers import factors
+from dataflex.trainers.factors import ByWeighter, StepCounts
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.weighing import Weighing
-from dataflex.weighters.base import Group, NativeWeighter
+from dataflex.weighters.base import Examples, Group, NativeWeighter
 from dataflex.weighters.feature import ByFeature
 from dataflex.weighters.loss import ByLoss
 from tests.test_adapt import adapt
@@ -81,6 +82,26 @@ def test_a_micro_batch_in_which_nothing_is_usable_weighs_nothing(reduction):
     assert float(loss) == 0
     assert batch.logits.grad is not None
     assert not batch.logits.grad.any()
+
+
+class ByRow(NativeWeighter):
+    """Weighs a row by its number."""
+
+    def weights(self, group: Group) -> torch.Tensor:
+        return group.rows.double()
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_each_rank_takes_its_own_part_of_the_weights(monkeypatch, rank):
+    """Of four processes on two nodes: the part of the rank in the world, not of the one on its node."""
+    factor = ByWeighter(ByRow(ByRow.Params()), 2)
+    factor._counts = StepCounts((), (), 0, 1)
+    parts = [Examples(torch.tensor([2 * r, 2 * r + 1]), torch.ones(2), torch.ones(2)) for r in range(4)]
+    everyone = torch.stack([factor._padded(part) for part in parts])
+    monkeypatch.setattr(factors, "all_gather_rows", lambda _: everyone)
+    monkeypatch.setattr(factors, "rank", lambda: rank)
+    monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
+    assert factor._weights([parts[rank]]).tolist() == [2 * rank, 2 * rank + 1]
 
 
 class Waits(TorchDispatchMode):

@@ -95,6 +95,15 @@ def check_mixing(
             problems.add(origin, "mixer_eval_dataset", expected, flat.mixer_eval_dataset)
     if weighs and llamafactory.get("packing") and llamafactory.get("neat_packing"):
         problems.add(origin, "neat_packing", "false", True, why="Losses of a packed row belong to several examples")
+    if flat.update_step and flat.update_times == 0:
+        why = "0 would train on the warm-up alone"
+        problems.add(origin, "update_times", "1 or more, or -1 for updates until the run ends", 0, why=why)
+    counted = flat.update_step * flat.update_times if "update_times" in flat.model_fields_set else 0
+    if counted > 0 and flat.train_step > flat.warmup_step + counted:
+        notes.append("update_times has no effect beside train_step: updates go on every update_step to the end")
+    if llamafactory.get("tokenized_path"):
+        why = "Rows that were tokenized before do not tell which dataset they are of"
+        problems.add(origin, "tokenized_path", "it left out", llamafactory["tokenized_path"], why=why)
     if flat.update_step and flat.update_times > 0 and "num_train_epochs" in llamafactory and not flat.train_step:
         notes.append("num_train_epochs has no effect: warmup_step + update_step x update_times is the whole run")
     return notes

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataflexError
 from dataflex.features.need import Need
-from dataflex.features.spec import TokenLossSpec
 from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
-
-
-def _existing(path: str) -> str:
-    if not Path(path).is_dir():
-        raise ValueError("a folder that exists, relative to the working folder, with the reference model")
-    return path
+from dataflex.mixers.reference import REFERENCE_KINDS, ReferencePath, reference_needs
 
 
 class Doremi(NativeMixer):
@@ -30,7 +23,8 @@ class Doremi(NativeMixer):
     Source: arXiv 2305.10429, algorithm 1; `official` options are those of its repository. Deviations: p is the run
     file's where it gives any; where a step lacks a domain, which the paper leaves open, see `absent`, and the paper's
     loss takes the alpha of the others normalised; without `exact` the loss of a step is weighed by the alpha of the
-    steps before it; a token whose loss or reference loss is not finite is left out.
+    steps before it; a token whose loss or reference loss is not finite is left out, and a step of such tokens moves
+    nothing.
 
     Attributes:
         loss_form: how the weights of `loss_weights` act. domain_mean: loss = sum_i weight_i * mean over the tokens of
@@ -45,7 +39,7 @@ class Doremi(NativeMixer):
     class Params(MixerParams):
         """Parameters of `doremi`."""
 
-        reference_model_path: Annotated[str, AfterValidator(_existing)] = Field(
+        reference_model_path: ReferencePath = Field(
             description="folder of the reference: a model with its tokenizer, which is the run's, trained on the "
             "domains as they are"
         )
@@ -64,11 +58,7 @@ class Doremi(NativeMixer):
         average: Literal["paper", "official"] = Field(
             "paper", description="paper: mean of alpha over the steps; official: the uniform start counts as one more"
         )
-        reference: Literal["stored", "live"] = Field(
-            "stored",
-            description="stored: the token losses of a reference of the run's architecture and finetuning_type are "
-            "computed once and kept; live: any model, or adapter, stands beside the proxy and runs at every step",
-        )
+        reference: Literal["stored", "live"] = Field("stored", description=REFERENCE_KINDS)
         exact: bool = Field(
             False, description="two passes per step: alpha is moved by a batch before it weighs that batch's loss"
         )
@@ -85,8 +75,7 @@ class Doremi(NativeMixer):
 
     def needs(self) -> Sequence[Need]:
         """Need the reference's loss of every token, unless its model stands beside."""
-        params = self.params
-        return [Need(TokenLossSpec(), "train", params.reference_model_path)] if params.reference == "stored" else []
+        return reference_needs(self.params)
 
     @property
     def loss_form(self) -> Literal["domain_mean", "token"]:
@@ -115,11 +104,19 @@ class Doremi(NativeMixer):
 
         Raises:
             ConfigError: a proportion is 0, or `absent: official` was told no vocabulary.
+            DataflexError: there is no loss, or none that can be compared at the beginning.
         """
         if not len(self._log_alpha):
             self._begin(context, has_initial, vocabulary)
-        if context.statistics.steps:
-            self._update(context.statistics.mean_excess)
+        found = context.statistics
+        if found.steps and found.has_losses("doremi", context.step):
+            self._update(found.mean_excess)
+        elif found.steps and not self._updates:
+            raise DataflexError(
+                f"doremi: found no token with a finite loss under both the model and the reference over {found.steps} "
+                f"steps up to step {context.step}; expected losses that can be compared. Look at the losses of "
+                f"{self.params.reference_model_path}, and at the precision of the run"
+            )
         return self._proportions.copy()
 
     def loss_weights(self) -> np.ndarray | None:
@@ -188,17 +185,3 @@ class Doremi(NativeMixer):
         self._log_alpha = np.logaddexp(np.log1p(-eps) + moved, np.log(eps / count)) if eps else moved
         self._total = self._total + np.exp(self._log_alpha)
         self._updates += 1
-
-
-def clipped_excess(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Return what each token's loss exceeds the reference's by, at least 0; NaN where one is not finite.
-
-    The minimum of 0 is taken per token, before any mean: of domain means it is another, smaller number, and not DoReMi.
-
-    Args:
-        losses: of the proxy, in nats.
-        reference: of the reference on the same tokens, in nats, of the same shape.
-    """
-    found, base = np.asarray(losses, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    finite = np.isfinite(found) & np.isfinite(base)
-    return np.maximum(np.subtract(found, base, out=np.full(found.shape, np.nan), where=finite), 0.0)

@@ -13,6 +13,7 @@ from dataflex.features.need import Need
 from dataflex.features.spec import BASE, LossSpec
 from dataflex.mixers.arms import Arms
 from dataflex.mixers.base import MixContext, MixerParams, NativeMixer
+from dataflex.mixers.reference import REFERENCE_KINDS, ReferencePath, reference_needs
 from dataflex.mixers.static import Weights, proportions_of, unknown_names, weight_problems
 
 LOSS_CAP = 16.0
@@ -30,7 +31,8 @@ class Odm(NativeMixer):
     Deviations: a loss above 16 nats counts as 16 in `official`; a domain that was not seen keeps its estimate, and one
     that was never seen has the mean of the others' unless `start` is zeros, where it waits for a draw at the
     exploration rate; a step without any finite loss changes nothing; the loss of a domain is the mean over its tokens
-    on all ranks, unless `batches` is single.
+    on all ranks, unless `batches` is single. With a reference, which the paper does not have, rewards are by reducible
+    loss, as in RHO (arXiv 2206.07137): noise, whose loss stays high under any model, is no longer drawn most.
     """
 
     watches: ClassVar[bool] = True
@@ -69,6 +71,13 @@ class Odm(NativeMixer):
             "mixed", description="single: a micro-batch has one domain, as in the paper, and counts once; mixed: tokens"
         )
 
+        reference_model_path: ReferencePath | None = Field(
+            None,
+            description="folder of a reference model; rewards are then by max(loss - reference loss, 0) of each token, "
+            "so that what the reference could not learn either counts nothing",
+        )
+        reference: Literal["stored", "live"] = Field("stored", description=REFERENCE_KINDS)
+
         @model_validator(mode="before")
         @classmethod
         def _documented(cls, values: Any) -> Any:
@@ -86,6 +95,15 @@ class Odm(NativeMixer):
                 raise ValueError("start left out: exp3 adds rewards up from 0")
             if self.initial_losses is not None and not self.starts_known:
                 raise ValueError("initial_losses left out: estimates that start at zeros have no use for them")
+            if self.reference_model_path is None and self.reference != "stored":
+                raise ValueError("reference left out: it acts with reference_model_path")
+            if self.reference_model_path is not None and self.batches == "single":
+                raise ValueError("batches: mixed, or it left out, with reference_model_path, which compares tokens")
+            if self.reference_model_path is not None and self.initial_losses is not None:
+                raise ValueError(
+                    "initial_losses left out: with reference_model_path estimates begin at what the warm-up's losses "
+                    "exceed the reference's by"
+                )
             given = self.initial_losses if isinstance(self.initial_losses, dict) else {}
             if any(loss < 0 for loss in given.values()):
                 raise ValueError("initial_losses of 0 or more, in nats per token")
@@ -106,8 +124,9 @@ class Odm(NativeMixer):
         return ("base_losses",) if self.params.initial_losses == "base" else ()
 
     def needs(self) -> Sequence[Need]:
-        """Need the base model's losses, if the estimates begin at them."""
-        return [Need(LossSpec(), "train", BASE)] if self.params.initial_losses == "base" else []
+        """Need the base model's losses, if the estimates begin at them, and those of a reference."""
+        base = [Need(LossSpec(), "train", BASE)] if self.params.initial_losses == "base" else []
+        return [*base, *reference_needs(self.params)]
 
     @property
     def whole_batches(self) -> bool:
@@ -160,6 +179,8 @@ class Odm(NativeMixer):
     def _losses(self, context: MixContext) -> np.ndarray:
         """(K,) float64, nats; NaN where a domain was not seen."""
         found = context.statistics
+        if self.params.reference_model_path is not None:
+            return found.mean_excess
         loss = found.mean_group_loss if self.whole_batches else found.mean_loss
         return np.where(np.isfinite(loss), loss, np.nan)
 

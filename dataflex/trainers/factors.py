@@ -125,7 +125,15 @@ class ByWeighter:
         is_row = everyone[:, 0] >= 0
         losses = torch.where(is_row & (everyone[:, 2] > 0), everyone[:, 1] / everyone[:, 2].clamp(min=1), torch.nan)
         step = self._counts.step
-        group = Group(everyone[:, 0].long(), losses, everyone[:, 3], step, step - self._from, self._counts.total)
+        group = Group(
+            everyone[:, 0].long(),
+            losses,
+            everyone[:, 3],
+            step,
+            step - self._from,
+            self._counts.total,
+            len(gathered) * len(parts),
+        )
         weights = self.weighter.weights(group)
         usable = group.usable.sum().clamp(min=1)
         self._usable = usable / len(parts)

@@ -53,6 +53,7 @@ class Observer:
         self._sums[2] += here[0] > 0
         self._sums[3] += torch.where(here[0] > 0, here[1] / here[0].clamp(min=1), 0.0)
         if reference is not None:
+            # The minimum of 0 is taken per token: of domain means it is another, smaller number, and not DoReMi.
             excess = torch.where(finite, (losses - reference).clamp(min=0), 0.0).sum(dim=1)
             self._sums[4].index_add_(0, domain, excess)
         self._sums[5].index_add_(0, domain, batch.is_target.sum(dim=1).double() - counts)

@@ -66,10 +66,9 @@ class MixtureStream:
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         self._numbers: tuple[int, np.ndarray] | None = None
 
-    @property
-    def room(self) -> float:
-        """Rows that can be dealt from the start on, infinite without a limit."""
-        return float((np.floor(self._limits / self.group) * self.group).sum())
+    def room(self, drawn: np.ndarray) -> float:
+        """Return the rows that can still be dealt if domains (K,) bool are drawn; infinite without a limit."""
+        return float((np.floor((self._limits - self.served) / self.group) * self.group)[drawn].sum())
 
     def take(self, proportions: np.ndarray, rows: int) -> np.ndarray:
         """Return the next rows, (rows,) int64; fewer, a whole number of slots, where the domains are used up.
@@ -84,21 +83,21 @@ class MixtureStream:
             if not shares.any():
                 break
             domain = self._choose(shares)
-            if not self._has_room[domain]:
+            if not self._fits(domain):
                 break
             taken.append(self._next(domain))
-            if not self._has_room[domain]:
+            if not self._fits(domain):
                 shares = self._shares(proportions)
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
 
-    @property
-    def _has_room(self) -> np.ndarray:
-        """(K,) bool, domains that can fill another slot."""
-        return self.served + self.group <= self._limits
+    def _fits(self, domain: int) -> bool:
+        """Say whether a domain can fill another slot."""
+        return bool(self.served[domain] + self.group <= self._limits[domain])
 
     def _shares(self, proportions: np.ndarray) -> np.ndarray:
         """Return the shares of the domains that can be drawn, summing to 1, or zeros; `stop` draws used-up ones too."""
-        shares = proportions if self._exhaustion.policy == "stop" else np.where(self._has_room, proportions, 0.0)
+        has_room = self.served + self.group <= self._limits
+        shares = proportions if self._exhaustion.policy == "stop" else np.where(has_room, proportions, 0.0)
         total = shares.sum()
         return shares / total if total > 0 else np.zeros_like(shares)
 

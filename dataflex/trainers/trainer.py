@@ -150,7 +150,7 @@ class DataflexTrainer(Trainer):
         model: Any = self.model
         extra, config = output.get("aux_loss"), model.config.get_text_config()
         if extra is not None and getattr(config, "output_router_logits", False):  # as the model adds it itself
-            loss = loss + config.router_aux_loss_coef * extra.to(loss.device)
+            loss = loss + _auxiliary_weight(model, config) * extra.to(loss.device)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -208,6 +208,22 @@ def _logits(output: Any) -> Any:
             "enable_liger_kernel: false"
         )
     return output["logits"]
+
+
+def _auxiliary_weight(model: Any, config: Any) -> float:
+    """Return what a mixture of experts multiplies its auxiliary loss by, which Transformers' models keep in two ways.
+
+    Raises:
+        DataflexError: this one keeps it otherwise.
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for holder, name in ((bare, "router_aux_loss_coef"), (config, "router_aux_loss_coef"), (config, "aux_loss_coef")):
+        if isinstance(found := getattr(holder, name, None), int | float):
+            return float(found)
+    raise DataflexError(
+        f"{type(bare).__name__}: found an auxiliary loss and no coefficient of it (router_aux_loss_coef), without "
+        "which it cannot be added to weighted losses; leave moe_aux_loss_coef out"
+    )
 
 
 @contextlib.contextmanager

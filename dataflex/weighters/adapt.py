@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dataflex.errors import DataflexError
 from dataflex.weighters.base import Examples, Group, NativeWeighter, WeighterParams
@@ -44,9 +44,22 @@ class Adapt(NativeWeighter):
         form: Literal["absolute", "relative", "documented"] = Field(
             "absolute",
             description="absolute: the sigmoid, so the loss is below the plain one; relative: scaled to mean 1 over "
-            "the group; documented: times the number of examples of the group that have a loss, so that the losses are "
-            "summed, not averaged",
+            "the group; documented: the mean losses of a process's micro-batch are summed, not averaged, so reduction "
+            "is example",
         )
+
+        @model_validator(mode="before")
+        @classmethod
+        def _documented(cls, values: Any) -> Any:
+            if isinstance(values, dict) and values.get("form") == "documented":
+                return {"reduction": "example"} | values
+            return values
+
+        @model_validator(mode="after")
+        def _sums_means(self) -> Adapt.Params:
+            if self.form == "documented" and self.reduction != "example":
+                raise ValueError("reduction: example, or it left out, with form: documented, which sums mean losses")
+            return self
 
     params: Params
 
@@ -101,7 +114,7 @@ class Adapt(NativeWeighter):
         found = found.where(usable & group.signal.isfinite(), 0.0)
         if self.params.form == "absolute":
             return found
-        return mean_one(found, usable) if self.params.form == "relative" else found * usable.sum()
+        return mean_one(found, usable) if self.params.form == "relative" else found * usable.sum() / group.parts
 
     def state(self) -> dict[str, Any]:
         """Return the anchors' mean and the step that they were embedded at; nothing before the first."""

@@ -69,6 +69,7 @@ class Group:
         step: optimizer steps done.
         since: optimizer steps done since the weighter began to act.
         total: optimizer steps of the run.
+        parts: micro-batches of single ranks that the group is put together from.
     """
 
     rows: Tensor
@@ -77,6 +78,7 @@ class Group:
     step: int
     since: int
     total: int
+    parts: int = 1
 
     @property
     def usable(self) -> Tensor:
