@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from dataflex import distributed
 from dataflex.config.mixing import dataset_names
@@ -17,7 +18,7 @@ from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchE
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
 from dataflex.pipelines.domains import MixtureManager, domains_of
-from dataflex.pipelines.mix_record import MixRecord, named
+from dataflex.pipelines.mix_record import MixRecord, by_name, in_order, named
 from dataflex.pipelines.reference import reference_losses
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.signals import signals
@@ -266,17 +267,17 @@ class MixDirector:
         step = trainer.state.global_step
         self._count(step)
         assert self._round is not None
-        weighter = self.run.weighter
+        weighter, names = self.run.weighter, self.domains.names
         state = {
             **self._identity,
             "step": step,
             "round": self._round.number,
             "first_step": self._round.first_step,
             "update": self._update,
-            "proportions": self._proportions.tolist(),
+            "proportions": named(names, self._proportions),
             "stream": self._at_round,
-            "pending": self._pending.state(),
-            "mixer": self.mixer.state() if self.is_native else {},
+            "pending": by_name(names, self._pending.state()),
+            "mixer": by_name(names, self.mixer.state()) if self.is_native else {},
             "weighter": weighter.state() if weighter is not None else {},
         }
         if trainer.args.should_save:
@@ -290,8 +291,13 @@ class MixDirector:
         rows = dict(zip(names, self.domains.rows.tolist(), strict=True))
         beside = self.settings.dataflex.weighter
         methods = {"mixer": self.settings.component_name, "weighter": beside and beside.name}
+        given = {"mixer": self.settings.params, "weighter": self.settings.weighter_params}
         return {
             "methods": methods,
+            "parameters": {
+                kind: some.model_dump(mode="json") if isinstance(some, BaseModel) else some
+                for kind, some in given.items()
+            },
             "domains": list(names),
             "rows": rows,
             "content": keys_digest(self.run.rows.keys),
@@ -312,11 +318,12 @@ class MixDirector:
                 "with the warmup_step and update_step the run was begun with, or start anew with another output_dir"
             )
         self._round, self._at_round = rounds[number], state["stream"]
-        self._proportions = np.array(state["proportions"])
+        names = self.domains.names
+        self._proportions = np.array(in_order(names, state["proportions"]))
         self._stream.restore(state["stream"])
-        self._pending = Statistics.restored(state["pending"])
+        self._pending = Statistics.restored(in_order(names, state["pending"]))
         if self.is_native:
-            self.mixer.restore(state["mixer"])
+            self.mixer.restore(in_order(names, state["mixer"]))
         if self.run.weighter is not None:
             self.run.weighter.restore(state["weighter"])
 

@@ -77,6 +77,25 @@ class MixRecord:
             self._outcome.write_text(json.dumps(said, indent=1) + "\n", "utf-8")
 
 
+def by_name(names: Sequence[str], state: Any) -> Any:
+    """Return a state with every list of one number for each domain, (K,), as numbers by name; `in_order` undoes it."""
+    if isinstance(state, dict):
+        return {key: by_name(names, value) for key, value in state.items()}
+    if not isinstance(state, list):
+        return state
+    is_of_domains = len(state) == len(names) and all(isinstance(x, int | float | None) for x in state)
+    return dict(zip(names, state, strict=True)) if is_of_domains else [by_name(names, value) for value in state]
+
+
+def in_order(names: Sequence[str], state: Any) -> Any:
+    """Return what `by_name` was given."""
+    if isinstance(state, dict):
+        if list(state) == list(names):
+            return list(state.values())
+        return {key: in_order(names, value) for key, value in state.items()}
+    return [in_order(names, value) for value in state] if isinstance(state, list) else state
+
+
 def named(names: Sequence[str], values: Any) -> dict[str, Any]:
     """Return values by domain."""
     return dict(zip(names, np.asarray(values).tolist(), strict=True))
