@@ -1,10 +1,10 @@
 """What mixtures are worth: a model trained from scratch on each, its loss on text of every domain that no run saw.
 
-Every method trains for the same steps on the same number of tokens, in blocks of `--cutoff` within a domain, with Muon; a seed
-sets the first weights and the draws. A cell is the held-out loss in nats per token, then the share of blocks that was
-drawn and the one that was intended over the run, in percent; behind it the mean over domains and the worst one, with
-95 % confidence intervals over seeds (Student's t), and the mean against `natural` seed by seed. What a method trains
-before its own run stands by itself: DoReMi's reference (which is the `natural` run of the seed) and proxy.
+Every method trains for the same steps on the same number of tokens, in blocks of `--cutoff` within a domain, with Muon;
+a seed sets the first weights and the draws. A cell is the held-out loss in nats per token, then the share of blocks
+that was drawn and the one that was intended over the run, in percent; behind it the mean over domains and the worst
+one, with 95 % confidence intervals over seeds (Student's t), and the mean against `natural` seed by seed. What a method
+trains before its own run stands by itself: DoReMi's reference (which is the `natural` run of the seed) and proxy.
 
 natural: shares by size; uniform; doremi: `natural` as reference, proxy, and a run on the proportions that came out;
 odm: the authors' variant after a hundredth of the steps; ado: the first twentieth of the steps left out, then a fit
@@ -100,6 +100,7 @@ class Study:
             values = {
                 **training(self.folder, self.domains, self.batch, self.cutoff, self.rate),
                 "seed": seed,
+                "use_muon": True,  # with AdamW so short a run ends near the frequencies of single tokens
                 "output_dir": str(out),
                 "train_type": "dynamic_mix",
                 "train_step": self.steps,
@@ -175,7 +176,6 @@ def training(folder: Path, domains: Sequence[str], batch: int, cutoff: int, rate
         "per_device_train_batch_size": batch,
         "learning_rate": rate,
         "lr_scheduler_type": "cosine",
-        "use_muon": True,  # with AdamW so short a run ends near the frequencies of single tokens
         "warmup_steps": 20,
         "save_strategy": "no",
         "report_to": "none",

@@ -7,7 +7,8 @@ callbacks. Printed are the median CPU-seconds of a step, and the median over rou
 the same round, with a 95 % confidence interval (order statistics) and quartiles; then the same of wall time. `plain
 again` says what noise is. On a GPU wall time counts, and steps are synchronised.
 
-All rows are blocks of `--cutoff` tokens (stage pt, packed), so every variant computes alike.
+All rows are blocks of `--cutoff` tokens (stage pt, packed), so every variant computes alike. DoReMi's reference is the
+model that training begins with; its losses are stored before the first step.
 
 python -m benchmarks.trainer_overhead DATA_DIR MODEL_DIR --rounds 60
 """
@@ -40,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # name -> keys beside those that all ha
     "plain again": {"train_type": "static"},
     "mix: static": {"train_type": "dynamic_mix", "component_name": "static"},
     "mix: odm": {"train_type": "dynamic_mix", "component_name": "odm"},
+    "mix: ado": {"train_type": "dynamic_mix", "component_name": "ado"},
+    "mix: doremi": {"train_type": "dynamic_mix", "component_name": "doremi"},
     "weight: loss": {"train_type": "dynamic_weight", "component_name": "loss"},
 }
 WARMUP = 3
@@ -159,7 +162,8 @@ def measure(
         cutoff: tokens of a row.
     """
     domains, _ = prepare(data, model, folder)
-    shared = training(folder, domains, batch, cutoff, rate=1e-3) | {"gradient_accumulation_steps": accumulation}
+    shared = training(folder, domains, batch, cutoff, rate=1e-3)
+    shared |= {"gradient_accumulation_steps": accumulation, "max_samples": 150}
     steps = rounds + WARMUP + 1  # the last is never asked for
     variants: list[Variant] = []
     found: dict[str, list[Step]] = {name: [] for name in names}
@@ -168,7 +172,8 @@ def measure(
             keys = VARIANTS[name]
             is_plain = keys["train_type"] == "static"
             length = {"max_steps": steps} if is_plain else {"train_step": steps}
-            store = {} if is_plain else {"dataflex": {"store": str(folder / "store")}}
+            reference = {"reference_model_path": str(folder / "model")} if name == "mix: doremi" else {}
+            store = {} if is_plain else {"dataflex": {"store": str(folder / "store"), "params": reference}}
             path = folder / f"{name.replace(': ', '-').replace(' ', '-')}.yaml"
             out = {"output_dir": str(folder / "out" / path.stem)}
             path.write_text(yaml.safe_dump(shared | keys | length | store | out), "utf-8")
