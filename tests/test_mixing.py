@@ -20,6 +20,7 @@ import torch
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.pipelines.domains import domains_of
+from dataflex.pipelines.mix_record import by_name, in_order
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import _Batches
@@ -390,6 +391,34 @@ def test_another_mixture_is_not_resumed(workspace: Any) -> None:
         workspace.run("train", mix(workspace, "first", **keys, gradient_accumulation_steps=1))
     with pytest.raises(MismatchError, match=r"found methods .*'uniform'.*, this run has .*'odm'"):
         workspace.run("train", mix(workspace, "first", **{**keys, "component_name": "odm"}))
+    arms = {**keys, "component_name": "odm"}
+    workspace.run("train", mix(workspace, "arms", **arms))
+    shutil.rmtree(workspace.folder / "out" / "arms" / "checkpoint-6")
+    with pytest.raises(MismatchError, match=r"found parameters .*'official'.*, this run has .*'paper'"):
+        workspace.run("train", mix(workspace, "arms", **arms, dataflex={"params": {"variant": "paper"}}))
+
+
+def test_a_checkpoint_says_what_belongs_to_which_domain(workspace: Any) -> None:
+    """By name, whatever is a number for each domain; and read back it is what it was."""
+    keys = {"save_strategy": "steps", "save_steps": 6, "component_name": "odm"}
+    workspace.run("train", mix(workspace, "named", **keys))
+    path = workspace.folder / "out" / "named" / "checkpoint-6" / "dataflex" / "mixture.json"
+    state = json.loads(path.read_text("utf-8"))
+    for found in (state["proportions"], state["pending"]["loss"], state["mixer"]["estimates"], state["rows"]):
+        assert list(found) == list(NAMES)
+    plain = {"a": [1.0, None, 2.5], "b": {"c": [[1, 2, 3], [4]]}, "d": [{"e": 1}, {}, {}], "f": "x", "g": [True, False]}
+    named = by_name(NAMES, plain)
+    assert named["b"]["c"] == [dict(zip(NAMES, (1, 2, 3), strict=True)), [4]]
+    assert in_order(NAMES, json.loads(json.dumps(named))) == plain
+
+
+def test_constant_shares_are_held_against_the_rows_that_they_draw(workspace: Any, drawn: list[list[int]]) -> None:
+    """A domain without a share has rows that never come: the run is refused at its first step, not at its last."""
+    keys = {"component_name": "static", "init_mixture_proportions": [1, 1, 0], "train_step": 5}
+    section = {"mixture": {"exhausted": "renormalise"}}
+    with pytest.raises(CoverageError, match="20 rows wanted, found 16 within 1 passes"):
+        workspace.run("train", mix(workspace, "short", **keys, dataflex=section))
+    assert not drawn
 
 
 def test_a_run_that_ends_early_tells_what_was_trained_on(workspace: Any, drawn: list[list[int]]) -> None:
