@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from dataflex.errors import MismatchError
@@ -43,7 +44,7 @@ def _read(folder: Path, model: Any, ours: dict[str, Any], scaling: dict[str, Any
     """Read the weights, by the model's names, and hold them against the model."""
     adapter = folder / "adapter_model.safetensors"
     if adapter.is_file():
-        found = {_with_adapter(key, str(model.active_adapter)): value for key, value in load_file(adapter).items()}
+        found = {_with_adapter(key, str(model.active_adapter)): value for key, value in _tensors(adapter).items()}
         theirs = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         for name in SCALING:
             if (theirs.get(name) or None) != (scaling.get(name) or None):  # an option that is off may be left out
@@ -51,7 +52,7 @@ def _read(folder: Path, model: Any, ours: dict[str, Any], scaling: dict[str, Any
                     f"{folder}/adapter_config.json: {name} is {theirs.get(name)}, this run has {scaling.get(name)}"
                 )
     elif shards := sorted(folder.glob("model*.safetensors")):
-        found = {key: value for shard in shards for key, value in load_file(shard).items()}
+        found = {key: value for shard in shards for key, value in _tensors(shard).items()}
     else:
         raise MismatchError(
             f"{folder}: found neither adapter_model.safetensors nor model*.safetensors; expected a checkpoint"
@@ -66,6 +67,18 @@ def _read(folder: Path, model: Any, ours: dict[str, Any], scaling: dict[str, Any
             f"(first: {unknown[:1]}); use the finetuning_type, lora_rank and lora_target it was made with"
         )
     return found
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """Read a file of weights.
+
+    Raises:
+        MismatchError: it is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise MismatchError(f"{path}: cannot be read ({error}); expected the weights of a checkpoint, whole") from error
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from dataflex.mixers import Mixer, register_mixer
@@ -29,6 +30,7 @@ class ByBatch(Mixer):
         return np.array([1.0, loss, 1.0 + float(domains.sum())])
 
 
+@pytest.mark.slow
 def test_a_batch_is_what_the_model_takes_and_the_same_after_a_resume(workspace: Any) -> None:
     """Between updates, and right at one, where the batch is of a step before the checkpoint."""
     section = {"plugins": ["tests.test_custom_mixer"]}

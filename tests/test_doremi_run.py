@@ -507,6 +507,15 @@ def test_an_unsuitable_reference_is_an_error_at_the_start(space: Any, seen: Seen
     save(new_model(tokenizer, hidden=32, layers=1, seed=0), tokenizer, wide)
     with pytest.raises(MismatchError, match="its weights are not those of this run"):
         space.run("train", proxy(space, "none", reference_model_path=str(wide)))
+    weights = wide / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(
+        MismatchError, match=r"model.safetensors: cannot be read .*expected the weights of a checkpoint"
+    ):
+        space.run("train", proxy(space, "none", reference_model_path=str(wide)))
+    weights.unlink()
+    with pytest.raises(MismatchError, match="found neither adapter_model.safetensors nor"):
+        space.run("train", proxy(space, "none", reference_model_path=str(wide)))
     assert not seen.trained
     (wide / "tokenizer_config.json").unlink()
     with pytest.raises(MismatchError, match="found no tokenizer"):

@@ -104,10 +104,9 @@ class ByWeighter:
         return weights * batch.items * batch.apart / (tokens * self._usable * batch.micro_batches)
 
     def report(self) -> dict[str, float]:
-        """Return mean and maximum of the weights, and the share of examples that equal weights would need for as much.
+        """Return mean, maximum, and effective sample size of the weights: 1, 1 and 1 of a plain loss.
 
-        `weight_mean` and `weight_ess` ((sum w)^2 / sum w^2 over the number of examples) are means over groups: 1 and 1
-        of a plain loss.
+        `weight_mean` and `weight_ess`, (sum w)^2 / sum w^2 over the number of examples, are means over groups.
         """
         if self._sums is None or self._largest is None:
             return {}

@@ -211,7 +211,7 @@ def _logits(output: Any) -> Any:
 
 
 def _auxiliary_weight(model: Any, config: Any) -> float:
-    """Return what a mixture of experts multiplies its auxiliary loss by, which Transformers' models keep in two ways.
+    """Return what a mixture of experts multiplies its auxiliary loss by, wherever its class in Transformers keeps that.
 
     Raises:
         DataflexError: this one keeps it otherwise.
