@@ -14,14 +14,14 @@ from pydantic import BaseModel
 
 from dataflex import distributed
 from dataflex.config.mixing import dataset_names
-from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
 from dataflex.pipelines.domains import MixtureManager, domains_of
 from dataflex.pipelines.mix_record import MixRecord, by_name, in_order, named
 from dataflex.pipelines.reference import reference_losses
 from dataflex.pipelines.run import Run, open_run
-from dataflex.pipelines.signals import signals
+from dataflex.pipelines.signals import freeze_routers, signals
 from dataflex.pipelines.summary import write_summary
 from dataflex.pipelines.weigh import weighter_factor
 from dataflex.schedule import Round
@@ -72,7 +72,8 @@ class MixDirector:
         self._last_rows: np.ndarray | None = None
         self._update, self._counted = 0, 0
         self._signals = signals(self.run, self.settings, self._members, self.domains.names)
-        self._freeze_gates()
+        if self.settings.keys.freeze_gate:
+            freeze_routers(trainer.model)
         self._watch(rows)
         self.record = MixRecord(Path(trainer.args.output_dir))
         if checkpoint is not None:
@@ -393,21 +394,3 @@ class MixDirector:
 
     def _manager(self) -> Any:
         return MixtureManager(self.trainer.train_dataset, self.domains, self._members, self.initial)
-
-    def _freeze_gates(self) -> None:
-        """Leave the routers of a mixture of experts untrained, if that is asked for.
-
-        Raises:
-            ConfigError: the model has none that would be trained.
-        """
-        if not self.settings.keys.freeze_gate:
-            return
-        routers = [
-            parameter
-            for name, parameter in self.trainer.model.named_parameters()
-            if parameter.requires_grad and {"gate", "router"} & set(name.split("."))
-        ]
-        if not routers:
-            raise ConfigError("freeze_gate: found no router among the trained parameters; remove the key")
-        for parameter in routers:
-            parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Signals of the live model that a mixer may ask for: the loads of the experts, domain by domain."""
+"""What a mixer may ask of the live model and of the stores: loads of the experts and base losses, domain by domain."""
 
 from __future__ import annotations
 
@@ -144,3 +144,17 @@ class ExpertLoads:
         logits = routed[-1].reshape(-1, routed[-1].shape[-1])
         chosen = logits.topk(self._k, dim=1).indices[batch.attention_mask.reshape(-1).bool()]
         return torch.bincount(chosen.reshape(-1), minlength=logits.shape[1]).double()
+
+
+def freeze_routers(model: Any) -> None:
+    """Leave the routers of a mixture of experts untrained.
+
+    Raises:
+        ConfigError: the model has none that would be trained.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    routers = [parameter for name, parameter in named if {"gate", "router"} & set(name.split("."))]
+    if not routers:
+        raise ConfigError("freeze_gate: found no router among the trained parameters; remove the key")
+    for parameter in routers:
+        parameter.requires_grad_(False)
