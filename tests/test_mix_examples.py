@@ -153,8 +153,9 @@ def test_the_three_steps_of_doremi(shared: Any) -> None:
     found = json.loads((out / "proxy" / "mixture_proportions.json").read_text("utf-8"))
     assert found == json.loads((out / "proxy-again" / "mixture_proportions.json").read_text("utf-8"))
     alphas = [list(line["alpha"].values()) for line in log(shared, "proxy") if line["step"]]
-    assert len(alphas) == 5  # the sixth is in the mean alone
+    assert len(alphas) == 6
     assert np.ptp(alphas[-1]) > 0
+    assert list(found["proportions"].values()) == pytest.approx(np.mean(alphas, axis=0).tolist(), abs=1e-12)
     file = str(out / "proxy" / "mixture_proportions.json")
     shared.run("train", small(TARGET, shared, "target", shared.tiny.model, proportions=file))
     assert log(shared, "target")[0]["proportions"] == pytest.approx(found["proportions"], abs=1e-12)
