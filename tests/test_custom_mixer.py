@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from dataflex.mixers import Mixer, register_mixer
-from tests.test_mixing import mix
+from tests.test_mixing import break_off, mix
 from tests.test_training import assert_same
 
 SEEN: list[tuple[int, list[int] | None, list[int] | None]] = []
@@ -43,10 +42,7 @@ def test_a_batch_is_what_the_model_takes_and_the_same_after_a_resume(workspace: 
     assert [step for step, _, _ in whole] == [0, 2, 4, 6]
     assert [batch is None for _, batch, _ in whole] == [True, False, False, False]
     for step in (3, 4):
-        out = workspace.folder / "out" / f"from-{step}"
-        shutil.copytree(workspace.folder / "out" / "whole", out)
-        for later in range(step + 1, 8):
-            shutil.rmtree(out / f"checkpoint-{later}")
+        break_off(workspace, step)
         SEEN.clear()
         workspace.run("train", mix(workspace, f"from-{step}", **keys))
         assert [one for one in whole if one[0] >= step] == SEEN

@@ -74,6 +74,15 @@ def lines(workspace: Any, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def break_off(workspace: Any, step: int) -> None:
+    """Copy the run `whole` to `from-STEP`, without the checkpoints behind that step."""
+    out = workspace.folder / "out" / f"from-{step}"
+    shutil.copytree(workspace.folder / "out" / "whole", out)
+    for folder in out.glob("checkpoint-*"):
+        if int(folder.name.partition("-")[2]) > step:
+            shutil.rmtree(folder)
+
+
 def domains(rows: list[list[int]]) -> np.ndarray:
     """Domain of every row drawn: the datasets stand one behind the other."""
     return np.array(flat(rows)) // 8
@@ -141,10 +150,7 @@ def test_what_is_resumed_ends_as_the_uninterrupted_run(workspace: Any, drawn: li
     whole, before = list(drawn), lines(workspace, "whole")
     assert len(whole) == 12
     for step in (1, 3, 4):
-        out = workspace.folder / "out" / f"from-{step}"
-        shutil.copytree(workspace.folder / "out" / "whole", out)
-        for later in range(step + 1, 7):
-            shutil.rmtree(out / f"checkpoint-{later}")
+        break_off(workspace, step)
         drawn.clear()
         workspace.run("train", mix(workspace, f"from-{step}", **keys))
         assert drawn == whole[2 * step :]

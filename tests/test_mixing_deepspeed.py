@@ -10,13 +10,9 @@ import numpy as np
 import pytest
 
 from tests.test_processes import TWO, dataflex, sharding
+from tests.test_weighing import logged
 
 NAMES = "target_words,target_records,target_arithmetic"
-
-
-def losses(workspace: Any, name: str) -> list[float]:
-    state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text("utf-8"))
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
 @pytest.mark.slow
@@ -44,7 +40,7 @@ def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int
     dataflex("train", write("documented", **{**weighted, **documented, **sharded}), **TWO, DS_ACCELERATOR="cpu")
     dataflex("train", write("mixed", dataflex=section, **mixed, **sharded), **TWO, DS_ACCELERATOR="cpu")
     for name in ("equal", "documented"):
-        np.testing.assert_allclose(losses(workspace, name), losses(workspace, "plain"), rtol=1e-4)
+        np.testing.assert_allclose(logged(workspace, name), logged(workspace, "plain"), rtol=1e-4)
         plain, found = workspace.weights("plain"), workspace.weights(name)
         for key, weight in plain.items():
             np.testing.assert_allclose(found[key], weight, atol=2e-3 * float(weight.abs().max()), err_msg=name)

@@ -17,6 +17,7 @@ from dataflex.mixers.dynamic_moe import deltas
 from dataflex.pipelines.signals import ExpertLoads
 from dataflex.trainers.trainer import DataflexTrainer, _auxiliary_weight
 from tests.test_processes import TWO, dataflex
+from tests.test_weighing import logged as logged_losses
 
 DOMAINS = ("target_words", "target_records", "target_arithmetic")
 
@@ -133,11 +134,6 @@ def write(workspace: Any, name: str, model: Path, params: dict[str, Any] | None 
     return path
 
 
-def losses(workspace: Any, name: str) -> list[float]:
-    state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text("utf-8"))
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
 def logged(workspace: Any, name: str) -> list[dict[str, Any]]:
     text = (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8")
     return [line for line in map(json.loads, text.splitlines()) if "proportions" in line]
@@ -235,12 +231,12 @@ def test_equal_weights_are_plain_training_of_experts(workspace: Any, models: dic
         for name, more in (("plain", {}), ("equal", weighted)):
             own = {**keys, **more, "moe_aux_loss_coef": coefficient or None}
             workspace.run("train", write(workspace, f"{name}-{coefficient}", models["qwen"], **own))
-        plain, equal = (losses(workspace, f"{name}-{coefficient}") for name in ("plain", "equal"))
+        plain, equal = (logged_losses(workspace, f"{name}-{coefficient}") for name in ("plain", "equal"))
         np.testing.assert_allclose(equal, plain, rtol=2e-6)
         one, other = workspace.weights(f"plain-{coefficient}"), workspace.weights(f"equal-{coefficient}")
         for name in one:
             torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-5)
-    assert losses(workspace, "equal-0.5")[0] > losses(workspace, "equal-0.0")[0] + 0.1
+    assert logged_losses(workspace, "equal-0.5")[0] > logged_losses(workspace, "equal-0.0")[0] + 0.1
 
 
 @pytest.mark.parametrize(
