@@ -296,7 +296,9 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     for note in settings.notes if distributed.is_main() else ():
         log.warning("%s: %s", run, note)
     with reported(verb, settings.llamafactory.get("output_dir")):
+        distributed.prepare()
         yield settings
+    distributed.leave()
 
 
 def _stores(root: str | None) -> tuple[str, list[Any]]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_KEEPERS = ("torch.distributed.nn.functional", "deepspeed.comm.torch")
+"""Modules that keep the process group for ever, as a default of their functions, if imported while there is one."""
 
 
 def _group() -> Any:
@@ -39,6 +45,27 @@ def local_rank() -> int:
 def is_main() -> bool:
     """Say whether this process is the one that decides, logs and writes the journal."""
     return rank() == 0
+
+
+def prepare() -> None:
+    """Import what would keep the process group from ending; for `leave`, and before there is a group."""
+    for name in _KEEPERS if world() > 1 else ():
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+
+
+def leave() -> None:
+    """Destroy the process group, if there is one, and end its threads; the last act of a run that went well.
+
+    A thread of gloo that still holds a tensor when the interpreter ends aborts the process ("terminate called without
+    an active exception"), and the launcher then kills the others while they save. Where a collective still waits for
+    another process, as after an error, this would wait too.
+    """
+    dist = _group()
+    if dist:
+        dist.destroy_process_group()
+    if world() > 1:
+        gc.collect()  # the trainer and its model, which refer to the group, refer to each other
 
 
 def barrier() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,8 +98,7 @@ def launch(workspace: Any, files: Iterable[Path]) -> None:
     """Train run files one after the other on two processes, which are started once."""
     several = workspace.folder / "several.py"
     several.write_text(LAUNCHED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(several)]
-    processes.launch([*command, *map(str, files)])
+    processes.launch([*processes.TORCHRUN, str(several), *map(str, files)])
 
 
 def drawn(workspace: Any, name: str, rank: int) -> list[list[int]]:

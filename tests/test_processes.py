@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from dataflex.config import load
+from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
 
 
@@ -64,7 +65,37 @@ def sharding(workspace: Any, stage: int) -> str:
     return str(path)
 
 
+ENDING = """
+import atexit, contextlib, os, sys
+from pathlib import Path
+from dataflex.cli import main
+
+@atexit.register
+def tell():
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            names.append((task / "comm").read_text().strip())
+    (Path(__file__).parent / f"{sys.argv[1]}-{os.environ['RANK']}").write_text(" ".join(names))
+
+main()
+"""
+
+
+def ending(folder: Path) -> str:
+    """Write a script that is `dataflex` and leaves the names of its threads at exit; return its path."""
+    path = folder / "ending.py"
+    path.write_text(ENDING)
+    return str(path)
+
+
+def gloo_left(folder: Path, verb: str) -> list[str]:
+    """Return the threads of gloo that both processes of a verb had left when the interpreter began to end."""
+    return [name for rank in "01" for name in (folder / f"{verb}-{rank}").read_text().split() if "gloo_run" in name]
+
+
 TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def values(store: Path) -> dict[tuple[str, bytes], np.ndarray]:
@@ -90,10 +121,10 @@ def test_two_processes_featurize_as_one_and_either_finishes_the_others_work(work
         section = {"store": str(workspace.folder / name), "params": params, "fragment_rows": 16, "storage": "float32"}
         runs[name] = workspace.write(name, dataflex=section)
     workspace.run("featurize", runs["one"])
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "dataflex.cli"]
-    command = [sys.executable, *launcher, "featurize", str(runs["two"])]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
+    accelerate = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # --cpu would start one
+    port = ["--main_process_port", str(free_port())]
+    launch([sys.executable, "-m", *accelerate, *port, ending(workspace.folder), "featurize", str(runs["two"])])
+    assert gloo_left(workspace.folder, "featurize") == []
     one, two = values(workspace.folder / "one"), values(workspace.folder / "two")
     assert one.keys() == two.keys()
     assert len(one) == 61 + 8
@@ -111,7 +142,8 @@ def test_two_processes_featurize_as_one_and_either_finishes_the_others_work(work
 @pytest.mark.timeout(400)
 def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: Any) -> None:
     path = workspace.write("two", per_device_train_batch_size=1, lora_dropout=0.1)
-    dataflex("train", path, **TWO)
+    launch([*TORCHRUN, ending(workspace.folder), "train", str(path)])
+    assert gloo_left(workspace.folder, "train") == []
     out = workspace.folder / "out"
     assert [len(rows) for rows in workspace.rounds("two")] == [12, 8, 8]
     shutil.copytree(out / "two", out / "resumed")
@@ -159,12 +191,8 @@ def test_every_way_of_choosing_is_the_same_with_two_processes(workspace: Any) ->
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     several = workspace.folder / "several.py"
     several.write_text(SEVERAL)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29741"]
     files = [str(write("two", method, **batches)) for method in CHOOSING]
-    done = subprocess.run(
-        [*launcher, str(several), *files], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch([*TORCHRUN, str(several), *files])
     for method in CHOOSING:
         workspace.run("train", write("one", method, per_device_train_batch_size=4, gradient_accumulation_steps=1))
         workspace.run("train", write("four", method, per_device_train_batch_size=1, gradient_accumulation_steps=4))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from dataflex.errors import ConfigError, MismatchError
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.weighters.adapt import Adapt
-from tests.test_processes import launch
+from tests.test_processes import TORCHRUN, launch
 
 SHARP = {"temperature": 0.2}
 TEXT = {"stage": "pt", "template": None, "dataset": "text"}
@@ -494,8 +493,7 @@ def test_two_processes_weigh_as_one(workspace):
         files.append(weigh(workspace, f"two-{name}", method, params, eval_dataset="target_words", **shaped((1, 2))))
     script = workspace.folder / "several.py"
     script.write_text(SEVERAL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    launch([*command, *map(str, files)])
+    launch([*TORCHRUN, str(script), *map(str, files)])
     assert_same(workspace, "plain-True", "equal-True")
     assert_same(workspace, "plain-False", "equal-False")
     assert_same(workspace, "plain-ragged", "equal-ragged")
