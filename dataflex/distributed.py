@@ -63,9 +63,10 @@ def leave() -> None:
     """
     dist = _group()
     if dist:
+        # The trainer and its model, which refer to each other, go first: were their reference to the group the last,
+        # gloo's threads would be waited for with the interpreter's lock held, which they may need to end.
+        gc.collect()
         dist.destroy_process_group()
-    if world() > 1:
-        gc.collect()  # the trainer and its model, which refer to the group, refer to each other
 
 
 def barrier() -> None:

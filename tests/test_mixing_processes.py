@@ -16,12 +16,12 @@ from tests import test_processes as processes
 NAMES = ("target_words", "target_records", "target_arithmetic")
 LAUNCHED = """
 import json, os, sys
-import torch
+from dataflex import distributed
 from dataflex.config import load
 from dataflex.pipelines.train import train
 from dataflex.trainers import rounds
 
-torch.distributed.destroy_process_group = lambda *_: None  # LLaMA-Factory's last act; the next run needs the group
+distributed.prepare()
 begin = rounds._Batches.__iter__
 for path in sys.argv[1:]:
     settings = load(path)
@@ -33,6 +33,7 @@ for path in sys.argv[1:]:
                 yield rows
         rounds._Batches.__iter__ = noted
         train(settings)
+distributed.leave()
 """
 RUNS: dict[str, dict[str, Any]] = {
     "static": {"component_name": "static", "init_mixture_proportions": [3, 2, 1]},

@@ -161,13 +161,14 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
 
 SEVERAL = """
 import sys
-import torch
+from dataflex import distributed
 from dataflex.config import load
 from dataflex.pipelines.train import train
 
-torch.distributed.destroy_process_group = lambda *_: None  # LLaMA-Factory's last act; the next run needs the group
+distributed.prepare()
 for path in sys.argv[1:]:
     train(load(path))
+distributed.leave()
 """
 CHOOSING = {
     "less": {"proj_dim": 256},

@@ -460,13 +460,14 @@ def test_a_checkpoint_of_another_run_is_refused(workspace):
 
 SEVERAL = """
 import sys
-import torch
+from dataflex import distributed
 from dataflex.config import load
 from dataflex.pipelines.train import train
 
-torch.distributed.destroy_process_group = lambda *_: None  # LLaMA-Factory's last act; the next run needs the group
+distributed.prepare()
 for path in sys.argv[1:]:
     train(load(path))
+distributed.leave()
 """
 BOTH: dict[str, tuple[str, dict[str, Any]]] = {
     "micro": ("loss", SHARP),

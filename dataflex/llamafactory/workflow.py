@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +26,8 @@ _TRAINERS = {"sft": "CustomSeq2SeqTrainer", "pt": "CustomTrainer"}
 def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_min_delta: float = 0.0) -> None:
     """Train as `llamafactory-cli train` does, with our trainer where there is a director.
 
+    A process group that this starts is left to the caller (`distributed.leave`).
+
     Args:
         arguments: LLaMA-Factory's keys and values, DataFlex keys removed.
         director: accompanies the run, and decides its rows if it has `decide`; None for LLaMA-Factory untouched.
@@ -34,20 +37,22 @@ def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_
         ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
         DataflexError: a checkpoint to resume from is incomplete.
     """
-    from llamafactory.train.tuner import run_exp
+    from llamafactory.train import tuner
 
     arguments = dict(arguments)
     callbacks = []
     if early_stopping_min_delta and arguments.get("early_stopping_steps"):
         # LLaMA-Factory's own callback has no threshold, so ours takes its place.
         callbacks.append(EarlyStoppingCallback(arguments.pop("early_stopping_steps"), early_stopping_min_delta))
-    with _explained():
+    # All that LLaMA-Factory asks it is whether there is a group to destroy; that would be with the trainer still there.
+    no_group = SimpleNamespace(is_initialized=lambda: False)
+    with _explained(), patch.object(tuner, "dist", no_group):
         if director is None:
-            run_exp(arguments, callbacks)
+            tuner.run_exp(arguments, callbacks)
             return
         arguments = _resumption(arguments)
         with _substituted(str(arguments["stage"]), director), contextlib.suppress(Stopped):
-            run_exp(arguments, callbacks)
+            tuner.run_exp(arguments, callbacks)
 
 
 @contextlib.contextmanager
