@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.launch import free_port
 from dataflex.pipelines.views import Mixed, Snapshot
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.base import Layout, Values
@@ -205,11 +205,13 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     store, keys = made(tmp_path / "root", np.random.default_rng(11).standard_normal((60, WIDTH)))
     queries = np.random.default_rng(12).standard_normal((3, WIDTH)).astype(np.float32)
     np.save(tmp_path / "queries.npy", queries)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     arguments = [str(tmp_path / name) for name in ("root", "queries.npy", "rank")]
-    world = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    world = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     world["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     started = [
         subprocess.Popen([sys.executable, "-c", RANK, *arguments], env={**world, "RANK": str(rank)})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,15 @@ for path in sys.argv[1:]:
     train(load(path))
 distributed.leave()
 """
+
+
+def launch_several(folder: Path, files: Iterable[Path]) -> None:
+    """Train run files one after the other on two processes, which are started once."""
+    script = folder / "several.py"
+    script.write_text(SEVERAL)
+    launch([*TORCHRUN, str(script), *map(str, files)])
+
+
 CHOOSING = {
     "less": {"proj_dim": 256},
     "near": {},
@@ -190,10 +200,7 @@ def test_every_way_of_choosing_is_the_same_with_two_processes(workspace: Any) ->
         return workspace.write(f"{name}-{method}", component_name=method, dataflex=section, **(once | keys))  # type: ignore[no-any-return]
 
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    several = workspace.folder / "several.py"
-    several.write_text(SEVERAL)
-    files = [str(write("two", method, **batches)) for method in CHOOSING]
-    launch([*TORCHRUN, str(several), *files])
+    launch_several(workspace.folder, [write("two", method, **batches) for method in CHOOSING])
     for method in CHOOSING:
         workspace.run("train", write("one", method, per_device_train_batch_size=4, gradient_accumulation_steps=1))
         workspace.run("train", write("four", method, per_device_train_batch_size=1, gradient_accumulation_steps=4))

@@ -117,8 +117,7 @@ GOOD = "def double(x):\n    return 2 * x"
 def test_unit_tests(response: str, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "x")
     begun = time.monotonic()
-    seconds = 15 if expected else 2  # code that is right must not fail because the machine is busy
-    assert scores("unit_tests", [(response, TEST)], seconds=seconds, isolation=isolation()) == [expected]
+    assert scores("unit_tests", [(response, TEST)], seconds=2, isolation=isolation()) == [expected]
     assert time.monotonic() - begun < 20
 
 

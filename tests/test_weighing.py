@@ -20,7 +20,7 @@ from dataflex.errors import ConfigError, MismatchError
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.weighters.adapt import Adapt
-from tests.test_processes import TORCHRUN, launch
+from tests.test_processes import launch_several
 
 SHARP = {"temperature": 0.2}
 TEXT = {"stage": "pt", "template": None, "dataset": "text"}
@@ -458,17 +458,6 @@ def test_a_checkpoint_of_another_run_is_refused(workspace):
 
 # ---- two processes
 
-SEVERAL = """
-import sys
-from dataflex import distributed
-from dataflex.config import load
-from dataflex.pipelines.train import train
-
-distributed.prepare()
-for path in sys.argv[1:]:
-    train(load(path))
-distributed.leave()
-"""
 BOTH: dict[str, tuple[str, dict[str, Any]]] = {
     "micro": ("loss", SHARP),
     "batch": ("loss", {**SHARP, "normalisation": "batch", "reduction": "example"}),
@@ -492,9 +481,7 @@ def test_two_processes_weigh_as_one(workspace):
         files.append(weigh(workspace, f"{name}-ragged", method, params, **ragged))
     for name, (method, params) in BOTH.items():
         files.append(weigh(workspace, f"two-{name}", method, params, eval_dataset="target_words", **shaped((1, 2))))
-    script = workspace.folder / "several.py"
-    script.write_text(SEVERAL)
-    launch([*TORCHRUN, str(script), *map(str, files)])
+    launch_several(workspace.folder, files)
     assert_same(workspace, "plain-True", "equal-True")
     assert_same(workspace, "plain-False", "equal-False")
     assert_same(workspace, "plain-ragged", "equal-ragged")
