@@ -275,6 +275,10 @@ def test_default_components_file_is_read_if_there_is_one():
         ("dataflex: {plugins: [./none.py]}", ["dataflex.plugins.0: found './none.py'; expected a file"]),
         ("dataflex: {store: '${oc.env:HOME}'}", ["dataflex.store: found '${oc.env:HOME}'; expected plain text"]),
         ("dataflex: {params: [1]}", ["dataflex.params: found [1]; expected a mapping of keys to values"]),
+        (
+            "component_name: loss\ndataflex: {params: {focus_weight: .inf}}",
+            ["dataflex.params.focus_weight: found inf; expected a finite number"],
+        ),
         ("dataflex: {params: {seed: '1'}}", ["dataflex.params.seed: found '1'; expected a whole number"]),
         (
             "dataflex: {params: {gradient_type: adm}}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.config.runfile import Document, read
 from dataflex.errors import ConfigError
+from dataflex.params import Parameters
 from dataflex.registry import Registry, did_you_mean
 
 DEFAULT_FILE = "configs/components.yaml"
@@ -193,6 +195,14 @@ def _checked(
 ) -> BaseModel | dict[str, Any] | None:
     """Check parameters against the class's `Params`, or against its constructor."""
     model = getattr(cls, "Params", None)
+    # A run's identity is JSON, which knows neither NaN nor infinity; those of our own say so for each field.
+    is_ours = isinstance(model, type) and issubclass(model, Parameters)
+    endless = [] if is_ours else [key for key, value in values.items() if not _is_finite(value)]
+    for key in endless:
+        origin, prefix = place(key)
+        problems.add(origin, f"{prefix}.{key}", "finite numbers", values[key])
+    if endless:
+        return None
     if isinstance(model, type) and issubclass(model, BaseModel):
         params: BaseModel | ValidationError = validated(model, values)
         if isinstance(params, ValidationError):
@@ -210,6 +220,12 @@ def _checked(
         origin, prefix = place(key)
         problems.add(origin, f"{prefix}.{key}", f"a value, which {cls.__qualname__} requires", NOTHING)
     return None if unknown or required else values
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def validated(model: type[BaseModel], values: Mapping[str, Any]) -> Any:

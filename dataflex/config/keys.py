@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from dataflex.features.spec import FeatureSpec
+from dataflex.params import Parameters
 
 
-class _Keys(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FlatKeys(_Keys):
+class FlatKeys(Parameters):
     """Keys at the top level of the run file. Steps are optimizer steps."""
 
     train_type: Literal["static", "dynamic_select", "dynamic_mix", "dynamic_weight"] = Field(
@@ -64,7 +61,7 @@ class FlatKeys(_Keys):
 MIX_ONLY = ("static_mix", "mixture_sample_rule", "init_mixture_proportions", "mixer_eval_dataset", "freeze_gate")
 
 
-class Refresh(_Keys):
+class Refresh(Parameters):
     """What is computed anew at an update, where the model has changed since the last one."""
 
     policy: Literal["full", "rotating", "static"] = Field(
@@ -80,7 +77,7 @@ class Refresh(_Keys):
         return self
 
 
-class Mixture(_Keys):
+class Mixture(Parameters):
     """How the rows of a mixture are drawn, whichever mixer sets the shares."""
 
     unit: Literal["rows", "tokens"] = Field(
@@ -106,13 +103,13 @@ class Mixture(_Keys):
         return self
 
 
-class WeighterChoice(_Keys):
+class WeighterChoice(Parameters):
     """A weighter beside a mixer: the factors of both are multiplied."""
 
     name: str = Field(description="a registered weighter, or module:Class")
 
 
-class DataflexKeys(_Keys):
+class DataflexKeys(Parameters):
     """The `dataflex:` mapping. The parameters of the component, `params`, are checked by its own model."""
 
     store: str | None = Field(

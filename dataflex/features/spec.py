@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from dataflex.params import Parameters
 
 ENGINE_VERSION = 1
 """Version of our own numerics; part of every recipe. Raise it when values change."""
@@ -16,11 +18,7 @@ BASE = "base"
 """The state of a model before any training: the adapter that is trained is left out."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Projection(_Frozen):
+class Projection(Parameters):
     """How P numbers become K: y = R g with E[R^T R] = I, entries a pure function of (seed, name, i, k)."""
 
     type: Literal["sjlt", "rademacher", "normal", "srht", "factorized", "identity"] = Field(
@@ -35,7 +33,7 @@ class Projection(_Frozen):
     side: int = Field(64, ge=1, description="factorized: numbers kept per side of a linear layer")
 
 
-class LossSpec(_Frozen):
+class LossSpec(Parameters):
     """Sum of next-token cross-entropy (nats, float64) and number of supervised tokens."""
 
     kind: Literal["loss"] = "loss"
@@ -48,7 +46,7 @@ class LossSpec(_Frozen):
         return {"kind": self.kind} if self.given == "prompt" else self.model_dump()
 
 
-class TokenLossSpec(_Frozen):
+class TokenLossSpec(Parameters):
     """Next-token cross-entropy of each token (nats), 0 where there is no label, as wide as the longest row may be."""
 
     kind: Literal["token_loss"] = "token_loss"
@@ -58,7 +56,7 @@ class TokenLossSpec(_Frozen):
         return {"kind": self.kind}
 
 
-class EmbeddingSpec(_Frozen):
+class EmbeddingSpec(Parameters):
     """A pooled hidden state."""
 
     kind: Literal["embedding"] = "embedding"
@@ -77,7 +75,7 @@ class EmbeddingSpec(_Frozen):
         return self.model_dump(exclude={"embedding_model_name_or_path"})
 
 
-class GradientSpec(_Frozen):
+class GradientSpec(Parameters):
     """The projected gradient of one example's mean loss over the trainable parameters."""
 
     kind: Literal["gradient"] = "gradient"
@@ -100,10 +98,10 @@ class GradientSpec(_Frozen):
         return out
 
 
-class RewardSpec(_Frozen):
+class RewardSpec(Parameters):
     """A reward by name, as `dataflex.rewards` knows it; its own parameters stand beside `type`."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
 
     type: str = Field(description="name of a reward, or module:Class")
     weight: float = Field(1.0, description="factor, where the sum of several rewards is taken")
@@ -113,7 +111,7 @@ class RewardSpec(_Frozen):
         return self.model_dump(exclude={"type", "weight"})
 
 
-class GeneratorSpec(_Frozen):
+class GeneratorSpec(Parameters):
     """Who writes the responses: the model that the gradient is of, or a server (off-policy)."""
 
     type: Literal["model", "openai"] = "model"
@@ -137,7 +135,7 @@ class GeneratorSpec(_Frozen):
         return self.model_dump(include={"type", "base_url", "model"}, exclude_none=True)
 
 
-class PolicyGradientSpec(_Frozen):
+class PolicyGradientSpec(Parameters):
     """The projected gradient of one prompt's expected reward over responses that the model writes itself.
 
     g = sum_c w_c grad(sum_t -log pi(y_ct)): like the gradient of a loss, it points where the reward falls.

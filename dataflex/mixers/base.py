@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from dataflex.draws import generator
 from dataflex.errors import DataflexError
 from dataflex.features.need import Need
+from dataflex.params import Parameters
 
 
-class MixerParams(BaseModel):
+class MixerParams(Parameters):
     """Base of the parameters of a mixer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from dataflex.errors import ConfigError
+from dataflex.params import Parameters
 from dataflex.registry import Registry
 
 
@@ -27,10 +28,8 @@ class Reward(Protocol):
         ...
 
 
-class RewardParams(BaseModel):
-    """Base of parameters: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class RewardParams(Parameters):
+    """Base of the parameters of a reward."""
 
 
 REWARDS: Registry[Any] = Registry(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dataflex.draws import generator
+from dataflex.params import Parameters
 from dataflex.selectors.base import Context, Need, Selection
 from dataflex.selectors.parts.sampling import sample
 
@@ -15,10 +16,8 @@ from dataflex.selectors.parts.sampling import sample
 class Random:
     """A new draw at every update."""
 
-    class Params(BaseModel):
+    class Params(Parameters):
         """Parameters of `random`."""
-
-        model_config = ConfigDict(frozen=True, extra="forbid")
 
         seed: int | None = Field(None, ge=0, description="seed of the draws; default: the run's seed")
         replacement: bool = Field(False, description="draw with replacement within an update")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dataflex.draws import stream
 from dataflex.errors import ConfigError, MismatchError
+from dataflex.params import Parameters
 from dataflex.rows import KEY_DTYPE, Rows
 from dataflex.selectors.base import Context, Need, Selection
 from dataflex.selectors.parts.files import ExistingFile
@@ -19,10 +20,8 @@ from dataflex.selectors.parts.files import ExistingFile
 class Static:
     """Passes over a fixed list of rows, each pass in a new order."""
 
-    class Params(BaseModel):
+    class Params(Parameters):
         """Parameters of `static`."""
-
-        model_config = ConfigDict(frozen=True, extra="forbid")
 
         path: ExistingFile = Field(description="Parquet written by `dataflex select`, or JSON: a list of row positions")
 

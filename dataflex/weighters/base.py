@@ -13,19 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from dataflex.features.need import Need
+from dataflex.params import Parameters
 from dataflex.rows import Rows
 
 if TYPE_CHECKING:  # a run file is checked without torch
     from torch import Tensor
 
 
-class WeighterParams(BaseModel):
+class WeighterParams(Parameters):
     """Parameters that every weighter has."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     normalisation: Literal["micro_batch", "batch"] = Field(
         "micro_batch",

@@ -8,19 +8,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, model_validator
 
 from dataflex.features.spec import FeatureSpec
+from dataflex.params import Parameters
 from dataflex.selectors.base import Context, Need
 
 Acts = Mapping[str, tuple[str, tuple[str, ...]]]
 """Field -> (another field, the values of that under which the first one acts)."""
 
 
-class Part(BaseModel):
+class Part(Parameters):
     """Base of the parts that a method is put together from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     only: ClassVar[Acts] = {}
 
