@@ -20,7 +20,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,13 @@ class Study:
         folder: where everything is written.
         pool: the pool's records.
         targets: target -> the ids of the pool's rows that are right for it.
+        warmup: steps of 8 rows before rows are judged.
     """
 
     folder: Path
     pool: Sequence[Row]
     targets: Mapping[str, set[str]]
+    warmup: int = 20
 
     def run_file(self, method: str, target: str, seed: int = 42) -> Path:
         """Write a run file; but for method and target all are alike, so they share a warm-up."""
@@ -128,7 +130,7 @@ class Study:
             "disable_tqdm": True,
             "output_dir": str(self.folder / "out" / method.replace(", ", "-") / target.replace(",", "-")),
             "train_type": "dynamic_select",
-            "warmup_step": 20,
+            "warmup_step": self.warmup,
             "update_step": 1,
             "component_name": component,
             "dataflex": {"store": str(self.folder / "store"), "params": params},
@@ -263,6 +265,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--rows", type=int, help="easy: rows of the pool, as many of every source; default: all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=20, help="steps before rows are judged")
     parser.add_argument("--studies", nargs="+", choices=("easy", "fine", "noisy"), default=("easy", "fine", "noisy"))
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS))
     args = parser.parse_args()
@@ -271,6 +274,7 @@ def main() -> None:
             folder = Path(scratch)
             make = {"fine": fine, "noisy": noisy}.get(name)
             study = make(args.data, args.model, folder) if make else easy(args.data, args.model, folder, args.rows)
+            study = replace(study, warmup=args.warmup)
             print(f"\n{name}: {len(study.pool)} rows, {args.seeds} seeds", flush=True)
             columns: list[str] = []
             for method, found in results(study, args.methods, args.seeds, name == "noisy"):

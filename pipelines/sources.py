@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,9 @@ import numpy as np
 from dataflex.errors import ConfigError
 from dataflex.features.encoder import TextEncoder, encoder_identity
 from dataflex.features.engine import FeatureEngine
+from dataflex.features.excerpt import excerpt
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, TokenLossSpec
-from dataflex.fingerprint import IGNORE_INDEX, text_key
+from dataflex.fingerprint import text_key
 from dataflex.pipelines.state import ModelState, model_folder
 from dataflex.rows import KEY_DTYPE, Rows
 
@@ -105,15 +106,13 @@ class ModelSource:
         adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
         self.engine.moments = self._state.moments() if adam else None
         examples = [rows.examples[int(row)] for row in at]
-        unprompted = [spec for spec in specs if isinstance(spec, LossSpec) and spec.given == "nothing"]
-        others = [spec for spec in specs if spec not in unprompted]
+        of_excerpts = [spec for spec in specs if isinstance(spec, LossSpec) and spec != LossSpec()]
+        together = [spec for spec in specs if spec not in of_excerpts]
         found: dict[FeatureSpec, FeatureValues] = {}
-        if others:
-            values = self.engine.compute(examples, others, min_batches=min_batches)
-            found |= {spec: self._as_wide(spec, each) for spec, each in zip(others, values, strict=True)}
-        if unprompted:
-            responses = [_response(example) for example in examples]
-            found |= zip(unprompted, self.engine.compute(responses, unprompted, min_batches=min_batches), strict=True)
+        for group in filter(None, [together, *([spec] for spec in of_excerpts)]):
+            seen = [excerpt(example, group[0]) for example in examples]
+            values = self.engine.compute(seen, group, min_batches=min_batches)
+            found |= {spec: self._as_wide(spec, each) for spec, each in zip(group, values, strict=True)}
         return [found[spec] for spec in specs]
 
     def _as_wide(self, spec: FeatureSpec, values: FeatureValues) -> FeatureValues:
@@ -132,13 +131,6 @@ class ModelSource:
                 "with"
             )
         return replace(values, vectors=np.pad(values.vectors, ((0, 0), (0, missing))))
-
-
-def _response(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an example without the tokens before its first supervised one, which then has no predecessor."""
-    supervised = np.flatnonzero(np.asarray(example["labels"]) != IGNORE_INDEX)
-    start = int(supervised[0]) if len(supervised) else 0
-    return {name: values[start:] for name, values in example.items() if values is not None}
 
 
 class EncoderSource:

@@ -186,13 +186,16 @@ def test_one_update_and_later_epochs_have_a_window() -> None:
 
 def test_ifd_is_the_ratio_of_perplexities() -> None:
     with_prompt, alone = [1.0, 2.0, 0.5, 3.0, NAN], [2.0, 2.2, 3.0, 2.0, 1.0]
-    views = {AT_BASE: losses(with_prompt), (LossSpec(given="nothing"), BASE): losses(alone)}
+    views = {(LossSpec(first_token="drop"), BASE): losses(with_prompt)}
+    views |= {(LossSpec(given="nothing"), BASE): losses(alone), AT_BASE: losses(with_prompt)}
     ratios = [math.exp(a - b) for a, b in zip(with_prompt, alone, strict=True)]
     assert ratios[3] > 1  # the prompt misleads: left out
     ranked = sorted((i for i in range(3)), key=lambda i: -ratios[i])
     assert select(Ifd(Ifd.Params()), views, 3) == ranked
     with pytest.raises(CoverageError, match="4 rows wanted"):
         select(Ifd(Ifd.Params()), views, 4)
+    del views[LossSpec(first_token="drop"), BASE]
+    assert select(Ifd(Ifd.Params(first_token="keep")), views, 3) == ranked
 
 
 @pytest.mark.parametrize(

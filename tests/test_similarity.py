@@ -41,17 +41,48 @@ def test_whitened_vectors_have_no_correlation_left() -> None:
     """A linear map of all vectors changes nothing once they are whitened."""
     big = RNG.standard_normal((60, 5)).astype(np.float32)
     skewed = RNG.standard_normal((5, 5)).astype(np.float32)
-    plain = set_scores(Held(big), {k: Held(v) for k, v in SETS.items()}, "whitened_cosine", "mean")
+    plain = set_scores(Held(big), {k: Held(v) for k, v in SETS.items()}, "whitened_cosine", "mean", 1e-5)
     mapped = set_scores(
-        Held(big @ skewed + 3), {k: Held(v @ skewed + 3) for k, v in SETS.items()}, "whitened_cosine", "mean"
+        Held(big @ skewed + 3), {k: Held(v @ skewed + 3) for k, v in SETS.items()}, "whitened_cosine", "mean", 1e-5
     )
     np.testing.assert_allclose(mapped, plain, atol=2e-3)  # the ridge is small but there
-    everything = np.concatenate([big, *SETS.values()]).astype(np.float64)
-    values, vectors = np.linalg.eigh(np.cov(everything.T, bias=True))
-    whiten = lambda x: (x - everything.mean(axis=0)) @ vectors / np.sqrt(values)  # noqa: E731
-    white, targets = whiten(big.astype(np.float64)), whiten(SETS["a"].astype(np.float64))
-    expected = [np.mean([one(x, t, "cosine") for t in targets]) for x in white]
-    np.testing.assert_allclose(plain[:, 0], expected, atol=1e-4)
+    np.testing.assert_allclose(plain[:, 0], whitened(big, SETS["a"], 0), atol=1e-4)
+
+
+def whitened(rows: np.ndarray, targets: np.ndarray, ridge: float) -> list[float]:
+    """Mean whitened cosine of each row, by the eigenvectors of the rows' covariance."""
+    values, vectors = np.linalg.eigh(np.cov(rows.astype(np.float64).T, bias=True))
+    values += ridge * values.mean()
+    rows, targets = ((x - rows.mean(axis=0, dtype=np.float64)) @ vectors / np.sqrt(values) for x in (rows, targets))
+    return [float(np.mean([one(x, t, "cosine") for t in targets])) for x in rows]
+
+
+def test_the_covariance_is_that_of_usable_training_rows_alone() -> None:
+    big = RNG.standard_normal((60, 5)).astype(np.float32)
+    far = SETS["a"] + 100
+    broken = np.concatenate([big, np.zeros((1, 5), np.float32), np.full((1, 5), np.nan, np.float32)])
+    found = set_scores(Held(broken), {"far": Held(far)}, "whitened_cosine", "mean", 0.5)[:, 0]
+    np.testing.assert_allclose(found[:60], whitened(big, far, 0.5), rtol=1e-6, atol=1e-9)
+    assert not np.isfinite(found[60:]).any()
+
+
+def test_the_default_ridge_finds_clusters() -> None:
+    """Fewer rows than would fill the covariance: whitened to the last direction, noise counts as much as clusters."""
+    rng = np.random.default_rng(5)
+    centres, labels = rng.standard_normal((8, 256)), np.arange(400) % 8
+    rows = Held((centres[labels] + rng.standard_normal((400, 256))).astype(np.float32))
+
+    def precision(similarity: Any, **ridge: float) -> float:
+        right = []
+        for cluster in range(8):
+            targets = (centres[cluster] + rng.standard_normal((10, 256))).astype(np.float32)
+            scores = set_scores(rows, {"t": Held(targets)}, similarity, "mean", **ridge)[:, 0]
+            right.append((labels[np.argsort(-scores)[:50]] == cluster).mean())
+        return float(np.mean(right))
+
+    assert precision("cosine") > 0.99
+    assert precision("whitened_cosine") > 0.9
+    assert precision("whitened_cosine", ridge=1e-5) < 0.4
 
 
 def test_whitening_is_refused_where_the_covariance_would_be_too_large() -> None:
@@ -100,6 +131,7 @@ def test_sets_are_joined_after_their_rows(across: str, within: str) -> None:
     [
         ({"representation": {"kind": "loss"}, "rule": {"kind": "round_robin"}}, "a rule other than round_robin"),
         ({"representation": {"kind": "loss"}, "within": "max"}, "no within with loss"),
+        ({"ridge": 0.5}, "ridge left out: it acts with similarity: whitened_cosine alone"),
         ({"rule": {"kind": "round_robin", "repeat": True}}, "repeat only with over: rows"),
         ({"similarity": "whitened_cosine", "rule": {"kind": "knn_kde"}}, "a similarity other than whitened_cosine"),
         (

@@ -40,10 +40,15 @@ class LossSpec(Parameters):
     given: Literal["prompt", "nothing"] = Field(
         "prompt", description="nothing: of the tokens from the first supervised one on, without what stands before it"
     )
+    first_token: Literal["keep", "drop"] = Field(
+        "keep", description="drop: the first supervised token is not counted, as under given: nothing, where it cannot"
+    )
 
     def recipe(self) -> dict[str, Any]:
-        """Return what determines the values."""
-        return {"kind": self.kind} if self.given == "prompt" else self.model_dump()
+        """Return what determines the values; fields that do not act are left out."""
+        if self.given == "nothing":
+            return {"kind": self.kind, "given": self.given}
+        return {"kind": self.kind} | ({"first_token": self.first_token} if self.first_token == "drop" else {})
 
 
 class TokenLossSpec(Parameters):

@@ -19,7 +19,15 @@ from dataflex.selectors.parts.choice import NEIGHBOURLY, Choice, RoundRobin, Top
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.numbers import DeltaLoss, InstructionDifficulty, Loss
 from dataflex.selectors.parts.representation import Numbers, Part, Vectors
-from dataflex.selectors.parts.similarity import Similarity, Within, set_scores, target_vectors, unit, vectors_of
+from dataflex.selectors.parts.similarity import (
+    Compared,
+    Similarity,
+    Within,
+    set_scores,
+    target_vectors,
+    unit,
+    vectors_of,
+)
 from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientVectors, PolicyVectors
 
 log = logging.getLogger(__name__)
@@ -40,11 +48,10 @@ def over_sets(aggregation: Aggregation) -> dict[str, Any]:
     return {"across": "mean" if aggregation == "mean" else "max", "rule": rule}
 
 
-class Composition(Part):
+class Composition(Compared):
     """The parts of a method."""
 
     representation: Representation = Field(GradientVectors(), description="what rows are judged by")
-    similarity: Similarity = Field("cosine", description="of a training row's vector and a target row's")
     within: Within = Field("mean", description="over the rows of a target set")
     across: Literal["max", "mean"] = Field("max", description="over target sets")
     rule: Choice = Field(TopK(), description="from scores to rows")
@@ -53,7 +60,7 @@ class Composition(Part):
     def _fits(self) -> Composition:
         if isinstance(self.representation, Numbers) and isinstance(self.rule, (*NEIGHBOURLY, RoundRobin)):
             raise ValueError(f"a rule other than {self.rule.kind} with {self.representation.kind}: it has no targets")
-        unused = self.model_fields_set & {"similarity", "within", "across"}
+        unused = self.model_fields_set & {"similarity", "ridge", "within", "across"}
         if isinstance(self.representation, Numbers) and unused:
             raise ValueError(f"no {', '.join(sorted(unused))} with {self.representation.kind}, which has no targets")
         if self.looks_around and isinstance(self.representation, Vectors) and len(self.representation.terms()) > 1:
@@ -139,7 +146,7 @@ class Composed:
         for term, weight, found in zip(terms, representation.term_weights(), views, strict=True):
             view = context.features(term.train, state=term.state)
             targets = {name: found[name] for name in names}
-            sets += weight * set_scores(view, targets, parts.similarity, parts.within)
+            sets += weight * set_scores(view, targets, parts.similarity, parts.within, parts.ridge)
             ages = np.maximum(ages, view.ages)
         scores = sets.max(axis=1) if parts.across == "max" else sets.mean(axis=1)
         if not parts.looks_around:

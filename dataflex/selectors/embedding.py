@@ -9,7 +9,7 @@ from pydantic import Field
 from dataflex.selectors.composed import Aggregation, Composed, Composition, over_sets
 from dataflex.selectors.parts.choice import RoundRobin
 from dataflex.selectors.parts.representation import part
-from dataflex.selectors.parts.similarity import Similarity, Within
+from dataflex.selectors.parts.similarity import Compared, Within
 from dataflex.selectors.parts.vectors import EmbeddingFields, EmbeddingVectors
 
 
@@ -19,10 +19,9 @@ class Embedding(Composed):
     The baseline that gradient methods are compared with in arXiv 2602.14696.
     """
 
-    class Params(EmbeddingFields):
+    class Params(EmbeddingFields, Compared):
         """Parameters of `embedding`."""
 
-        similarity: Similarity = Field("cosine", description="of a row's embedding and a target's")
         within: Within = Field("mean", description="over the rows of a target set")
         aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
@@ -33,6 +32,7 @@ class Embedding(Composed):
         return Composition(
             representation=part(EmbeddingVectors, params),
             similarity=params.similarity,
+            ridge=params.ridge,
             within=params.within,
             **over_sets(params.aggregation),
         )

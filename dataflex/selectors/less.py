@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from dataflex.selectors.composed import Aggregation, Composed, Composition, over_sets
-from dataflex.selectors.parts.representation import part
-from dataflex.selectors.parts.similarity import Similarity
+from dataflex.selectors.parts.representation import Acts, part
+from dataflex.selectors.parts.similarity import Compared
 from dataflex.selectors.parts.vectors import CheckpointFields, GradientVectors
 
 
@@ -22,13 +24,14 @@ class Less(Composed):
     of the maximum does as well or a little better in arXiv 2602.14696.
     """
 
-    class Params(CheckpointFields):
+    class Params(CheckpointFields, Compared):
         """Parameters of `less`."""
+
+        only: ClassVar[Acts] = {**CheckpointFields.only, **Compared.only}
 
         aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
-        similarity: Similarity = Field("cosine", description="of a row's step and a target's gradient")
         save_interval: int = Field(16, ge=1, description="accepted for compatibility; batches are filled by tokens")
         cache_dir: str | None = Field(
             None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
@@ -39,5 +42,6 @@ class Less(Composed):
         return Composition(
             representation=part(GradientVectors, params),
             similarity=params.similarity,
+            ridge=params.ridge,
             **over_sets(params.aggregation),
         )

@@ -109,6 +109,10 @@ class Ifd(Composed):
 
         model: Literal["base", "live"] = Field("base", description="base: before any training; live: as it is now")
         most: float = Field(1.0, gt=0, description="rows at or above are left out: the prompt does not help them")
+        first_token: Literal["drop", "keep"] = Field(
+            "drop",
+            description="keep: the response's first token counts given the prompt alone, as in the official code",
+        )
 
     def composition(self, params: Params) -> Composition:
         """Return the parts."""

@@ -67,18 +67,24 @@ class DeltaLoss(Numbers):
 class InstructionDifficulty(Numbers):
     """IFD: perplexity of the response given the prompt, over its perplexity alone.
 
-    Source: arXiv 2308.12032, 2402.00530 (a small model ranks as well). Deviation: nothing stands before the response
-    alone, so its first token is not predicted there; both are means over the tokens that they predict.
+    Source: arXiv 2308.12032, 2402.00530 (a small model ranks as well). Deviation: alone, the response's first token has
+    nothing before it and is not predicted, so it is left out of both perplexities. The official code counts it in the
+    first alone, which for short responses decides: the ratio then says how surprising that one token is, and `most`
+    drops whole sources.
     """
 
     kind: Literal["ifd"] = "ifd"
     model: Literal["base", "live"] = Field("base", description="base: before any training; live: at the update")
     most: float = Field(1.0, gt=0, description="rows at or above are left out: the prompt does not help them")
+    first_token: Literal["drop", "keep"] = Field(
+        "drop", description="keep: the response's first token counts where the prompt is given, as in the official code"
+    )
 
     def needs(self) -> list[Need]:
         """Need the loss with the prompt and without."""
         state = BASE if self.model == "base" else None
-        return [Need(LossSpec(), "train", state), Need(LossSpec(given="nothing"), "train", state)]
+        given = LossSpec(first_token=self.first_token)
+        return [Need(given, "train", state), Need(LossSpec(given="nothing"), "train", state)]
 
     def values(self, context: Context) -> tuple[np.ndarray, np.ndarray]:
         """Return the ratio, NaN where the row is left out."""
