@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dataflex import distributed
-from dataflex.errors import CorruptionError, DataflexError, Interrupted, MismatchError
+from dataflex.errors import DataflexError, Interrupted, MismatchError
 
 if TYPE_CHECKING:
     from dataflex.config import Settings
@@ -202,24 +202,24 @@ def show_store(name: Name, root: Root = None, as_json: Json = False) -> None:
 
 @store_app.command("verify")
 def verify_stores(root: Root = None, as_json: Json = False) -> None:
-    """Read every byte of every store; exit with 4 if any is not what was committed."""
-    _, stores = _stores(root)
-    found = {store.folder: store.verify() for store in stores}
-    faults = {name: [str(p) for p in problems if not p.harmless] for name, problems in found.items()}
-    leftovers = {name: sum(p.harmless for p in problems) for name, problems in found.items()}
-    lines = [f"{name}: {'damaged' if faults[name] else 'intact'}, {leftovers[name]} unused files" for name in found]
-    _print({name: {"faults": faults[name], "unused": leftovers[name]} for name in found}, as_json, lines)
-    if texts := [text for name in faults for text in faults[name]]:
-        raise CorruptionError("\n  ".join([f"{len(texts)} faults:", *texts]))
+    """Read every byte under the root; exit with 4 if any is not what was committed."""
+    from dataflex.stores.inspection import inspect, refuse
+    from dataflex.stores.listing import inspected, lines_of_inspection
+
+    parts = list(inspect(_files(root)))
+    _print(inspected(parts), as_json, lines_of_inspection(parts))
+    refuse(parts)
 
 
 @store_app.command("repair")
-def repair_stores(root: Root = None) -> None:
-    """Remove damaged files, so that featurize computes their rows again."""
-    for store in _stores(root)[1]:
-        for problem in store.repair():
-            if not problem.harmless:
-                print(f"removed: {problem}")
+def repair_stores(root: Root = None, as_json: Json = False) -> None:
+    """Remove what is damaged, so that the next run computes it again; exit with 4 if something cannot be mended."""
+    from dataflex.stores.inspection import refuse, repair
+    from dataflex.stores.listing import lines_of_repair, repaired
+
+    parts = list(repair(_files(root)))
+    _print(repaired(parts), as_json, lines_of_repair(parts))
+    refuse(parts, after_repair=True)
 
 
 @store_app.command("gc")
@@ -302,18 +302,20 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
 
 
 def _stores(root: str | None) -> tuple[str, list[Any]]:
-    from dataflex.config import store_root
     from dataflex.stores.root import StoreRoot
 
-    where = store_root(root)
-    return where, StoreRoot(where).stores()
+    files = _files(root)
+    return files.url, StoreRoot(files).stores()
 
 
 def _files(root: str | None) -> Any:
-    from dataflex.config import store_root
-    from dataflex.stores.root import open_files
+    import os
 
-    return open_files(store_root(root))
+    from dataflex.config import store_root
+    from dataflex.stores.root import existing_files
+
+    named_by = "--root" if root is not None else "DATAFLEX_HOME" if os.environ.get("DATAFLEX_HOME") else None
+    return existing_files(store_root(root), named_by)
 
 
 def _about(store: Any) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class Files(ABC):
         """Give a binary file that is put at `path`, in place of any other, durable, when the `with` block ends well."""
 
     @abstractmethod
+    def exists(self) -> bool:
+        """Say whether the root is there: a folder or, on an object store, anything below its URL."""
+
+    @abstractmethod
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access. Raises FileNotFoundError."""
 
@@ -129,6 +133,10 @@ class LocalFiles(Files):
             self._replace(temporary, self.root / path)
             self._sync_folder((self.root / path).parent)
 
+    def exists(self) -> bool:
+        """Say whether the root is a folder."""
+        return self.root.is_dir()
+
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access."""
         return pa.OSFile(str(self.root / path))
@@ -143,7 +151,7 @@ class LocalFiles(Files):
     def stored(self, folder: str) -> list[Stored]:
         """List every file below a folder, sorted by path."""
         found = []
-        for parent, _, names in os.walk(self.root / folder):
+        for parent, _, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
             for path in (Path(parent, name) for name in names):
                 with suppress(FileNotFoundError):  # removed between the listing and now
                     about = path.lstat()
@@ -152,7 +160,13 @@ class LocalFiles(Files):
 
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
-        self._unlink(self.root / path)
+        try:
+            self._unlink(self.root / path)
+        except OSError as error:
+            explained = _explained(error, self.root / path, 0)
+            if explained is None:
+                raise
+            raise explained from error
 
     def prune(self, folder: str) -> None:
         """Remove a folder and those in it, from the deepest on, as far as they are empty."""
@@ -217,6 +231,12 @@ class LocalFiles(Files):
 
     def _unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    """Keep `os.walk` from passing over a folder that it may not read, as if nothing were there."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _explained(error: OSError, path: Path, size: int) -> DataflexError | None:

@@ -1,4 +1,4 @@
-"""Stores and kept states by the runs that refer to them, and removals, in words."""
+"""What lies under a root, in words and as plain data: by run, as it was looked at, and what a removal takes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from dataflex.stores.files import Files
 from dataflex.stores.gc import Item, Scope
+from dataflex.stores.inspection import Part
+from dataflex.stores.problem import Problem
 from dataflex.stores.root import NAME
 from dataflex.stores.runs import read_runs
 from dataflex.stores.unused import by_folder, is_there
@@ -71,3 +73,62 @@ def lines_of_removal(items: Sequence[Item], is_done: bool) -> list[str]:
     if not going:
         return [*lines, "nothing to remove"]
     return [*lines, f"removed {total}" if is_done else f"{total} would go; --delete removes them"]
+
+
+def inspected(parts: Sequence[Part]) -> dict[str, Any]:
+    """Return what was looked at as plain data, by name: `kind`, `bytes`, `faults`, `unused` files, `unread`."""
+    return {
+        part.name: {
+            "kind": part.kind,
+            "bytes": part.bytes,
+            "faults": [str(fault) for fault in part.faults],
+            "unused": part.unused,
+            "unread": part.unread,
+        }
+        for part in parts
+    }
+
+
+def lines_of_inspection(parts: Sequence[Part]) -> list[str]:
+    """Describe what was looked at: a line for each store, kept state and unknown thing, damaged runs, and a total."""
+    lines = []
+    for part in parts:
+        if part.kind == "unknown":
+            lines.append(f"{part.name}: not DataFlex's, {part.bytes:,} bytes, not looked into")
+        elif part.kind != "run" or part.problems or part.unread:
+            state = "damaged" if part.faults else "not looked into" if part.unread else "intact"
+            first = next((f" (first: {problem})" for problem in part.problems if problem.harmless), "")
+            lines.append(f"{part.name}: {state}, {part.unused} unused files{first}")
+    count = {kind: sum(part.kind == kind for part in parts) for kind in ("store", "state", "run", "unknown")}
+    seen = sum(part.bytes for part in parts if part.kind != "unknown")
+    kinds = f"{count['store']} stores, {count['state']} kept states and {count['run']} records of runs"
+    total = f"{kinds}, {seen:,} bytes; {sum(len(part.faults) for part in parts)} faults"
+    return [
+        *lines,
+        f"looked at {total}; {count['unknown']} unknown things left alone" if parts else "nothing there yet",
+    ]
+
+
+def repaired(parts: Sequence[Part]) -> dict[str, Any]:
+    """Return what a repair did as plain data, by name: `kind`, `mended`, `left`; intact parts are left out."""
+    return {
+        part.name: {
+            "kind": part.kind,
+            "mended": [_mended(fault) for fault in part.faults if fault.is_mendable],
+            "left": [str(fault) for fault in part.faults if not fault.is_mendable],
+        }
+        for part in parts
+        if part.faults
+    }
+
+
+def lines_of_repair(parts: Sequence[Part]) -> list[str]:
+    """Describe what a repair did, and what it looked at."""
+    lines = [_mended(fault) for part in parts for fault in part.faults if fault.is_mendable]
+    return [*lines, lines_of_inspection(parts)[-1]]
+
+
+def _mended(fault: Problem) -> str:
+    done = "removed" if fault.remove else "written again" if fault.put and fault.put[0] == fault.path else "kept"
+    more = f" (and the {len(fault.remove) - 1} files with it)" if len(fault.remove) > 1 else ""
+    return f"{done}: {fault}{more}"

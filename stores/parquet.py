@@ -27,10 +27,11 @@ from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import serialise
 from dataflex.stores.log import Entry, Log
+from dataflex.stores.problem import Problem, mend
 from dataflex.stores.record import claim, find_record
 from dataflex.stores.rounding import decode
 from dataflex.stores.snapshot import Snapshot
-from dataflex.stores.verify import Problem, problems, remove
+from dataflex.stores.verify import problems
 
 _WRITER = uuid.uuid4().hex
 
@@ -227,7 +228,7 @@ class ParquetStore:
     def repair(self) -> list[Problem]:
         """Remove damaged files, so that the rows concerned count as missing; return what was wrong."""
         found = self.verify()
-        remove(self.files, found)
+        mend(self.files, found)
         if find_record(self.files, self.folder, "recipe") is None:
             claim(self.files, self.folder, "recipe", {k: v for k, v in self.document.items() if k != "format"})
         self._snapshot = None

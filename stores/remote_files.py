@@ -42,6 +42,11 @@ class RemoteFiles(Files):
             file.flush()
             self.fs.put_file(file.name, f"{self._root}/{path}")
 
+    def exists(self) -> bool:
+        """Say whether anything lies below the URL, or whether it is a bucket."""
+        self.fs.invalidate_cache()
+        return bool(self.fs.exists(self._root))
+
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access."""
         return pa.PythonFile(self.fs.open(f"{self._root}/{path}", "rb"), mode="r")

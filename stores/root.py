@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dataflex.errors import ConflictError, CorruptionError, MismatchError
+from dataflex.errors import ConfigError, ConflictError, CorruptionError, MismatchError
 from dataflex.fingerprint import difference, digest
 from dataflex.stores.base import Layout
 from dataflex.stores.files import Files, LocalFiles
@@ -32,6 +32,23 @@ def open_files(root: str | os.PathLike[str]) -> Files:
     if url.startswith("file://"):
         return LocalFiles(url.removeprefix("file://"))
     return RemoteFiles(url) if "://" in url else LocalFiles(url)
+
+
+def existing_files(root: str | os.PathLike[str], named_by: str | None) -> Files:
+    """Return the files under a root that is looked at, not written to.
+
+    Args:
+        root: a local folder or an fsspec URL.
+        named_by: what names it, for people; None for the default, where nothing need be yet.
+
+    Raises:
+        ConfigError: it is named and not there.
+    """
+    files = open_files(root)
+    if named_by is not None and not files.exists():
+        what = "nothing" if "://" in files.url else "a file" if os.path.lexists(files.url) else "no such folder"
+        raise ConfigError(f"{named_by}: found {what} at {files.url}; expected a root of stores; check the spelling")
+    return files
 
 
 class StoreRoot:
@@ -58,7 +75,7 @@ class StoreRoot:
         if document is None:
             body = {"kind": kind, "recipe": recipe, "layout": layout.plain(), "libraries": _libraries()}
             document, _ = claim(self.files, folder, "recipe", body)
-        store = _store(self.files, folder, document)
+        store = recorded_store(self.files, folder, document)
         if store.layout != layout:
             fields = "; ".join(difference(layout.plain(), store.layout.plain()))
             raise MismatchError(
@@ -75,7 +92,7 @@ class StoreRoot:
         """
         folder = folder_name(kind, recipe)
         document = find_record(self.files, folder, "recipe")
-        return None if document is None else _store(self.files, folder, document)
+        return None if document is None else recorded_store(self.files, folder, document)
 
     def stores(self) -> list[ParquetStore]:
         """Return all stores, sorted by name; those whose recipe cannot be read are logged and left out."""
@@ -84,7 +101,7 @@ class StoreRoot:
             try:
                 document = find_record(self.files, folder, "recipe") if NAME.fullmatch(folder) else None
                 if document is not None:
-                    found.append(_store(self.files, folder, document))
+                    found.append(recorded_store(self.files, folder, document))
             except (CorruptionError, MismatchError) as error:
                 _log.warning("%s; left out", error)
         return found
@@ -117,7 +134,7 @@ def open_store(path: str | os.PathLike[str]) -> ParquetStore:
     document = find_record(files, folder, "recipe")
     if document is None:
         raise MismatchError(f"{files.name(folder)} holds no intact recipe.json: it is no store")
-    return _store(files, folder, document, check_name=False)
+    return recorded_store(files, folder, document, check_name=False)
 
 
 def folder_name(kind: str, recipe: Mapping[str, Any]) -> str:
@@ -132,14 +149,22 @@ def folder_name(kind: str, recipe: Mapping[str, Any]) -> str:
     return folder
 
 
-def _store(files: Files, folder: str, document: dict[str, Any], check_name: bool = True) -> ParquetStore:
+def recorded_store(files: Files, folder: str, document: dict[str, Any], check_name: bool = True) -> ParquetStore:
+    """Return the store that a recipe's document describes.
+
+    Raises:
+        CorruptionError: it is no recipe, or another than the folder is named after.
+    """
     where = files.name(f"{folder}/recipe.json")
     try:
         store = ParquetStore(files, folder, document)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{where} is no recipe: {error!r}") from error
     if check_name and folder != folder_name(store.kind, store.recipe):
-        raise CorruptionError(f"{where} holds another recipe than its folder is named after; was the folder renamed?")
+        raise CorruptionError(
+            f"{where} holds another recipe than its folder is named after; was the folder renamed? Call it "
+            f"{folder_name(store.kind, store.recipe)} again, or remove it"
+        )
     return store
 
 

@@ -12,14 +12,15 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dataflex.errors import CorruptionError, DataflexError
 from dataflex.fingerprint import digest
 from dataflex.stores.files import Files, Stored
-from dataflex.stores.record import claim, read_record
+from dataflex.stores.problem import Problem
+from dataflex.stores.record import claim, read_record, seal
 
 Kind = Literal["store", "state"]
 State = Literal["running", "finished", "not finished"]
@@ -27,7 +28,7 @@ Used = tuple[Kind, str]
 """A store's folder name or a state's lineage."""
 
 FOLDER = "runs"
-_ID = re.compile(r"[0-9a-f]{32}")
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 _NOTE = re.compile(r"(begun|store|state|finished)\.([A-Za-z0-9_-]+)(?:~\d+)?\.json")
 _log = logging.getLogger(__name__)
 
@@ -128,9 +129,40 @@ def read_runs(files: Files) -> list[KnownRun]:
     found: dict[str, list[Stored]] = {}
     for file in files.stored(FOLDER):
         _, run, *name = file.path.split("/")
-        if _ID.fullmatch(run) and len(name) == 1:
+        if RUN_ID.fullmatch(run) and len(name) == 1:
             found.setdefault(run, []).append(file)
     return sorted((_known(files, run, several) for run, several in found.items()), key=lambda run: -run.modified)
+
+
+def note_problems(files: Files, folder: str, documents: Iterable[Stored]) -> Iterator[Problem]:
+    """Check the documents of one run; a damaged one is written again from its name and the run's other documents.
+
+    It is never just removed: by its name it protects what it was written for.
+
+    Raises:
+        MismatchError: a newer DataFlex wrote one.
+    """
+    about: dict[str, Any] = {}  # of the run: the same in each description of it, but for the method
+    damaged: list[tuple[str, str, re.Match[str]]] = []
+    for file in documents:
+        match = _NOTE.fullmatch(file.path.removeprefix(f"{folder}/"))
+        if match is None:
+            yield Problem(
+                file.path, f"{files.name(file.path)} is no record of a run; it is never opened", harmless=True
+            )
+            continue
+        try:
+            found = read_record(files, file.path)
+        except FileNotFoundError:  # removed between the listing and now
+            continue
+        except CorruptionError as error:
+            damaged.append((file.path, str(error), match))
+        else:
+            about = found if match[1] == "begun" else about
+    for path, what, match in damaged:
+        kind, name = match[1], match[2]
+        body = {kind: name} if kind in ("store", "state") else about if kind == "begun" else {}
+        yield Problem(path, what, put=(path, seal(body)))
 
 
 def _known(files: Files, run: str, documents: Iterable[Stored]) -> KnownRun:

@@ -20,7 +20,7 @@ from dataflex.fingerprint import file_digest
 from dataflex.stores.files import Files, HashingWriter, LocalFiles
 from dataflex.stores.record import claim, find_record
 
-_LINEAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")
+LINEAGE = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _PART = re.compile(r"[A-Za-z0-9_+=@ ,()-][A-Za-z0-9_.+=@ ,()-]{0,199}")
 
 
@@ -43,7 +43,7 @@ class StateStore:
         Raises:
             DataflexError: the folder is empty, or holds a file whose name is not portable; storage is full.
         """
-        if self._manifest(lineage) is not None:
+        if self.manifest(lineage) is not None:
             return False
         source = Path(folder)
         names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
@@ -67,12 +67,12 @@ class StateStore:
 
     def find(self, lineage: str) -> dict[str, Any] | None:
         """Return the info of a kept state, or None; a damaged manifest is logged and counts as none."""
-        manifest = self._manifest(lineage)
+        manifest = self.manifest(lineage)
         return None if manifest is None else dict(manifest["info"])
 
     def infos(self) -> list[dict[str, Any]]:
         """Return the info of every kept state; damaged manifests are logged and left out."""
-        found = [self.find(name) for name in self.files.names("states") if _LINEAGE.fullmatch(name)]
+        found = [self.find(name) for name in self.files.names("states") if LINEAGE.fullmatch(name)]
         return [info for info in found if info is not None]
 
     def fetch(self, lineage: str, scratch: str | os.PathLike[str]) -> Path:
@@ -88,7 +88,7 @@ class StateStore:
             MismatchError: there is no such state.
             CorruptionError: a file is missing or damaged, or the manifest names one outside the state's folder.
         """
-        manifest = self._manifest(lineage)
+        manifest = self.manifest(lineage)
         if manifest is None:
             raise MismatchError(f"{self.files.name(_folder(lineage))} holds no kept state")
         where = f"{_folder(lineage)}/{manifest['folder']}"
@@ -105,7 +105,12 @@ class StateStore:
             )
         return folder
 
-    def _manifest(self, lineage: str) -> dict[str, Any] | None:
+    def manifest(self, lineage: str) -> dict[str, Any] | None:
+        """Return the checked manifest of a kept state, or None; a damaged one is logged and counts as none.
+
+        Raises:
+            CorruptionError: it is intact, but of another state, or names files outside its folder.
+        """
         manifest = find_record(self.files, _folder(lineage), "manifest")
         if manifest is None:
             return None
@@ -113,6 +118,8 @@ class StateStore:
         kinds = {"lineage": str, "folder": str, "files": dict, "info": dict}
         if any(type(manifest.get(key)) is not kind for key, kind in kinds.items()):
             raise CorruptionError(f"the manifest in {where} is no manifest of a state")
+        if manifest["lineage"] != lineage:
+            raise CorruptionError(f"the manifest in {where} is of the state {manifest['lineage']}")
         unsafe = [name for name in manifest["files"] if not _is_safe(name)]
         if unsafe or not re.fullmatch(r"[0-9a-f]{32}", manifest["folder"]):
             raise CorruptionError(f"the manifest in {where} names files outside its folder: {unsafe[:3]}")
@@ -141,7 +148,7 @@ class StateStore:
 
 
 def _folder(lineage: str) -> str:
-    if not _LINEAGE.fullmatch(lineage):
+    if not LINEAGE.fullmatch(lineage):
         raise DataflexError(f"a lineage cannot be called {lineage!r}: use up to 128 letters, digits, _ and -")
     return f"states/{lineage}"
 

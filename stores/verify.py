@@ -1,9 +1,8 @@
-"""Full check of a store, byte by byte, and the removal of what is damaged."""
+"""Full check of a store, byte by byte."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,29 +13,10 @@ from dataflex.stores.base import Layout
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
 from dataflex.stores.log import Entry, Log
+from dataflex.stores.problem import Problem
 from dataflex.stores.record import read_record
 
 CURE = "`dataflex store repair` removes what is damaged, `dataflex featurize` computes it again"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in a store that should not be there, or is not what it should be.
-
-    Attributes:
-        path: of the file, relative to the root.
-        what: for people.
-        harmless: no reader ever opens it; a crash or a lost race leaves such files.
-        remove: files to remove, in this order, so that the rows concerned count as missing.
-    """
-
-    path: str
-    what: str
-    harmless: bool = False
-    remove: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return self.what
 
 
 def problems(files: Files, folder: str, layout: Layout) -> list[Problem]:
@@ -45,31 +25,30 @@ def problems(files: Files, folder: str, layout: Layout) -> list[Problem]:
     Raises:
         MismatchError: a newer DataFlex wrote to this store.
     """
-    return [*_recipe(files, folder), *_log_and_data(files, folder, layout)]
-
-
-def remove(files: Files, found: Sequence[Problem]) -> None:
-    """Remove the files that hold problems, harmless ones not: another writer may be about to commit them."""
-    for problem in found:
-        for path in problem.remove:
-            files.remove(path)
-
-
-def _recipe(files: Files, folder: str) -> Iterator[Problem]:
-    names = [name for name in files.names(folder) if name.startswith("recipe") and name.endswith(".json")]
-    for name in names or ["recipe.json"]:
-        path = f"{folder}/{name}"
-        try:
-            read_record(files, path)
-        except FileNotFoundError:
-            yield Problem(path, f"{files.name(path)} is missing; `dataflex featurize` writes it again")
-        except CorruptionError as error:
-            yield Problem(path, str(error), remove=(path,))
-
-
-def _log_and_data(files: Files, folder: str, layout: Layout) -> Iterator[Problem]:
+    recipe = list(document_problems(files, folder, "recipe"))
+    if not any(name.startswith("recipe") for name in files.names(folder)):
+        path = f"{folder}/recipe.json"
+        recipe = [Problem(path, f"{files.name(path)} is missing; `dataflex featurize` writes it again")]
     log = Log(files, f"{folder}/log")
     log.refresh()
+    return [*recipe, *log_and_data(files, folder, log, layout)]
+
+
+def document_problems(files: Files, folder: str, stem: str) -> Iterator[Problem]:
+    """Check every document of a folder that stands for `stem` (`recipe`, `manifest`)."""
+    for name in files.names(folder):
+        if name.startswith(stem) and name.endswith(".json"):
+            path = f"{folder}/{name}"
+            try:
+                read_record(files, path)
+            except FileNotFoundError:  # removed between the listing and now
+                continue
+            except CorruptionError as error:
+                yield Problem(path, str(error), remove=(path,))
+
+
+def log_and_data(files: Files, folder: str, log: Log, layout: Layout | None) -> Iterator[Problem]:
+    """Check every log entry and every data file; without a layout only that its bytes are those committed."""
     for name, what in log.damaged.items():
         yield Problem(f"{folder}/log/{name}", what, remove=(f"{folder}/log/{name}",))
     for name in files.names(f"{folder}/log"):
@@ -91,11 +70,13 @@ def _log_and_data(files: Files, folder: str, layout: Layout) -> Iterator[Problem
             yield Problem(path, f"{files.name(path)} is in no log entry; it is never opened", harmless=True)
 
 
-def _fault(files: Files, path: str, layout: Layout, entries: Sequence[Entry]) -> str | None:
+def _fault(files: Files, path: str, layout: Layout | None, entries: Sequence[Entry]) -> str | None:
     """Say what is wrong with a data file, or None."""
     try:
         if files.sha256(path) != entries[0].data:
             return f"{files.name(path)} is damaged: its SHA-256 is not the one committed"
+        if layout is None:
+            return None
         with Fragment(files, path, layout) as fragment:
             keys = fragment.keys()
             counts = np.zeros(256, np.int64)

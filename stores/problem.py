@@ -1,0 +1,46 @@
+"""What a check finds, and how it is mended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dataflex.stores.files import Files
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something under a root that should not be there, or is not what it should be.
+
+    Attributes:
+        path: of the file, relative to the root.
+        what: for people.
+        harmless: no reader ever opens it; a crash or a lost race leaves such files.
+        remove: files to remove, in this order, so that the rows or the state concerned count as missing.
+        put: path and content of a document to write after that, in place of any other.
+    """
+
+    path: str
+    what: str
+    harmless: bool = False
+    remove: tuple[str, ...] = ()
+    put: tuple[str, bytes] | None = None
+
+    def __str__(self) -> str:
+        return self.what
+
+    @property
+    def is_mendable(self) -> bool:
+        """Whether `mend` does anything about it."""
+        return bool(self.remove) or self.put is not None
+
+
+def mend(files: Files, problems: Iterable[Problem]) -> None:
+    """Mend what can be mended; harmless leftovers stay: another writer may be about to commit them."""
+    for problem in problems:
+        for path in problem.remove:
+            files.remove(path)
+        if problem.put is not None:
+            path, data = problem.put
+            with files.output(path) as file:
+                file.write(data)
