@@ -12,6 +12,7 @@ import numpy as np
 from dataflex import distributed
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.pipelines import update, warmup
+from dataflex.pipelines.diagnostics import Diagnostics
 from dataflex.pipelines.moments import MOMENTS_FILE
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
@@ -82,6 +83,7 @@ class RoundDirector:
         recorded = distributed.broadcast(self._recorded(round) if distributed.is_main() else None)
         if recorded is not None:
             log.info("%s, from the journal", _line(recorded, self.run.rows))
+            self._diagnosed(recorded)
             return recorded
         if round.kind == "warmup":
             decided = warmup.draw(self.run, round)
@@ -96,7 +98,17 @@ class RoundDirector:
         if distributed.is_main():
             self.run.journal.write(decided, self.run.rows.keys)
         log.info("%s", _line(decided, self.run.rows))
+        self._diagnosed(decided)
         return decided
+
+    def _diagnosed(self, decided: DecidedRound) -> None:
+        """Show what an update came to: in one line and, if it begins now, to whoever follows the training's log."""
+        found = Diagnostics(**decided.info.get("diagnostics", {}))
+        if text := str(found):
+            log.info("update %d: %s", decided.round.update, text)
+        metrics, trainer = found.metrics(), self.run.trainer
+        if metrics and decided.round.first_step == trainer.state.global_step:
+            trainer.log(metrics)
 
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the rounds so far, and the moments by parameter name, to a checkpoint."""
@@ -123,10 +135,23 @@ class RoundDirector:
 
     def summarise(self, path: Path, **more: Any) -> None:
         """Write what the stage came to. Collective."""
-        about = {"started_from": self.warm.lineage if self.warm.loaded else None, "updates": self.updates, **more}
+        about = {
+            "started_from": self.warm.lineage if self.warm.loaded else None,
+            "updates": self.updates,
+            "diagnostics": self.diagnostics() if distributed.is_main() else [],
+            **more,
+        }
         write_summary(path, self.stage, self.run, time.monotonic() - self._begun, about)
         if distributed.is_main():
             self.run.access.record.finish()
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """Return the record of every update that was trained on, those before a resumption among them."""
+        run, step = self.run, self.run.trainer.state.global_step
+        begun = [round for round in run.updates if round.first_step < step]
+        found = [run.journal.read(round, run.rows.keys, run.trainer.global_batch) for round in begun]
+        kept = [decided for decided in found if decided is not None and "diagnostics" in decided.info]
+        return [{"round": decided.round.number, **decided.info["diagnostics"]} for decided in kept]
 
     def _recorded(self, round: Round) -> DecidedRound | None:
         """Return a journaled round: always if it was begun, else only if it was decided alike."""

@@ -58,6 +58,7 @@ class SelectDirector(FeaturizeDirector):
         super().__init__(settings)
         self.num = num
         self.output = output
+        self._found: list[dict[str, Any]] = []
 
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Refuse, before anything is computed, more rows than there are."""
@@ -73,12 +74,19 @@ class SelectDirector(FeaturizeDirector):
         raw = self.run.trainer.row_sets.raw
         if not raw:
             raise ConfigError("tokenized_path: the raw records of a tokenized dataset are unknown; remove the key")
-        selection, _ = choose(self.run, round, self.num)
+        chosen = choose(self.run, round, self.num)
+        selection = chosen.selection
+        self._found = [chosen.diagnostics.plain()]
+        log.info("%d rows: %s", self.num, chosen.diagnostics)
         if distributed.is_main():
             directory = Path(self.settings.llamafactory.get("dataset_dir") or "data")
             write_selection(self.output, selection, self.run.rows, raw, _entries(directory))
             log.info("wrote %d rows to %s", self.num, self.output)
         distributed.barrier()
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """Return the record of the one choice."""
+        return self._found
 
 
 def write_selection(

@@ -14,6 +14,7 @@ from dataflex import distributed
 from dataflex.draws import generator, stream
 from dataflex.errors import CoverageError
 from dataflex.features.spec import FeatureSpec, LossSpec
+from dataflex.pipelines.diagnostics import Diagnostics, diagnose
 from dataflex.pipelines.refresh import anchors, first, moved, rest
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.views import Mixed, Snapshot
@@ -33,9 +34,10 @@ def decide(run: Run, round: Round) -> DecidedRound:
     wanted = round.steps * run.trainer.global_batch
     # update_step 0: one selection holds for the rest of the epoch, so it is passed over as often as needed.
     count = wanted if run.settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
-    selection, updated = choose(run, round, count)
+    chosen = choose(run, round, count)
+    selection = chosen.selection
     if selection.pool is not None and distributed.is_main():
-        run.journal.write_pool(round.number, selection.pool, updated)
+        run.journal.write_pool(round.number, selection.pool, chosen.updated)
     seed = run.trainer.args.seed
     order = _order(run, round, selection.rows)
     if wanted > count:
@@ -49,23 +51,37 @@ def decide(run: Run, round: Round) -> DecidedRound:
         "reused": tally.reused - before[1],
         "seconds": round_seconds(time.monotonic() - begun),
         "recipes": [run.access.recipe(need.spec) for need in run.live_needs],
+        "diagnostics": chosen.diagnostics.plain(),
     }
     return DecidedRound(round, selection.rows[order], scores[order], ages[order].astype(np.int32), info)
 
 
-def choose(run: Run, round: Round, count: int) -> tuple[Selection, np.ndarray]:
-    """Let the selector choose `count` rows, the same on every rank. Collective.
+@dataclass(frozen=True)
+class Chosen:
+    """What an update came to.
 
-    Returns:
-        The selection, and for each training row the update at which its features were computed, (N,) int32.
+    Attributes:
+        selection: the rows.
+        updated: (N,) int32, the update at which the features of each training row were computed.
+        diagnostics: what the update looks like as a whole.
     """
+
+    selection: Selection
+    updated: np.ndarray
+    diagnostics: Diagnostics
+
+
+def choose(run: Run, round: Round, count: int) -> Chosen:
+    """Let the selector choose `count` rows, the same on every rank. Collective."""
     features = UpdateFeatures(run, round)
     selection = _ask(run, round, count, features)
     if features.waiting and selection.pool is not None:
         features.refresh(selection.pool, selection.rows)
         selection = _ask(run, round, count, features)
     run.check(selection.rows, count)
-    return selection, features.updated
+    earlier = [r for r in run.updates if r.number < round.number]
+    last = run.decided(earlier[-1]).rows if earlier else None
+    return Chosen(selection, features.updated, diagnose(run.rows, selection, features.of_training_rows, last))
 
 
 def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:
@@ -154,6 +170,11 @@ class UpdateFeatures:
         if rows is None:
             self._views[asked] = view
         return view
+
+    @property
+    def of_training_rows(self) -> list[tuple[FeatureSpec, View]]:
+        """The features of all training rows that were asked for so far, each with what it is."""
+        return [(spec, view) for (spec, target, _), view in self._views.items() if target is None]
 
     def _rows(self, target: str | None) -> Rows:
         return self.run.rows if target is None else self.run.targets[target]

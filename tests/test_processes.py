@@ -156,8 +156,14 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
     before, after = workspace.weights("two"), workspace.weights("resumed")
     assert all(torch.equal(before[name], after[name]) for name in before)
     # One process with the same global batch warms up on the same rows.
-    workspace.run("train", workspace.write("one", per_device_train_batch_size=2, lora_dropout=0.1))
+    one = workspace.run("train", workspace.write("one", per_device_train_batch_size=2, lora_dropout=0.1))
     assert workspace.rounds("one")[0] == workspace.rounds("two")[0]
+    # What they say of the first update is of all rows, whoever has read them.
+    two, resumed = (json.loads((out / n / "dataflex_summary.json").read_text()) for n in ("two", "resumed"))
+    assert resumed["diagnostics"] == two["diagnostics"]
+    assert (one["diagnostics"][0]["scored"], two["diagnostics"][0]["scored"]) == (62, 62)
+    shares = [summary["diagnostics"][0]["common_direction"]["gradient"] for summary in (one, two)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.02)
 
 
 SEVERAL = """

@@ -56,6 +56,12 @@ def test_a_second_run_over_the_same_states_computes_nothing(workspace: Any) -> N
         )
 
 
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """Return what the training's log has of the updates."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "dataflex/scored" in entry]
+
+
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 6])
 def test_resuming_at_any_step_ends_as_the_uninterrupted_run(workspace: Any, step: int, whole: Path) -> None:
     """In the warm-up, at its end, inside a round and at a boundary: the same rows, and weights equal to the bit."""
@@ -69,10 +75,14 @@ def test_resuming_at_any_step_ends_as_the_uninterrupted_run(workspace: Any, step
             (out / "rounds" / f"round-0000{number}.parquet").unlink()
     (out / "adapter_model.safetensors").unlink()
     shutil.copytree(whole / "store", workspace.folder / "store")
-    workspace.run("train", workspace.write("resumed"))
+    summary = workspace.run("train", workspace.write("resumed"))
     before = type(workspace)(whole, workspace.tiny)
     assert workspace.rounds("resumed") == before.rounds("whole")
     assert_same(workspace.weights("resumed"), before.weights("whole"))
+    earlier = json.loads((whole / "out" / "whole" / "dataflex_summary.json").read_text())
+    assert summary["diagnostics"] == earlier["diagnostics"]
+    assert [update["round"] for update in summary["diagnostics"]] == [1, 2]
+    assert logged(workspace.folder / "out" / "resumed") == logged(whole / "out" / "whole")
 
 
 @pytest.fixture(scope="module")

@@ -56,12 +56,15 @@ class Selection:
         scores: (k,) float64 score of each, or None.
         ages: (k,) int32 age of the features behind each score, or None.
         pool: (N,) float64 score of every training row for the record, -inf where a row cannot be scored, or None.
+        judged: (N,) float64 score of every training row where `pool` has something else, such as the logarithm of a
+            chance; not finite where a row cannot be scored. None: `pool` has the scores.
     """
 
     rows: np.ndarray
     scores: np.ndarray | None = None
     ages: np.ndarray | None = None
     pool: np.ndarray | None = None
+    judged: np.ndarray | None = None
 
 
 class NativeSelector(Protocol):

@@ -56,7 +56,7 @@ class Draw(Rule):
 def recorded(judged: Judgement, rows: np.ndarray, preference: np.ndarray) -> Selection:
     """Return the selection of rows (k,), given what the rule prefers (N,)."""
     pool = np.where(np.isfinite(judged.scores) & np.isfinite(preference), preference, -np.inf)
-    return Selection(rows, judged.scores[rows], judged.ages[rows], pool)
+    return Selection(rows, judged.scores[rows], judged.ages[rows], pool, judged.scores)
 
 
 class TopK(Rule):
