@@ -53,10 +53,12 @@ def check_reference(run: Run) -> str | None:
     """Return the folder of the method's reference model, None if it has none.
 
     Raises:
+        CorruptionError: it is a damaged checkpoint.
         MismatchError: its tokenizer is not the run's.
     """
     path: str | None = getattr(getattr(run.method, "params", None), "reference_model_path", None)
     if path is not None:
+        run.state.require_whole(path)
         _check_vocabulary(path, run.trainer.processing_class)
     return path
 

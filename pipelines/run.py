@@ -15,6 +15,7 @@ import numpy as np
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
+from dataflex.features.spec import BASE
 from dataflex.fingerprint import digest, file_digest, keys_digest
 from dataflex.pipelines.access import FeatureAccess
 from dataflex.pipelines.state import ModelState
@@ -119,6 +120,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
 
     Raises:
         ConfigError: no training row has a supervised token.
+        CorruptionError: a checkpoint that features are asked of is damaged.
     """
     sets = trainer.row_sets
     eligible = np.flatnonzero(sets.train.supervised > 0)
@@ -141,7 +143,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     }
     root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
-    return Run(
+    run = Run(
         settings=settings,
         trainer=trainer,
         rows=sets.train,
@@ -154,6 +156,10 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         weighter=build(settings.weighter, settings.weighter_params, trainer),
         identity=named,
     )
+    for folder in dict.fromkeys(need.state for need in run.needs):
+        if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update
+            run.state.require_whole(folder)
+    return run
 
 
 def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex import distributed
-from dataflex.errors import ConfigError, CoverageError, MismatchError
+from dataflex.errors import ConfigError, CorruptionError, CoverageError, MismatchError
 from dataflex.features.adam import Moments
 from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
 from dataflex.fingerprint import model_digest, tensors_digest
 from dataflex.pipelines import checkpoint
 from dataflex.pipelines.moments import checkpoint_moments, live_moments
+from dataflex.trainers.checkpoints import is_marked, require_whole
+
+log = logging.getLogger(__name__)
 
 _MODEL_OPTIONS = (
     "rope_scaling", "shift_attn", "mixture_of_depths", "use_unsloth", "upcast_layernorm", "upcast_lmhead_output",
@@ -47,6 +51,7 @@ class ModelState:
             raise ConfigError("fsdp: per-example features of a sharded model are not supported; use DDP or DeepSpeed")
         self._base = distributed.broadcast(self._base_identity() if distributed.is_main() else None)
         self._checkpoint: str | None = None
+        self._whole: set[str] = set()
         self._known: dict[tuple[Any, ...], Any] = {}
         self._moments: tuple[tuple[str | None, int], Moments] | None = None
 
@@ -88,7 +93,8 @@ class ModelState:
             state: a checkpoint's folder, whose trainable weights are loaded, or `BASE`, the model without the adapter.
 
         Raises:
-            MismatchError: the checkpoint's weights are not those of this model.
+            CorruptionError: the checkpoint is damaged.
+            MismatchError: its weights are not those of this model.
             ConfigError: the model is sharded by ZeRO-3.
         """
         if state is None:
@@ -102,6 +108,7 @@ class ModelState:
                 f"{state}: a checkpoint's weights cannot be put into a model that ZeRO-3 has sharded; use ZeRO-2 or DDP"
             )
         else:
+            self.require_whole(state)
             entered = checkpoint.loaded(Path(state), self.model, self._scaling())
         with entered:
             self._checkpoint = state
@@ -109,6 +116,27 @@ class ModelState:
                 yield
             finally:
                 self._checkpoint = None
+
+    def require_whole(self, folder: str) -> None:
+        """Hold a checkpoint's files against its mark, once for the run; one process of each node reads. Collective.
+
+        Raises:
+            CorruptionError: a file is missing or damaged, or was put there afterwards.
+        """
+        if folder in self._whole:
+            return
+        fault: str | None = None
+        if distributed.local_rank() == 0:
+            try:
+                require_whole(folder)
+            except CorruptionError as error:
+                fault = str(error)
+        for found in distributed.gather(fault):
+            if found is not None:  # on every process, so that none waits for another
+                raise CorruptionError(found)
+        if distributed.is_main() and not is_marked(folder) and (Path(folder) / "trainer_state.json").is_file():
+            log.warning("%s: dataflex did not write it, so whether it is whole is not known", folder)
+        self._whole.add(folder)
 
     def recipe(self, spec: Any) -> dict[str, Any]:
         """Return everything but the row that determines a feature's values. Collective under DeepSpeed."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dataflex.errors import CorruptionError, MismatchError
+from dataflex.fingerprint import digest
 from dataflex.rows import KEY_DTYPE
 from dataflex.schedule import Round
-from dataflex.trainers.checkpoints import incomplete_reason, mark_complete, newest_complete
+from dataflex.trainers.checkpoints import incomplete_reason, mark_complete, newest_complete, require_whole, unmark
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.rounds import DecidedRound, micro_batches
 
@@ -118,6 +121,89 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert found == str(tmp_path / "checkpoint-20")
     assert [Path(path).name for path, _ in skipped] == ["checkpoint-100"]
     assert "optimizer.pt is missing" in skipped[0][1]
+
+
+def test_any_changed_byte_makes_a_checkpoint_incomplete(tmp_path: Path) -> None:
+    """Sizes stay as they are; the mark's own bytes count too, as what it says of the optimizer does."""
+    folder = make_checkpoint(tmp_path / "checkpoint-3")
+    draw = random.Random(0)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for _ in range(200):
+        path = draw.choice(paths)
+        data = path.read_bytes()
+        at = draw.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :])
+        reason = incomplete_reason(folder)
+        # JSON may be written in several ways; a byte of white space between its parts says nothing.
+        meant = path.name != "complete.json" or json.loads(data) != read_json(path)
+        assert (reason is not None) == meant, (path, at)
+        assert reason is None or path.name in reason
+        path.write_bytes(data)
+    assert incomplete_reason(folder) is None
+    (folder / "optimizer.pt").write_bytes(b"x" * 10)
+    with pytest.raises(CorruptionError, match=r"checkpoint-3 is damaged: optimizer\.pt is damaged"):
+        require_whole(folder)
+    assert incomplete_reason(folder, contents=False) is None
+
+
+def read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        None,
+        [],
+        {},
+        {"files": None},
+        {"version": 1, "files": None},
+        {"version": 1, "files": {"optimizer.pt": None}},
+        {"version": 2, "files": {}},
+        {"version": 2, "files": {"optimizer.pt": 10}},
+        {"version": 2, "files": {"optimizer.pt": {}}},
+        {"version": "2", "files": {"optimizer.pt": {"bytes": 10, "sha256": 0}}},
+        {"version": 3, "files": {"optimizer.pt": {"bytes": "ten", "sha256": None}}},
+        "[" * 100_000,
+    ],
+)
+def test_a_mark_that_is_none_is_said_to_be_damaged(tmp_path: Path, mark: object) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint-3")
+    for signed in (mark, mark | {"digest": digest(mark)}) if isinstance(mark, dict) else (mark,):
+        text = signed if isinstance(signed, str) else json.dumps(signed)
+        (folder / "dataflex" / "complete.json").write_text(text)
+        assert "complete.json is damaged" in str(incomplete_reason(folder))
+        with pytest.raises(CorruptionError, match=r"complete\.json is damaged"):
+            require_whole(folder)
+
+
+def test_a_checkpoint_may_get_files_that_no_loader_reads(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint-3")
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert incomplete_reason(folder) is None
+    (folder / "model.safetensors").write_bytes(b"planted")
+    assert "model.safetensors was put there after" in str(incomplete_reason(folder))
+
+
+def test_a_mark_of_sizes_alone_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint-3")
+    mark = folder / "dataflex" / "complete.json"
+    files = {name: about["bytes"] for name, about in json.loads(mark.read_text())["files"].items()}
+    mark.write_text(json.dumps({"version": 1, "files": files, "global_step": 3}))
+    assert incomplete_reason(folder) is None
+    assert "contents are not checked" in caplog.text
+    (folder / "optimizer.pt").write_bytes(b"short")
+    assert "optimizer.pt has 5 bytes, 10 were written" in str(incomplete_reason(folder))
+
+
+def test_a_folder_without_a_mark_is_no_checkpoint_of_ours(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "checkpoint-3")
+    unmark(folder)
+    require_whole(folder)
+    assert "has no dataflex/complete.json" in str(incomplete_reason(folder))
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 4), (2, 2), (4, 1), (2, 1), (1, 1)])

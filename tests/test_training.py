@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.errors import ConfigError, CorruptionError, CoverageError, DataflexError, MismatchError
+from dataflex.trainers.checkpoints import incomplete_reason
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
@@ -108,6 +109,39 @@ def test_an_incomplete_checkpoint_is_never_resumed_from(workspace: Any, whole: P
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     assert 6 in [entry["current_steps"] for entry in log]
     assert_same(workspace.weights("broken"), type(workspace)(whole, workspace.tiny).weights("whole"))
+
+
+def flip(path: Path) -> None:
+    """Change bytes in the middle of a file; its size stays."""
+    data = bytearray(path.read_bytes())
+    for at in range(len(data) // 2, min(len(data), len(data) // 2 + 570)):
+        data[at] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_noticed_wherever_it_is_loaded(
+    workspace: Any, whole: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = workspace.folder / "out" / "flipped"
+    shutil.copytree(whole / "out" / "whole", out)
+    shutil.copytree(whole / "store", workspace.folder / "store")
+    flip(out / "checkpoint-7" / "adapter_model.safetensors")
+    run, damaged = workspace.write("flipped"), f"{out}/checkpoint-7"
+    said = r"checkpoint-7 .*adapter_model\.safetensors is damaged"
+    for more in (f"resume_from_checkpoint={damaged}", f"adapter_name_or_path={damaged}"):
+        with pytest.raises(CorruptionError, match=said):
+            workspace.run("train", run, more)
+    params = {"proj_dim": 256, "checkpoints": [f"{out}/checkpoint-6", damaged]}
+    section = {"store": str(workspace.folder / "store"), "params": params}
+    with pytest.raises(CorruptionError, match=said):
+        workspace.run("featurize", workspace.write("featurized", dataflex=section))
+    assert not (workspace.folder / "out" / "featurized" / "rounds").exists()
+    workspace.run("train", run)
+    assert "skipping the checkpoint" in caplog.text
+    assert "adapter_model.safetensors is damaged" in caplog.text
+    assert_same(workspace.weights("flipped"), type(workspace)(whole, workspace.tiny).weights("whole"))
+    # It was written again.
+    assert incomplete_reason(damaged) is None
 
 
 def test_checkpoints_carry_the_moments_by_name(workspace: Any, whole: Path) -> None:
@@ -317,6 +351,30 @@ def test_static_training_is_llamafactory_untouched(workspace: Any) -> None:
     out = workspace.folder / "out" / "static"
     assert (out / "adapter_model.safetensors").is_file()
     assert not (out / "rounds").exists()
+
+
+def test_static_training_resumes_from_the_newest_checkpoint_that_is_whole(
+    workspace: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"component_name": None, "warmup_step": None, "update_step": None, "update_times": None, "max_steps": 3}
+    run = workspace.write("static", train_type="static", dataflex=None, **keys)
+    workspace.run("train", run)
+    before, out = workspace.weights("static"), workspace.folder / "out" / "static"
+    flip(out / "checkpoint-3" / "optimizer.pt")
+    shutil.rmtree(out / "checkpoint-1")
+    with pytest.raises(CorruptionError, match=r"optimizer\.pt is damaged"):
+        workspace.run("train", run, f"resume_from_checkpoint={out}/checkpoint-3")
+    workspace.run("train", run)
+    assert "optimizer.pt is damaged" in caplog.text
+    assert_same(workspace.weights("static"), before)
+    assert incomplete_reason(out / "checkpoint-3") is None
+    # Those that LLaMA-Factory wrote alone have no mark, and are gone on from with a word.
+    for step in (2, 3):
+        shutil.rmtree(out / f"checkpoint-{step}" / "dataflex")
+    shutil.rmtree(out / "checkpoint-3")
+    workspace.run("train", run)
+    assert "checkpoint-2: dataflex did not write it" in caplog.text
+    assert_same(workspace.weights("static"), before)
 
 
 def test_offline_less_over_checkpoints_equals_their_weighted_sum(workspace: Any, whole: Path) -> None:

@@ -6,21 +6,29 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dataflex.errors import ConfigError, DataflexError
+from dataflex import distributed
+from dataflex.errors import ConfigError
 from dataflex.llamafactory.rows import RowSets, load_rows
-from dataflex.trainers.checkpoints import incomplete_reason, newest_complete
+from dataflex.trainers.checkpoints import mark_complete, require_whole
+from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
 from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
 
 log = logging.getLogger(__name__)
 
 _TRAINERS = {"sft": "CustomSeq2SeqTrainer", "pt": "CustomTrainer"}
+_FOLDERS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
+"""Keys that may name a checkpoint."""
+_CHANGED = ("rm", "ppo")
+"""Stages whose checkpoints LLaMA-Factory changes after they are written, and does not resume from."""
 
 
 def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_min_delta: float = 0.0) -> None:
@@ -35,23 +43,29 @@ def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_
 
     Raises:
         ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
-        DataflexError: a checkpoint to resume from is incomplete.
+        CorruptionError: a checkpoint that is named, to resume from or to load, is damaged.
+        MismatchError: a checkpoint that is named cannot be resumed from.
     """
     from llamafactory.train import tuner
 
     arguments = dict(arguments)
-    callbacks = []
+    callbacks: list[TrainerCallback] = []
     if early_stopping_min_delta and arguments.get("early_stopping_steps"):
         # LLaMA-Factory's own callback has no threshold, so ours takes its place.
         callbacks.append(EarlyStoppingCallback(arguments.pop("early_stopping_steps"), early_stopping_min_delta))
     # All that LLaMA-Factory asks it is whether there is a group to destroy; that would be with the trainer still there.
     no_group = SimpleNamespace(is_initialized=lambda: False)
+    resumption = Resumption.of(arguments, takes_unmarked=director is None)
+    _check_weights(arguments)
+    arguments |= resumption.arguments()
     with _explained(), patch.object(tuner, "dist", no_group):
         if director is None:
-            tuner.run_exp(arguments, callbacks)
+            if arguments.get("stage") not in _CHANGED:
+                callbacks.append(_Marks())
+            with _begun_at(resumption):
+                tuner.run_exp(arguments, callbacks)
             return
-        arguments = _resumption(arguments)
-        with _substituted(str(arguments["stage"]), director), contextlib.suppress(Stopped):
+        with _substituted(str(arguments["stage"]), director, resumption), contextlib.suppress(Stopped):
             tuner.run_exp(arguments, callbacks)
 
 
@@ -72,7 +86,7 @@ def _explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _substituted(stage: str, director: Director) -> Iterator[None]:
+def _substituted(stage: str, director: Director, resumption: Resumption) -> Iterator[None]:
     """Put our trainer and our `get_dataset` in place inside the stage's workflow module, and nowhere else."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
     base = getattr(workflow, _TRAINERS[stage])
@@ -90,31 +104,43 @@ def _substituted(stage: str, director: Director) -> Iterator[None]:
 
     class Joined(added, base):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__(director=director, row_sets=loaded[-1], model_args=model_arguments[-1], **kwargs)
+            about = {"row_sets": loaded[-1], "model_args": model_arguments[-1], "resumption": resumption}
+            super().__init__(director=director, **about, **kwargs)
 
     with patch.object(workflow, _TRAINERS[stage], Joined), patch.object(workflow, "get_dataset", get_dataset):
         yield
 
 
-def _resumption(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Choose the checkpoint to resume from before LLaMA-Factory does: the newest that is complete.
+class _Marks(TrainerCallback):
+    """Marks the checkpoints of a trainer that is not ours complete."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the one that was just written."""
+        distributed.barrier()
+        if args.should_save:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            mark_complete(folder, {"global_step": state.global_step, "is_resumable": not args.save_only_model})
+
+
+@contextlib.contextmanager
+def _begun_at(resumption: Resumption) -> Iterator[None]:
+    """Have every trainer of Transformers begin where `resumption` says: for runs that are not our trainer's."""
+    train = Trainer.train
+
+    def begun(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return train(self, resumption.start(resume_from_checkpoint), *args, **kwargs)
+
+    with patch.object(Trainer, "train", begun):
+        yield
+
+
+def _check_weights(arguments: Mapping[str, Any]) -> None:
+    """Refuse damaged checkpoints that the run is to load weights from; one process of each node reads them.
 
     Raises:
-        DataflexError: the checkpoint named by `resume_from_checkpoint` is incomplete.
+        CorruptionError: a file is not what was written.
     """
-    named, folder = arguments.get("resume_from_checkpoint"), str(arguments["output_dir"])
-    if isinstance(named, str):
-        if (reason := incomplete_reason(named)) is not None:
-            raise DataflexError(f"resume_from_checkpoint: {named} is incomplete: {reason}. Name a complete checkpoint.")
-        return arguments
-    if arguments.get("overwrite_output_dir") and not named:
-        return arguments
-    checkpoint, skipped = newest_complete(folder)
-    for path, reason in skipped:
-        log.warning("skipping the incomplete checkpoint %s: %s", path, reason)
-    if checkpoint is not None:
-        return arguments | {"resume_from_checkpoint": checkpoint}
-    if named is True:
-        raise DataflexError(f"resume_from_checkpoint: no complete checkpoint in {folder}; remove the key to start anew")
-    # Otherwise LLaMA-Factory would pick up the incomplete ones.
-    return arguments | ({"overwrite_output_dir": True} if skipped else {})
+    for key in _FOLDERS if distributed.local_rank() == 0 else ():
+        found = arguments.get(key) or []
+        for folder in found.split(",") if isinstance(found, str) else found:
+            require_whole(str(folder).strip())

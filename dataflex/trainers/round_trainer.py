@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dataflex.errors import ConfigError
 from dataflex.schedule import Round, Schedule
+from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.rounds import DecidedRound, RoundLoader
 from dataflex.trainers.trainer import DataflexTrainer, Director, same_random_state
 
@@ -37,6 +38,7 @@ class RoundTrainer(DataflexTrainer):
         director: decides the rows.
         row_sets: as for `DataflexTrainer`.
         model_args: as for `DataflexTrainer`.
+        resumption: as for `DataflexTrainer`.
         kwargs: what LLaMA-Factory's workflow passes to its trainer.
 
     Raises:
@@ -45,7 +47,9 @@ class RoundTrainer(DataflexTrainer):
 
     director: RoundDirector
 
-    def __init__(self, *, director: RoundDirector, row_sets: Any, model_args: Any, **kwargs: Any):
+    def __init__(
+        self, *, director: RoundDirector, row_sets: Any, model_args: Any, resumption: Resumption, **kwargs: Any
+    ):
         args = kwargs["args"]
         if args.auto_find_batch_size:
             raise ConfigError(
@@ -56,7 +60,7 @@ class RoundTrainer(DataflexTrainer):
         args.max_steps = director.schedule.total(rows=len(row_sets.train), batch=batch)
         args.ignore_data_skip = True  # the loader starts at the step itself
         self.rounds = director.schedule.rounds(rows=len(row_sets.train), batch=batch)
-        super().__init__(director=director, row_sets=row_sets, model_args=model_args, **kwargs)
+        super().__init__(director=director, row_sets=row_sets, model_args=model_args, resumption=resumption, **kwargs)
         self.add_callback(_EpochShown(director.schedule.shown_epoch(len(row_sets.train), batch)))
 
     def get_train_dataloader(self) -> Any:

@@ -21,8 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from dataflex import distributed
 from dataflex.errors import DataflexError
 from dataflex.schedule import Round
-from dataflex.trainers.checkpoints import mark_complete
+from dataflex.trainers.checkpoints import mark_complete, unmark
 from dataflex.trainers.micro_batch import ROWS
+from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.weighing import Weighing
 
 
@@ -53,15 +54,17 @@ class DataflexTrainer(Trainer):
         director: accompanies the run; it may set `weighing` when it begins.
         row_sets: training rows and target sets (`dataflex.llamafactory.rows.RowSets`).
         model_args: LLaMA-Factory's model arguments.
+        resumption: where to begin.
         kwargs: what LLaMA-Factory's workflow passes to its trainer.
     """
 
     rounds: Sequence[Round] = ()
     """None, where the order of rows is LLaMA-Factory's own."""
 
-    def __init__(self, *, director: Director, row_sets: Any, model_args: Any, **kwargs: Any):
+    def __init__(self, *, director: Director, row_sets: Any, model_args: Any, resumption: Resumption, **kwargs: Any):
         args = kwargs["args"]
         self.director = director
+        self.resumption = resumption
         self.row_sets = row_sets
         self.model_arguments = model_args
         self.global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -76,7 +79,7 @@ class DataflexTrainer(Trainer):
         """Train; raises `Stopped` when the director ended the run early."""
         if self.args.world_size > 1 and self.args.device.type == "cpu":
             _accept_cpu_index()
-        start = self.director.begin(self, resume_from_checkpoint)
+        start = self.director.begin(self, self.resumption.start(resume_from_checkpoint))
         if self.weighing is not None:
             self.compute_loss_func = self._loss
             rows: Any = self.train_dataset
@@ -166,13 +169,15 @@ class DataflexTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, mark the checkpoint complete, and only then remove those beyond `save_total_limit`."""
+        run = self._get_output_dir(trial)  # type: ignore[attr-defined]
+        folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            unmark(folder)  # of an earlier run, or one that was damaged
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
-        run = self._get_output_dir(trial)  # type: ignore[attr-defined]
-        folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         info = self.director.saved(self, folder)
         distributed.barrier()
         if self.args.should_save:
