@@ -40,9 +40,9 @@ class Rows:
         index: (R,) int64, position of the row's record in that dataset (of the packed block in a packed dataset).
         length: (R,) int32, tokens.
         supervised: (R,) int32, tokens whose label is not ignored and that have a predecessor.
-        truncated: (R,) bool, rows that `cutoff_len` shortened.
+        truncated: (R,) bool, rows that `cutoff_len` shortened; None where that is not known.
         names: dataset names as the run file lists them.
-        dropped: (dataset, index) of each record that LLaMA-Factory's processor refused.
+        dropped: (dataset, index) of each record that LLaMA-Factory's processor refused; None where that is not known.
         text: row -> (prompt, response), for encoders that read text.
     """
 
@@ -52,9 +52,9 @@ class Rows:
     index: np.ndarray
     length: np.ndarray
     supervised: np.ndarray
-    truncated: np.ndarray
+    truncated: np.ndarray | None
     names: Sequence[str]
-    dropped: Sequence[tuple[int, int]]
+    dropped: Sequence[tuple[int, int]] | None
     text: Callable[[int], tuple[str, str]]
 
     def __len__(self) -> int:
@@ -62,8 +62,9 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> Rows:
         """Return some of the rows, in the order given, renumbered from 0."""
-        fields = ("keys", "dataset", "index", "length", "supervised", "truncated")
+        fields = ("keys", "dataset", "index", "length", "supervised")
         arrays = {name: getattr(self, name)[rows] for name in fields}
+        arrays["truncated"] = None if self.truncated is None else self.truncated[rows]
         return replace(self, examples=_Taken(self.examples, rows), text=lambda row: self.text(int(rows[row])), **arrays)
 
 

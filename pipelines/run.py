@@ -184,9 +184,10 @@ def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:
     """Say what the data came to, and refuse a training set without a usable row."""
     sources = ", ".join(rows.names[i] for i in np.unique(rows.dataset))
     sets = ", ".join(f"{name} ({len(target)})" for name, target in targets.items()) or "none"
-    lost = len(rows.dropped), int(rows.truncated.sum()), len(rows) - eligible
-    said = "%d rows of %s: %d dropped, %d truncated by cutoff_len, %d without supervised tokens; targets: %s"
-    log.info(said, len(rows), sources, *lost, sets)
+    dropped = "an unknown number" if rows.dropped is None else len(rows.dropped)
+    truncated = "an unknown number" if rows.truncated is None else int(rows.truncated.sum())
+    said = "%d rows of %s: %s dropped, %s truncated by cutoff_len, %d without supervised tokens; targets: %s"
+    log.info(said, len(rows), sources, dropped, truncated, len(rows) - eligible, sets)
     if not eligible:
         raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
     for name, target in targets.items():

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from llamafactory.data import loader
 from llamafactory.data.data_utils import get_dataset_module
-from llamafactory.extras.misc import has_tokenized_data
 
 from dataflex.errors import DataflexError
 from dataflex.fingerprint import row_key
+from dataflex.llamafactory import tokenized
 from dataflex.llamafactory.processing import (
     KEY,
     LENGTH,
@@ -29,6 +29,7 @@ from dataflex.llamafactory.processing import (
     labels_of,
     supervised,
 )
+from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.records import DATASET, INDEX, column_of, load_records, origin, origins
 from dataflex.llamafactory.texts import DecodedTexts, RecordTexts
 from dataflex.rows import KEY_DTYPE, Rows
@@ -82,15 +83,13 @@ def load_rows(
 
     Raises:
         DataflexError: a dataset is empty, has images, videos or audios, cannot be numbered, or gives no usable row;
-            datasets are to be interleaved and packed.
+            datasets are to be interleaved and packed; a tokenized dataset cannot be read or written.
+        MismatchError: a tokenized dataset was made under other settings.
     """
-    if data_args.tokenized_path and len(data_args.eval_dataset or []) > 1 and not data_args.eval_on_each_dataset:
-        raise DataflexError(
-            f"tokenized_path: found {len(data_args.eval_dataset)} evaluation datasets; a tokenized dataset does not "
-            "tell which row came from which. Name one, set eval_on_each_dataset: true, or remove tokenized_path"
-        )
-    if data_args.tokenized_path is not None and has_tokenized_data(data_args.tokenized_path):
-        return _tokenized_before(data_args, tokenizer)
+    path = data_args.tokenized_path
+    made = made_from(stage, data_args, training_args.seed, tokenizer) if path is not None else {}
+    if path is not None and tokenized.is_there(path):
+        return _tokenized_before(data_args, tokenizer, made)
     names, targets = (list(dict.fromkeys(given or [])) for given in (data_args.dataset, data_args.eval_dataset))
     if not names:
         raise DataflexError("dataset: found none; expected the names of the training datasets")
@@ -115,9 +114,9 @@ def load_rows(
         records = {**train, **rest}
         noted = {key: processing.rows(part, is_eval=key != "train") for key, part in records.items()}
     fed = {key: part.remove_columns([c for c in NOTES if c in part.column_names]) for key, part in noted.items()}
-    if data_args.tokenized_path is not None and training_args.should_save:
-        DatasetDict(fed).save_to_disk(data_args.tokenized_path)
     sets = {key: _rows(noted[key], fed[key], records[key], processing, names + targets) for key in records}
+    if path is not None and training_args.should_save:
+        tokenized.save(path, DatasetDict(fed), made, sets)
     raw = dict(zip(names + targets, train_raw + target_raw, strict=True))
     return RowSets(get_dataset_module(DatasetDict(fed)), sets.pop("train"), _target_sets(sets, targets), raw)
 
@@ -155,36 +154,56 @@ def _target_sets(evaluation: Mapping[str, Rows], targets: Sequence[str]) -> dict
     out: dict[str, Rows] = {}
     for rows in evaluation.values():
         for number in dict.fromkeys(rows.dataset.tolist()):
-            out[rows.names[number]] = rows.take(np.flatnonzero(rows.dataset == number))
+            dropped = [lost for lost in rows.dropped or () if lost[0] == number]
+            out[rows.names[number]] = replace(rows.take(np.flatnonzero(rows.dataset == number)), dropped=dropped)
     return out
 
 
-def _tokenized_before(data_args: Any, tokenizer: Any) -> RowSets:
-    """Return the rows of a tokenized dataset that was saved earlier; their records are no longer known."""
-    log.info("loading the tokenized dataset at %s; its raw records are unknown", data_args.tokenized_path)
-    module = get_dataset_module(load_from_disk(data_args.tokenized_path))
-    found = module.get("eval_dataset")
-    sets = found if isinstance(found, dict) else {"validation": found} if found is not None else {}
+def _tokenized_before(data_args: Any, tokenizer: Any, made: dict[str, Any]) -> RowSets:
+    """Return the rows of a tokenized dataset that was saved earlier; their records are no longer known.
 
-    def known(dataset: Dataset, name: str) -> Rows:
-        examples = TokenRows(dataset, tokenizer.pad_token_id)
-        keys, counts = [], []
-        for row in range(len(examples)):
-            example = examples[row]
-            keys.append(row_key(example["input_ids"], example["labels"], example["attention_mask"]))
-            counts.append((len(example["labels"]), supervised(example["labels"])))
-        return Rows(
-            examples=examples,
-            keys=np.frombuffer(b"".join(keys), dtype=KEY_DTYPE),
-            dataset=np.zeros(len(keys), np.int32),
-            index=np.arange(len(keys)),
-            length=np.array([length for length, _ in counts], np.int32),
-            supervised=np.array([count for _, count in counts], np.int32),
-            truncated=np.zeros(len(keys), bool),
-            names=(name,),
-            dropped=(),
-            text=DecodedTexts(examples, tokenizer),
+    Raises:
+        DataflexError: LLaMA-Factory saved it, with several evaluation datasets in one.
+    """
+    path, targets = str(data_args.tokenized_path), made["eval_dataset"]
+    log.info("loading the tokenized dataset at %s; its raw records are unknown", path)
+    found, about = tokenized.load(path, made)
+    if about is None and len(targets) > 1 and not data_args.eval_on_each_dataset:
+        raise DataflexError(
+            f"tokenized_path: found {len(targets)} evaluation datasets; a tokenized dataset that DataFlex did not make "
+            "does not tell which row came from which. Name one, set eval_on_each_dataset: true, or remove the folder"
         )
+    module = get_dataset_module(found)
+    sets = {"train": module["train_dataset"]}
+    evaluation = module.get("eval_dataset")
+    if isinstance(evaluation, dict):
+        sets |= {f"validation_{name}": part for name, part in evaluation.items()}
+    elif evaluation is not None:
+        sets["validation"] = evaluation
+    rows = {name: _plain(part, path if name == "train" else name, tokenizer) for name, part in sets.items()}
+    if about is not None:
+        rows = {name: tokenized.described(part, about, name, path) for name, part in rows.items()}
+        return RowSets(module, rows.pop("train"), _target_sets(rows, targets), {})
+    return RowSets(module, rows.pop("train"), {n.removeprefix("validation_"): part for n, part in rows.items()}, {})
 
-    train = known(module["train_dataset"], str(data_args.tokenized_path))
-    return RowSets(module, train, {name: known(part, name) for name, part in sets.items()}, {})
+
+def _plain(dataset: Dataset, name: str, tokenizer: Any) -> Rows:
+    """Return rows of which nothing is known but their tokens, as those of one dataset of that name."""
+    examples = TokenRows(dataset, tokenizer.pad_token_id)
+    keys, counts = [], []
+    for row in range(len(examples)):
+        example = examples[row]
+        keys.append(row_key(example["input_ids"], example["labels"], example["attention_mask"]))
+        counts.append((len(example["labels"]), supervised(example["labels"])))
+    return Rows(
+        examples=examples,
+        keys=np.frombuffer(b"".join(keys), dtype=KEY_DTYPE),
+        dataset=np.zeros(len(keys), np.int32),
+        index=np.arange(len(keys)),
+        length=np.array([length for length, _ in counts], np.int32),
+        supervised=np.array([count for _, count in counts], np.int32),
+        truncated=None,
+        names=(name,),
+        dropped=None,
+        text=DecodedTexts(examples, tokenizer),
+    )
