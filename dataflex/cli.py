@@ -144,6 +144,30 @@ def list_methods(as_json: Json = False) -> None:
 
 
 @app.command()
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Look at what this run needs as well.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether a run can work here: imports, versions that disagree, FAISS, GPUs, free disk; takes a minute."""
+    from dataclasses import asdict
+
+    from dataflex.doctor.examine import examine
+
+    found = []
+    for finding in examine(run, overrides or []):
+        found.append(finding)
+        if not as_json:
+            print("\n".join(finding.lines()), flush=True)
+    if as_json:
+        _print([asdict(finding) for finding in found], True, [])
+    if wrong := [finding.about for finding in found if finding.level == "error"]:
+        raise DataflexError(f"no run can work before this is mended: {', '.join(dict.fromkeys(wrong))}")
+
+
+@app.command()
 def version() -> None:
     """Print the versions of DataFlex and of what it stands on."""
     from importlib.metadata import PackageNotFoundError, version

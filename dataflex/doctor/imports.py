@@ -1,0 +1,109 @@
+"""Whether packages import, each in a process of its own: one that is broken must not take the others with it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dataflex.doctor.finding import TESTED, Finding, Level
+from dataflex.doctor.versions import cuda_of, owners, version_of
+
+NEEDED = {  # module -> distribution
+    "numpy": "numpy",
+    "pyarrow": "pyarrow",
+    "pydantic": "pydantic",
+    "omegaconf": "omegaconf",
+    "safetensors": "safetensors",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "torchaudio": "torchaudio",
+    "transformers": "transformers",
+    "accelerate": "accelerate",
+    "peft": "peft",
+    "datasets": "datasets",
+    "llamafactory.train.tuner": "llamafactory",  # imports all that a training does
+}
+OPTIONAL = {
+    "deepspeed": "deepspeed",
+    "sentence_transformers": "sentence-transformers",
+    "math_verify": "math-verify",
+    "bitsandbytes": "bitsandbytes",
+}
+SECONDS = 300
+"""After which an import is taken to hang; a cold one from a slow disk has been seen to take a minute."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+DEVICES = """
+import torch
+names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+print("; ".join(names))
+"""
+
+
+def imports(needed: Mapping[str, str] = NEEDED, also: Collection[str] = ()) -> Iterator[Finding]:
+    """Yield a finding for each package that a run imports, and for each optional one that is there.
+
+    Args:
+        needed: modules that every run imports.
+        also: optional ones that this run needs.
+    """
+    modules = dict(needed) | {m: d for m, d in OPTIONAL.items() if m in also or version_of(d)}
+    if faiss := owners("faiss"):
+        modules["faiss"] = faiss[0]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for module, fault in zip(modules, pool.map(_fault, modules), strict=True):
+            distribution = modules[module]
+            version = version_of(distribution) or "no version"
+            if fault is None:
+                yield Finding("ok", distribution, f"{version} imports")
+                continue
+            advice = TESTED if module in needed else f"`pip install --force-reinstall {distribution}`"
+            level: Level = "error" if module in needed or module in also or module == "faiss" else "warning"
+            yield Finding(level, distribution, f"{version} does not import: {fault}", advice)
+
+
+def devices() -> Finding:
+    """Say which GPUs torch sees; a driver without one is a fault, no driver is a machine without a GPU."""
+    ran = _python(DEVICES)
+    names = ran.stdout.strip() if ran else ""
+    if names:
+        return Finding("ok", "GPU", names)
+    if DRIVER.is_file():
+        advice = f"`nvidia-smi` names the driver's CUDA; torch is made for {cuda_of('torch')}"
+        return Finding("warning", "GPU", "torch sees none, though an NVIDIA driver is loaded", advice)
+    return Finding("ok", "GPU", "none: models run on the CPU")
+
+
+def mismatches() -> Iterator[Finding]:
+    """Yield a warning for each of torch's companions that was made for another CUDA than torch."""
+    torch = cuda_of("torch")
+    for package in ("torchvision", "torchaudio"):
+        other = cuda_of(package)
+        if torch and other and torch != other:
+            found = f"{version_of(package)} is made for {other}, torch {version_of('torch')} for {torch}"
+            yield Finding("warning", package, found, TESTED)
+
+
+def _fault(module: str) -> str | None:
+    """Return the last line of what a failing import says; None if it imports."""
+    ran = _python(f"import {module}")
+    if ran is None:
+        return f"no end within {SECONDS} s"
+    if ran.returncode == 0:
+        return None
+    lines = ran.stderr.strip().splitlines()
+    return lines[-1].strip() if lines else f"the process ended with {ran.returncode}"
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str] | None:
+    """Run code in a new interpreter that does not look into this folder; None if it does not end."""
+    try:
+        return subprocess.run(
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, errors="replace", timeout=SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return None
