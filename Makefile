@@ -1,6 +1,9 @@
-# `make demo` and `make test` need Python 3.11 and nothing else: the environment is made once, from constraints.txt.
+# `make demo` and `make test` need Python 3.11, 3.12 or 3.13 and nothing else: the environment is made once, from
+# constraints.txt, with the first of them that runs (a name alone may be an empty promise, as pyenv's are).
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
+	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && \
+	echo $$name && break; done)
 PY := .venv/bin/python
 READY := .venv/ready
 
@@ -14,6 +17,8 @@ export OMP_WAIT_POLICY := PASSIVE
 install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
+	@test -x $(PY) || test -n "$(PYTHON)" || \
+	{ echo 'found no Python 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.12' >&2; exit 1; }
 	@if command -v uv >/dev/null; then test -x $(PY) || uv venv --quiet --python $(PYTHON) .venv; \
 	else $(PYTHON) -m venv .venv && $(PY) -m pip install --quiet uv; fi
 	uv pip install --python $(PY) --constraint constraints.txt --editable '.[dev]'
