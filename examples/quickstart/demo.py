@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -25,18 +26,27 @@ STAGES = (  # what is run, its arguments, and the summary that it leaves
 OUTPUT = Path(".demo")
 
 
+SAID = re.compile(r"^\d\d:\d\d:\d\d (?:INFO|WARNING) dataflex[\w.]*: (.*)")
+"""What `dataflex` itself logs; the libraries under it say far more."""
+
+
 def run(arguments: tuple[str, str], number: int) -> float:
-    """Run one `dataflex` command with its output in a log file; return its seconds."""
+    """Run one `dataflex` command, print what it says while it runs, keep all of it in a file; return its seconds."""
     verb, file = arguments
     command = [sys.executable, "-m", "dataflex.cli", verb, str(build.FOLDER / file)]
     log = OUTPUT / f"{number}-{verb}-{Path(file).stem}.log"
     print(f"dataflex {verb} {build.FOLDER / file}  (log: {log})", flush=True)
     begun = time.monotonic()
-    with log.open("wb") as out:
-        status = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    if status.returncode:
-        print(log.read_text("utf-8", errors="replace")[-4000:], file=sys.stderr)
-        sys.exit(f"dataflex {verb} failed with exit code {status.returncode}; all of its output is in {log}")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with log.open("w", encoding="utf-8") as out, subprocess.Popen(command, env=environment, **piped) as child:
+        for line in child.stdout or ():  # a progress bar ends its lines with \r, which is a line's end here too
+            out.write(line)
+            if said := SAID.match(line):
+                print(f"  {time.monotonic() - begun:4.0f} s  {said[1]}", flush=True)
+    if child.returncode:
+        print(log.read_text("utf-8")[-4000:], file=sys.stderr)
+        sys.exit(f"dataflex {verb} failed with exit code {child.returncode}; all of its output is in {log}")
     return time.monotonic() - begun
 
 
