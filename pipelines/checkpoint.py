@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from dataflex.errors import MismatchError
 
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """What scales the weights of an adapter, which the weights do not tell."""
+
+ADAPTER = "adapter_model.safetensors"
 
 
 @contextlib.contextmanager
@@ -30,8 +32,8 @@ def loaded(folder: Path, model: Any, scaling: dict[str, Any]) -> Iterator[None]:
     Raises:
         MismatchError: the checkpoint's weights are not those of the model's trainable parameters.
     """
-    ours = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = _read(folder, model, ours, scaling)
+    check(folder, model, scaling)
+    ours, found = _trainable(model), _read(folder, model)
     kept = {name: parameter.detach().clone() for name, parameter in ours.items()}
     try:
         _copy(found, ours)
@@ -40,59 +42,109 @@ def loaded(folder: Path, model: Any, scaling: dict[str, Any]) -> Iterator[None]:
         _copy(kept, ours)
 
 
-def _read(folder: Path, model: Any, ours: dict[str, Any], scaling: dict[str, Any]) -> dict[str, Any]:
-    """Read the weights, by the model's names, and hold them against the model."""
-    adapter = folder / "adapter_model.safetensors"
-    if adapter.is_file():
-        found = {_with_adapter(key, str(model.active_adapter)): value for key, value in _tensors(adapter).items()}
-        theirs = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        for name in SCALING:
-            if (theirs.get(name) or None) != (scaling.get(name) or None):  # an option that is off may be left out
-                raise MismatchError(
-                    f"{folder}/adapter_config.json: {name} is {theirs.get(name)}, this run has {scaling.get(name)}"
-                )
-    elif shards := sorted(folder.glob("model*.safetensors")):
-        found = {key: value for shard in shards for key, value in _tensors(shard).items()}
-    else:
-        raise MismatchError(
-            f"{folder}: found neither adapter_model.safetensors nor model*.safetensors; expected a checkpoint"
-        )
-    missing = sorted(ours.keys() - found.keys())
-    wrong = sorted(name for name in ours.keys() & found.keys() if ours[name].shape != found[name].shape)
-    unknown = sorted(found.keys() - ours.keys()) if adapter.is_file() else []
+def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Give each tensor of a checkpoint by the name it has there, as a slice: `[...]` reads it, and not before.
+
+    Raises:
+        MismatchError: the folder holds no weights, or damaged ones.
+    """
+    for path in _files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    yield name, file.get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise MismatchError(
+                f"{path}: cannot be read ({error}); expected the weights of a checkpoint, whole"
+            ) from error
+
+
+def by_name(model: Any) -> dict[str, Any]:
+    """Return the live model's parameters and persistent buffers by the names that a checkpoint gives them.
+
+    A tied weight has several; a checkpoint has one of them.
+    """
+    held: dict[str, Any] = model.state_dict(keep_vars=True)
+    if not hasattr(model, "peft_config"):
+        return held
+    from peft import get_peft_model_state_dict
+
+    # An adapter's file may hold the embeddings too: PEFT adds them where the vocabulary was resized.
+    more = {"adapter_name": str(model.active_adapter), "save_embedding_layers": True}
+    return dict(get_peft_model_state_dict(model, state_dict=held, **more))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files that hold a checkpoint's weights: those that a loader would read, and no older ones beside."""
+    index = folder / "model.safetensors.index.json"
+    for name in (ADAPTER, "model.safetensors"):
+        if (folder / name).is_file():
+            return [folder / name]
+    if not index.is_file():
+        raise MismatchError(f"{folder}: found neither {ADAPTER} nor model*.safetensors; expected a checkpoint")
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MismatchError(f"{index}: cannot be read ({error!r}); expected the index of a checkpoint") from error
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise MismatchError(f"{index}: found {outside[0]!r}; expected names of files beside it")
+    return [folder / name for name in names]
+
+
+def check(folder: Path, model: Any, scaling: dict[str, Any]) -> None:
+    """Hold a checkpoint's names and shapes against the model; of its numbers none is read.
+
+    Raises:
+        MismatchError: they are not those of the model.
+    """
+    is_adapter = (folder / ADAPTER).is_file()
+    if is_adapter:
+        _check_scaling(folder / "adapter_config.json", scaling)
+    held, wrong, unknown, known = by_name(model), [], [], set()
+    for key, stored in tensors(folder):
+        live = held.get(key)
+        if live is not None:
+            known.add(id(live))
+            wrong += [key] if list(stored.get_shape()) != list(live.shape) else []
+        elif is_adapter or not _is_left_out(key, model):
+            unknown.append(key)
+    expected = model.named_parameters() if not is_adapter else _trainable(model).items()
+    missing = [name for name, parameter in expected if id(parameter) not in known]
     if missing or wrong or unknown:
         raise MismatchError(
             f"{folder}: its weights are not those of this run's trainable parameters: {len(missing)} missing "
-            f"(first: {missing[:1]}), {len(wrong)} of another shape (first: {wrong[:1]}), {len(unknown)} unknown "
-            f"(first: {unknown[:1]}); use the finetuning_type, lora_rank and lora_target it was made with"
+            f"(first: {sorted(missing)[:1]}), {len(wrong)} of another shape (first: {sorted(wrong)[:1]}), "
+            f"{len(unknown)} unknown (first: {sorted(unknown)[:1]}); use the model, finetuning_type, lora_rank and "
+            "lora_target it was made with"
         )
-    return found
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    """Read a file of weights.
+def _read(folder: Path, model: Any) -> dict[str, Any]:
+    """Read the trainable weights, by the model's names."""
+    held, names = by_name(model), {id(parameter): name for name, parameter in _trainable(model).items()}
+    return {
+        names[id(held[key])]: stored[...] for key, stored in tensors(folder) if key in held and id(held[key]) in names
+    }
 
-    Raises:
-        MismatchError: it is damaged.
-    """
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise MismatchError(f"{path}: cannot be read ({error}); expected the weights of a checkpoint, whole") from error
+
+def _trainable(model: Any) -> dict[str, Any]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _check_scaling(config: Path, scaling: dict[str, Any]) -> None:
+    theirs = json.loads(config.read_text("utf-8"))
+    for name in SCALING:
+        if (theirs.get(name) or None) != (scaling.get(name) or None):  # an option that is off may be left out
+            raise MismatchError(f"{config}: {name} is {theirs.get(name)}, this run has {scaling.get(name)}")
+
+
+def _is_left_out(key: str, model: Any) -> bool:
+    """Say whether Transformers passes over a tensor of this name too, such as a rotary table of an older version."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return key.endswith("rotary_emb.inv_freq") or any(re.search(pattern, key) for pattern in patterns)
 
 
 @torch.no_grad()
 def _copy(source: dict[str, Any], target: dict[str, Any]) -> None:
     for name, parameter in target.items():
         parameter.copy_(source[name].to(parameter))
-
-
-def _with_adapter(key: str, adapter: str) -> str:
-    """Insert the adapter's name, which PEFT leaves out of its files."""
-    for part in ("lora_A", "lora_B"):
-        if f".{part}." in key and f".{part}.{adapter}." not in key:
-            return key.replace(f".{part}.", f".{part}.{adapter}.")
-    for part in ("lora_embedding_A", "lora_embedding_B"):
-        if key.endswith(f".{part}"):
-            return f"{key}.{adapter}"
-    return key

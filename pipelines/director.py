@@ -48,6 +48,7 @@ class RoundDirector:
             update.ensure_base(self.run)
         self.warm = warmup.WarmState(self.run)
         if checkpoint is not None:
+            self.run.state.require_same_base(checkpoint, is_resumed=True)
             self.warm.lineage = None  # what came before the checkpoint may have been trained otherwise
             warmup.restore_rounds(self.run, Path(checkpoint))
             return checkpoint
@@ -126,8 +127,8 @@ class RoundDirector:
                 moments.save(Path(checkpoint) / MOMENTS_FILE)
             numbers = [r.number for r in trainer.rounds if r.first_step < trainer.state.global_step]
             self.run.journal.copy_to(Path(checkpoint) / FOLDER / "rounds", numbers)
-        is_resumable = not trainer.args.save_only_model
-        return {"global_step": trainer.state.global_step, "moments": said, "is_resumable": is_resumable}
+        about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
+        return {"global_step": trainer.state.global_step, "moments": said, **about}
 
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write the run's summary."""

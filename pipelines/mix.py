@@ -77,6 +77,7 @@ class MixDirector:
         self._watch(rows)
         self.record = MixRecord(Path(trainer.args.output_dir))
         if checkpoint is not None:
+            self.run.state.require_same_base(checkpoint, is_resumed=True)
             self._restore(Path(checkpoint))
         else:
             self.record.begin()
@@ -283,7 +284,8 @@ class MixDirector:
         }
         if trainer.args.should_save:
             self.record.save(Path(checkpoint), state)
-        return {"global_step": step, "is_resumable": not trainer.args.save_only_model}
+        about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
+        return {"global_step": step, **about}
 
     @property
     def _identity(self) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     Raises:
         ConfigError: no training row has a supervised token.
         CorruptionError: a checkpoint that features are asked of is damaged.
+        MismatchError: it was trained on another base.
     """
     sets = trainer.row_sets
     eligible = np.flatnonzero(sets.train.supervised > 0)
@@ -159,6 +160,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     for folder in dict.fromkeys(need.state for need in run.needs):
         if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update
             run.state.require_whole(folder)
+            run.state.require_same_base(folder)
     return run
 
 

@@ -16,7 +16,8 @@ from dataflex.features.engine import FeatureEngine
 from dataflex.features.excerpt import excerpt
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, TokenLossSpec
 from dataflex.fingerprint import text_key
-from dataflex.pipelines.state import ModelState, model_folder
+from dataflex.pipelines.folder import model_folder
+from dataflex.pipelines.state import ModelState
 from dataflex.rows import KEY_DTYPE, Rows
 
 

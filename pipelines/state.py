@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex import distributed
-from dataflex.errors import ConfigError, CorruptionError, CoverageError, MismatchError
+from dataflex.errors import ConfigError, CoverageError, DataflexError
 from dataflex.features.adam import Moments
 from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
 from dataflex.fingerprint import model_digest, tensors_digest
-from dataflex.pipelines import checkpoint
+from dataflex.pipelines import checkpoint, frozen
+from dataflex.pipelines.folder import model_folder
 from dataflex.pipelines.moments import checkpoint_moments, live_moments
 from dataflex.trainers.checkpoints import is_marked, require_whole
 
@@ -49,9 +50,12 @@ class ModelState:
         self.is_zero3 = is_deepspeed_zero3_enabled()
         if trainer.is_fsdp_enabled:
             raise ConfigError("fsdp: per-example features of a sharded model are not supported; use DDP or DeepSpeed")
-        self._base = distributed.broadcast(self._base_identity() if distributed.is_main() else None)
+        base = distributed.broadcast(self._base_identity() if distributed.is_main() else None)
+        assert base is not None
+        self._base: dict[str, Any] = base
         self._checkpoint: str | None = None
         self._whole: set[str] = set()
+        self._compared: set[str] = set()
         self._known: dict[tuple[Any, ...], Any] = {}
         self._moments: tuple[tuple[str | None, int], Moments] | None = None
 
@@ -64,6 +68,13 @@ class ModelState:
     def has_adapter(self) -> bool:
         """Whether the base is what is left when the adapter is left out, at any time."""
         return hasattr(self.model, "disable_adapter")
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """What the frozen weights are, whatever they are computed with: files, merged adapters, random draws."""
+        options = self._base["options"]
+        drawn = {name: options[name] for name in (*_DRAWN, "seed") if name in options}
+        return {"weights": self._base["weights"], "merged": self._base["merged"], "drawn": drawn}
 
     def require_runnable(self) -> None:
         """Refuse to compute features of a base model that is not at hand.
@@ -94,7 +105,7 @@ class ModelState:
 
         Raises:
             CorruptionError: the checkpoint is damaged.
-            MismatchError: its weights are not those of this model.
+            MismatchError: its weights are not those of this model, or were trained over another base.
             ConfigError: the model is sharded by ZeRO-3.
         """
         if state is None:
@@ -109,6 +120,7 @@ class ModelState:
             )
         else:
             self.require_whole(state)
+            self.require_same_base(state)
             entered = checkpoint.loaded(Path(state), self.model, self._scaling())
         with entered:
             self._checkpoint = state
@@ -125,18 +137,48 @@ class ModelState:
         """
         if folder in self._whole:
             return
-        fault: str | None = None
-        if distributed.local_rank() == 0:
-            try:
-                require_whole(folder)
-            except CorruptionError as error:
-                fault = str(error)
-        for found in distributed.gather(fault):
-            if found is not None:  # on every process, so that none waits for another
-                raise CorruptionError(found)
+        self._on_each_node(lambda: require_whole(folder))
         if distributed.is_main() and not is_marked(folder) and (Path(folder) / "trainer_state.json").is_file():
             log.warning("%s: dataflex did not write it, so whether it is whole is not known", folder)
         self._whole.add(folder)
+
+    def require_same_base(self, folder: str, is_resumed: bool = False) -> None:
+        """Hold what a checkpoint was trained on against what this run is trained on, once for the run. Collective.
+
+        Args:
+            folder: the checkpoint.
+            is_resumed: whether all of it is loaded, its buffers too.
+
+        Raises:
+            MismatchError: a frozen weight differs, or the base.
+        """
+        if folder not in self._compared:
+            self._on_each_node(lambda: self._compare_base(Path(folder), is_resumed))
+            self._compared.add(folder)
+
+    def _compare_base(self, folder: Path, is_resumed: bool) -> None:
+        is_known = all(parameter.requires_grad for parameter in self.model.parameters())
+        if is_resumed and is_known:
+            return
+        if not self.is_zero3:  # there this process holds a part of each weight
+            if not is_resumed:
+                checkpoint.check(folder, self.model, self._scaling())
+            is_known = frozen.covers(folder, self.model, buffers=not is_resumed)
+        if not is_known:
+            frozen.require_base(folder, self.base, self.trainer.model_arguments)
+
+    @staticmethod
+    def _on_each_node(check: Callable[[], None]) -> None:
+        """Run a check on one process of each node; what it refuses is refused on every process. Collective."""
+        fault: DataflexError | None = None
+        if distributed.local_rank() == 0:
+            try:
+                check()
+            except DataflexError as error:
+                fault = error
+        for found in distributed.gather(fault):
+            if found is not None:  # on every process, so that none waits for another
+                raise found
 
     def recipe(self, spec: Any) -> dict[str, Any]:
         """Return everything but the row that determines a feature's values. Collective under DeepSpeed."""
@@ -239,26 +281,6 @@ class ModelState:
 
         with deepspeed.zero.GatheredParameters([p for _, p in self.trainable() if hasattr(p, "ds_id")]):
             yield
-
-
-def model_folder(
-    name_or_path: str, revision: str | None = None, cache_dir: str | None = None, subfolder: str | None = None
-) -> Path:
-    """Return the local folder of a model or adapter, a Hub name resolved to its downloaded snapshot.
-
-    Raises:
-        MismatchError: there is none.
-    """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path) / (subfolder or "")
-    from transformers.utils.hub import cached_file
-
-    where = {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder or ""}
-    for name in ("config.json", "adapter_config.json"):
-        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **where)
-        if found is not None:
-            return Path(found).parent
-    raise MismatchError(f"{name_or_path}: found no configuration; expected a model or adapter, local or on the Hub")
 
 
 def _is_inert(tensors: list[tuple[str, Any]]) -> bool:

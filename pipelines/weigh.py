@@ -44,6 +44,7 @@ class WeightDirector:
             trainer.documented = self.weighter
             trainer.documented_from = acts_from
         if checkpoint is not None:
+            self.run.state.require_same_base(checkpoint, is_resumed=True)
             self._restore(Path(checkpoint) / _STATE_FILE)
         return checkpoint
 
@@ -72,7 +73,8 @@ class WeightDirector:
             path.parent.mkdir(exist_ok=True)
             kept = {"weighter": self.settings.component_name, "state": state}
             path.write_text(json.dumps(kept) + "\n", "utf-8")
-        return {"global_step": trainer.state.global_step, "is_resumable": not trainer.args.save_only_model}
+        about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
+        return {"global_step": trainer.state.global_step, **about}
 
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write the run's summary."""

@@ -52,6 +52,11 @@ def is_marked(checkpoint: str | os.PathLike[str]) -> bool:
     return (Path(checkpoint) / FOLDER / _MARK).is_file()
 
 
+def recorded(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what was noted when a checkpoint was declared complete; nothing of one that `dataflex train` did not."""
+    return (_read(Path(checkpoint)) if is_marked(checkpoint) else None) or {}
+
+
 def incomplete_reason(checkpoint: str | os.PathLike[str], contents: bool = True) -> str | None:
     """Say why a checkpoint may not be resumed from, or return None if it may.
 
