@@ -17,7 +17,7 @@ from dataflex import distributed
 from dataflex.errors import CoverageError
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec, PolicyGradientSpec, TokenLossSpec
 from dataflex.fingerprint import keys_digest
-from dataflex.pipelines.fragments import Tally, Work, refuse_nonfinite
+from dataflex.pipelines.fragments import NonfiniteLimit, Tally, Work
 from dataflex.pipelines.policy import PolicySource
 from dataflex.pipelines.progress import Progress
 from dataflex.pipelines.sources import EncoderSource, ModelSource, Source
@@ -76,10 +76,18 @@ class FeatureAccess:
         """Return the rows that `ensure` goes through: every one once for each source."""
         return len(rows) * len({self._source(spec) for spec in specs})
 
-    def ensure(self, specs: Sequence[FeatureSpec], rows: Rows, checkpoint: str | None = None) -> list[ParquetStore]:
+    def ensure(
+        self, specs: Sequence[FeatureSpec], rows: Rows, checkpoint: str | None = None, among: Rows | None = None
+    ) -> list[ParquetStore]:
         """Compute whatever is missing of several features of the same rows; return their stores. Collective.
 
         Features of one source that are missing for the same rows are computed in one pass.
+
+        Args:
+            specs: the features.
+            rows: the rows.
+            checkpoint: the state, see `ModelState.at`.
+            among: the dataset that the rows are some of, for the share that may be NaN or infinite; default: `rows`.
 
         Raises:
             CoverageError: rows are missing and `on_missing` is `error`.
@@ -91,15 +99,16 @@ class FeatureAccess:
             self.tally.reused += len(specs) * len(np.unique(rows.keys))
             self.progress.skip(self.passes(specs, rows))
             return self._complete_at[asked]
+        limit = NonfiniteLimit(self._section.nonfinite_limit, len(np.unique((among or rows).keys)))
         with self._state.at(checkpoint), self.progress.showing(self.passes(specs, rows)):
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):
-                self._complete(source, [spec for spec in stores if self._source(spec) is source], stores, rows)
+                asked_here = {spec: store for spec, store in stores.items() if self._source(spec) is source}
+                self._complete(source, asked_here, rows, limit)
         distributed.barrier()
         for spec, store in stores.items():
             keys = np.unique(self._source(spec).keys(rows))
-            bad = int((store.read(keys, columns=[], vectors=False).status == Status.NONFINITE).sum())
-            refuse_nonfinite(bad, len(keys), self._section.nonfinite_limit)
+            limit.hold(int((store.read(keys, columns=[], vectors=False).status == Status.NONFINITE).sum()))
         self.tally.seconds += time.monotonic() - begun
         found = [stores[spec] for spec in specs]
         if checkpoint is not None:
@@ -107,9 +116,10 @@ class FeatureAccess:
         return found
 
     def _complete(
-        self, source: Source, specs: list[FeatureSpec], stores: dict[FeatureSpec, ParquetStore], rows: Rows
+        self, source: Source, stores: dict[FeatureSpec, ParquetStore], rows: Rows, limit: NonfiniteLimit
     ) -> None:
         """Compute what one source's features lack."""
+        specs = list(stores)
         unique, first = np.unique(source.keys(rows), return_index=True)
         absent = distributed.broadcast(np.stack([~stores[spec].contains(unique) for spec in specs]))
         self.tally.reused += int((~absent).sum())
@@ -131,7 +141,7 @@ class FeatureAccess:
                 first[wanted],
                 self._section.token_budget,
                 self._section.fragment_rows,
-                self._section.nonfinite_limit,
+                limit,
             )
             work.run(self.tally, self.progress)
 

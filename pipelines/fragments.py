@@ -40,6 +40,27 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class NonfiniteLimit:
+    """How many rows may be NaN or infinite; the same whether they are computed now or were before.
+
+    Attributes:
+        share: of the dataset's distinct rows.
+        total: distinct rows of the dataset, of which only some may be asked about.
+    """
+
+    share: float
+    total: int
+
+    def hold(self, bad: int) -> None:
+        """Raise DataflexError if so many rows are too many."""
+        if bad > self.share * self.total:
+            raise DataflexError(
+                f"{bad} of {self.total} rows gave NaN or infinity; dataflex.nonfinite_limit allows a share of "
+                f"{self.share}. Check the learning rate, the dtype (bf16 rather than fp16) and the data."
+            )
+
+
+@dataclass(frozen=True)
 class Work:
     """Features that are missing for the same rows.
 
@@ -52,7 +73,7 @@ class Work:
         at: (R,) the row of each.
         token_budget: tokens of a batch.
         fragment_rows: rows of a fragment, at most.
-        nonfinite_limit: share of the rows that may be NaN or infinite.
+        limit: on rows that are NaN or infinite.
     """
 
     source: Source
@@ -63,13 +84,13 @@ class Work:
     at: np.ndarray
     token_budget: int
     fragment_rows: int
-    nonfinite_limit: float
+    limit: NonfiniteLimit
 
     def run(self, tally: Tally, progress: Progress) -> None:
         """Do this rank's share. Collective if the source is.
 
         Raises:
-            DataflexError: more rows than `nonfinite_limit` allows are not finite.
+            DataflexError: more rows than the limit allows are not finite.
         """
         world, rank = distributed.world(), distributed.rank()
         size = min(self.fragment_rows, max(_SMALLEST, -(-len(self.at) // (4 * world))))
@@ -104,16 +125,8 @@ class Work:
         tally.tokens += int(lengths.sum())
         tally.batches += max(least, count_batches(lengths, self.token_budget))
         bad = max(int((values.status == Status.NONFINITE).sum()) for values in found)
-        refuse_nonfinite(bad, len(self.keys), self.nonfinite_limit)
-
-
-def refuse_nonfinite(bad: int, total: int, limit: float) -> None:
-    """Raise DataflexError if more rows than the limit allows are NaN or infinite."""
-    if bad > limit * total:
-        raise DataflexError(
-            f"{bad} of {total} rows gave NaN or infinity; dataflex.nonfinite_limit allows a share of {limit}. "
-            "Check the learning rate, the dtype (bf16 rather than fp16) and the data."
-        )
+        # Those of one fragment alone: what is too much here is too much in the end, when all are counted.
+        self.limit.hold(bad)
 
 
 def _row_bytes(layout: Layout) -> int:

@@ -19,6 +19,7 @@ from dataflex.fingerprint import digest, keys_digest
 from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
 from dataflex.pipelines.domains import MixtureManager, domains_of
 from dataflex.pipelines.mix_record import MixRecord, by_name, in_order, named
+from dataflex.pipelines.plain import plain
 from dataflex.pipelines.reference import reference_losses
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.signals import freeze_routers, signals
@@ -225,13 +226,15 @@ class MixDirector:
         reference = reference_losses(self.run) if self.is_native else None
         self._observer = Observer(number, len(self.domains), trainer.args.device, reference)
         factors: list[Any] = []
-        before = None
+        before = beside = None
         if self.is_native and hasattr(mixer, "loss_form"):
             before = self._ahead if getattr(mixer.params, "exact", False) else None
-            factors.append(ByDomain(self._observer.domains, mixer.loss_weights, mixer.loss_form, before))
+            by_domain = ByDomain(self._observer.domains, mixer.loss_weights, mixer.loss_form, before)
+            factors.append(by_domain)
+            beside = by_domain.of
         acts_from, wants_states = self.settings.keys.warmup_step, False
         if self.run.weighter is not None:
-            factors.append(weighter_factor(self.run, self.run.weighter, acts_from))
+            factors.append(weighter_factor(self.run, self.run.weighter, acts_from, beside))
             wants_states = self.run.weighter.wants_states
         watches = not self.is_native or mixer.watches
         if watches or factors:
@@ -279,8 +282,8 @@ class MixDirector:
             "proportions": named(names, self._proportions),
             "stream": self._at_round,
             "pending": by_name(names, self._pending.state()),
-            "mixer": by_name(names, self.mixer.state()) if self.is_native else {},
-            "weighter": weighter.state() if weighter is not None else {},
+            "mixer": by_name(names, plain(self.mixer.state(), "mixer state")) if self.is_native else {},
+            "weighter": plain(weighter.state(), "weighter state") if weighter is not None else {},
         }
         if trainer.args.should_save:
             self.record.save(Path(checkpoint), state)

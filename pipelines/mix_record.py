@@ -14,6 +14,8 @@ from dataflex.errors import MismatchError
 from dataflex.trainers.checkpoints import FOLDER
 
 _STATE = f"{FOLDER}/mixture.json"
+_MARK = "as it was"
+"""The only key around an object that `in_order` shall not take for a list."""
 
 
 class MixRecord:
@@ -80,7 +82,9 @@ class MixRecord:
 def by_name(names: Sequence[str], state: Any) -> Any:
     """Return a state with every list of one number for each domain, (K,), as numbers by name; `in_order` undoes it."""
     if isinstance(state, dict):
-        return {key: by_name(names, value) for key, value in state.items()}
+        found = {key: by_name(names, value) for key, value in state.items()}
+        # A mixer may itself keep numbers by name: what would be taken for a list is marked, and what has the mark too.
+        return {_MARK: found} if list(found) in (list(names), [_MARK]) else found
     if not isinstance(state, list):
         return state
     is_of_domains = len(state) == len(names) and all(isinstance(x, int | float | None) for x in state)
@@ -88,9 +92,11 @@ def by_name(names: Sequence[str], state: Any) -> Any:
 
 
 def in_order(names: Sequence[str], state: Any) -> Any:
-    """Return what `by_name` was given."""
+    """Undo `by_name`: objects whose keys are exactly the domains become lists again, but for those that are marked."""
     if isinstance(state, dict):
-        if list(state) == list(names):
+        if list(state) == [_MARK] and isinstance(state[_MARK], dict):
+            state = state[_MARK]
+        elif list(state) == list(names):
             return list(state.values())
         return {key: in_order(names, value) for key, value in state.items()}
     return [in_order(names, value) for value in state] if isinstance(state, list) else state

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.config.idle import idle_note, known_steps
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE
@@ -20,7 +21,7 @@ from dataflex.fingerprint import digest, file_digest, keys_digest
 from dataflex.pipelines.access import FeatureAccess
 from dataflex.pipelines.state import ModelState
 from dataflex.rows import Rows
-from dataflex.schedule import Round
+from dataflex.schedule import Round, Schedule
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
 from dataflex.trainers.journal import Journal
@@ -142,6 +143,10 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         "global batch": trainer.global_batch,
         **training_arguments(trainer),
     }
+    method = build(settings.component, settings.params, trainer, **runtime)
+    weighter = build(settings.weighter, settings.weighter_params, trainer)
+    if stage == "train" and distributed.is_main():
+        _say_what_is_idle(settings, trainer, method, weighter)
     root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
     run = Run(
@@ -153,8 +158,8 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         state=state,
         access=FeatureAccess(root, state, settings.dataflex, record, settings.llamafactory.get("cutoff_len", 2048)),
         journal=Journal(Path(trainer.args.output_dir) / "rounds"),
-        method=build(settings.component, settings.params, trainer, **runtime),
-        weighter=build(settings.weighter, settings.weighter_params, trainer),
+        method=method,
+        weighter=weighter,
         identity=named,
     )
     for folder in dict.fromkeys(need.state for need in run.needs):
@@ -180,6 +185,23 @@ def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:
     }
     wanted = inspect.signature(component).parameters
     return component(**({name: value for name, value in runtime.items() if name in wanted} | dict(params or {})))
+
+
+def _say_what_is_idle(settings: Any, trainer: Any, method: Any, weighter: Any) -> None:
+    """Warn of methods without an effect, where `validate` could not yet know how many steps there are."""
+    schedule, args = settings.schedule, trainer.args
+    if known_steps(settings.keys, schedule, settings.llamafactory) is not None:
+        return
+    size = {"rows": len(trainer.row_sets.train), "batch": trainer.global_batch}
+    if settings.train_type == "dynamic_weight":
+        total = Schedule(num_train_epochs=args.num_train_epochs).total(**size)
+    else:
+        total = min(schedule.total(**size), schedule.flex_steps(**size))
+    beside = settings.dataflex.weighter
+    named = [(settings.component_name, method)] + ([(beside.name, weighter)] if beside else [])
+    for name, each in named:
+        if note := idle_note(name, each, schedule, total):
+            log.warning("%s", note)
 
 
 def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:

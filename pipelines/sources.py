@@ -110,7 +110,8 @@ class ModelSource:
         of_excerpts = [spec for spec in specs if isinstance(spec, LossSpec) and spec != LossSpec()]
         together = [spec for spec in specs if spec not in of_excerpts]
         found: dict[FeatureSpec, FeatureValues] = {}
-        for group in filter(None, [together, *([spec] for spec in of_excerpts)]):
+        alone: list[list[FeatureSpec]] = [[spec] for spec in of_excerpts]
+        for group in [together, *alone] if together else alone:
             seen = [excerpt(example, group[0]) for example in examples]
             values = self.engine.compute(seen, group, min_batches=min_batches)
             found |= {spec: self._as_wide(spec, each) for spec, each in zip(group, values, strict=True)}

@@ -164,8 +164,9 @@ class UpdateFeatures:
         asked = (spec, target, state)
         if rows is None and asked in self._views:
             return self._views[asked]
-        wanted = self._rows(target) if rows is None else self._rows(target).take(rows)
-        (store,) = self.run.access.ensure([spec], wanted, state)
+        whole = self._rows(target)
+        wanted = whole if rows is None else whole.take(rows)
+        (store,) = self.run.access.ensure([spec], wanted, state, among=whole)
         view = self.run.access.view(spec, wanted, store, is_target=target is not None)
         if rows is None:
             self._views[asked] = view
@@ -200,7 +201,7 @@ class UpdateFeatures:
             at = np.flatnonzero(self.updated == update)
             some = self.run.rows.take(at)
             if update == self.update:
-                stores = access.ensure(specs, some)
+                stores = access.ensure(specs, some, among=self.run.rows)
             else:
                 stores = [self._earlier(update, need) for need in needs]
                 access.tally.reused += len(needs) * len(np.unique(some.keys))

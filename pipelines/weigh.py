@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.anchors import Anchors
+from dataflex.pipelines.plain import plain
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.trainers.checkpoints import FOLDER
@@ -68,7 +72,7 @@ class WeightDirector:
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the weighter's state to a checkpoint."""
         if trainer.args.should_save:
-            state = self.weighter.state() if isinstance(self.weighter, NativeWeighter) else {}
+            state = plain(self.weighter.state(), "weighter state") if isinstance(self.weighter, NativeWeighter) else {}
             path = Path(checkpoint) / _STATE_FILE
             path.parent.mkdir(exist_ok=True)
             kept = {"weighter": self.settings.component_name, "state": state}
@@ -85,8 +89,16 @@ class WeightDirector:
             self.run.access.record.finish()
 
 
-def weighter_factor(run: Run, weighter: NativeWeighter, acts_from: int) -> ByWeighter:
+def weighter_factor(
+    run: Run, weighter: NativeWeighter, acts_from: int, beside: Callable[[Tensor], Tensor] | None = None
+) -> ByWeighter:
     """Bring about what a weighter asks for, and return it as a factor of the loss. Collective.
+
+    Args:
+        run: the run.
+        weighter: gives the weights.
+        acts_from: optimizer step from which it acts.
+        beside: the factor that rows have besides, see `ByWeighter`.
 
     Raises:
         ConfigError: it compares examples, and there is never more than one.
@@ -107,4 +119,4 @@ def weighter_factor(run: Run, weighter: NativeWeighter, acts_from: int) -> ByWei
         found[need] = run.access.view(need.spec, run.rows, store)
     weighter.prepare(found, rows=run.rows)
     before = Anchors(run, weighter) if isinstance(weighter, Adapt) else None
-    return ByWeighter(weighter, args.per_device_train_batch_size, acts_from, before)
+    return ByWeighter(weighter, args.per_device_train_batch_size, acts_from, before, beside)

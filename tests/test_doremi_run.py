@@ -199,7 +199,8 @@ def gradient(
 
     paper: sum_i w_i x mean loss of domain i's tokens, w normalised over the domains present. official: sum of w x loss
     over sum of w, over tokens. Both times T / N: tokens that are targets over those that Transformers divides by.
-    sharp: a row's losses are first multiplied by the weight of `linupper` over the step's rows at this temperature.
+    sharp: a row's losses are first multiplied by the weight of `linupper` over the step's rows at this temperature, and
+    the product of both factors is brought back to the mean that the domains' factor has over the rows.
     """
     from transformers import AutoModelForCausalLM
 
@@ -213,7 +214,13 @@ def gradient(
         found = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(labels[1:]), reduction="none")
         rows.append((domain, [loss for loss, label in zip(found, labels[1:], strict=True) if label != -100]))
     means = [float(sum(row).detach()) / len(row) for _, row in rows]  # type: ignore[arg-type]
-    for (domain, row), factor in zip(rows, linupper(means, sharp) if sharp else [1.0] * len(rows), strict=True):
+    factors = linupper(means, sharp) if sharp else [1.0] * len(rows)
+    if sharp and form == "paper":
+        tokens = [sum(len(row) for d, row in rows if d == domain) for domain, _ in rows]
+        others = [weights[domain] / count for (domain, _), count in zip(rows, tokens, strict=True)]
+        both = [factor * other for factor, other in zip(factors, others, strict=True)]
+        factors = [factor * sum(others) / sum(both) for factor in factors]
+    for (domain, row), factor in zip(rows, factors, strict=True):
         losses[domain] += [factor * loss for loss in row]
     present = [d for d in losses if losses[d]]
     total: Any

@@ -34,8 +34,9 @@ def example(prompt: int, turns: list[tuple[int, int]], seed: int = 0) -> dict[st
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    size: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=41, num_attention_heads=2, num_key_value_heads=2, **size)).eval()
+    size: dict[str, Any] = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**size)).eval()
 
 
 ROWS = [

@@ -118,6 +118,42 @@ def test_too_many_values_that_are_not_finite_stop_the_run(workspace: Any, tiny: 
     assert summary["rows"] == 62
 
 
+def test_the_limit_is_a_share_of_the_whole_dataset_whatever_was_there_before(workspace: Any, tiny: Any) -> None:
+    """A dataset that grows by one bad row is the same dataset as one that had it from the start."""
+    from safetensors.torch import load_file, save_file
+
+    keys: dict[str, Any] = {"component_name": "random", "eval_dataset": None}
+    rows = rows_of(workspace, workspace.write("plain", dataflex=section(workspace), **keys))
+    tokens = [set(rows.examples[row]["input_ids"]) for row in range(len(rows))]
+    row = next(r for r in range(60) if tokens[r] - set().union(*tokens[:r], *tokens[r + 1 :]))
+    token = min(tokens[row] - set().union(*tokens[:row], *tokens[row + 1 :]))
+    broken = workspace.folder / "broken"
+    shutil.copytree(tiny.model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["lm_head.weight"] = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).clone()
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    data = workspace.folder / "data"
+    shutil.copytree(tiny.dataset_dir, data)
+    (file,) = data.glob(f"{tiny.pool}.json*")
+    records = json.loads(file.read_text())
+    records.append(records.pop(int(rows.index[row])))  # the last one, so that `max_samples` can leave it out
+    file.write_text(json.dumps(records))
+    keys |= {"model_name_or_path": str(broken), "dataset_dir": str(data)}
+    run = workspace.write("run", dataflex=section(workspace, features=[{"kind": "loss"}], nonfinite_limit=0.02), **keys)
+    before = workspace.run("featurize", run, f"max_samples={len(records) - 1}")
+    after = workspace.run("featurize", run)  # one of one row is bad, and one of 61
+    assert (before["computed"], after["computed"], after["reused"]) == (60, 1, 60)
+    assert workspace.run("featurize", run)["computed"] == 0
+    for root in ("store", "fresh"):
+        with pytest.raises(DataflexError, match="1 of 61 rows gave NaN or infinity"):
+            workspace.run(
+                "featurize", run, "dataflex.nonfinite_limit=0.01", f"dataflex.store={workspace.folder}/{root}"
+            )
+
+
 def test_what_is_missing_from_a_run_is_said(workspace: Any, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match="random asks for no features"):
         workspace.run("featurize", workspace.write("none", component_name="random", dataflex=section(workspace)))

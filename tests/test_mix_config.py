@@ -107,6 +107,50 @@ def test_the_documented_keys_name_a_mixer(changes: str, name: str, note: str) ->
     assert not note or any(note in text for text in settings.notes)
 
 
+@pytest.mark.parametrize(
+    ("base", "changes", "said"),
+    [
+        (
+            MIX,
+            "train_step: 349\ndataflex: {params: {warmup_steps: 2000}}",
+            "odm has no effect: it stays at the initial proportions for 2001 steps, and the run has 349. Lower warmup",
+        ),
+        (MIX, "train_step: 349\ndataflex: {params: {warmup_steps: 349}}", "for 350 steps, and the run has 349"),
+        (MIX, "train_step: 349\ndataflex: {params: {warmup_steps: 348}}", "for 349 steps, and the run has 349"),
+        (MIX, "train_step: 349\ndataflex: {params: {warmup_steps: 347}}", ""),
+        (
+            MIX,
+            "update_step: 5\nupdate_times: 2\nwarmup_step: 0\ndataflex: {params: {warmup_steps: 20}}",
+            "the run has 10",
+        ),
+        (
+            MIX,
+            "component_name: ado\ntrain_step: 2000",
+            "ado has no effect: it stays at the initial proportions for 2000 steps, and the run has 2000. Lower "
+            "ignore_steps or fit_interval",
+        ),
+        (MIX, "component_name: ado\ntrain_step: 2001", ""),
+        (MIX, "train_step: 9\nupdate_step: 9\nwarmup_step: 0", "first losses that it sees are those of step 9"),
+        (MIX, "train_step: 9\nupdate_step: 8\nwarmup_step: 0", ""),
+        (MIX, "train_step: 9\nwarmup_step: 9", "odm has no effect: warmup_step is 9, and the run has 9"),
+        (
+            MIX,
+            "train_step: 9\nwarmup_step: 9\ndataflex: {weighter: {name: loss}}",
+            "loss has no effect: warmup_step is 9, and the run has 9",
+        ),
+        (WEIGHT, "train_step: 9\nwarmup_step: 10", "loss has no effect: warmup_step is 10, and the run has 9"),
+        (WEIGHT, "max_steps: 9\nwarmup_step: 10", "loss has no effect: warmup_step is 10, and the run has 9"),
+        (WEIGHT, "train_step: 9\nwarmup_step: 8", ""),
+        (WEIGHT, "warmup_step: 100000", ""),  # how many steps there are follows from the rows
+        ("", "train_step: 3\nwarmup_step: 5", "less has no effect: warmup_step is 5, and the run has 3"),
+    ],
+)
+def test_a_warm_up_that_outlasts_the_run_is_noted(base: str, changes: str, said: str) -> None:
+    notes = [note for note in load(merged(base, changes)).notes if "has no effect:" in note]
+    assert bool(notes) == bool(said), notes
+    assert not said or any(said in note for note in notes), notes
+
+
 def test_a_documented_odm_file_means_the_papers_rule() -> None:
     assert load(merged(MIX, "dataflex: {params: {reward_scale: 15}}")).params.variant == "paper"
 

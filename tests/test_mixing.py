@@ -404,6 +404,15 @@ def test_another_mixture_is_not_resumed(workspace: Any) -> None:
         workspace.run("train", mix(workspace, "arms", **arms, dataflex={"params": {"variant": "paper"}}))
 
 
+def test_a_mixer_without_effect_is_said_where_the_steps_follow_from_the_rows(
+    workspace: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys: dict[str, Any] = {"component_name": "odm", "train_step": None, "num_train_epochs": 0.5}
+    with caplog.at_level("WARNING", logger="dataflex"):
+        workspace.run("train", mix(workspace, "idle", **keys, dataflex={"params": {"warmup_steps": 2000}}))
+    assert "odm has no effect: it stays at the initial proportions for 2001 steps, and the run has 3" in caplog.text
+
+
 def test_a_checkpoint_says_what_belongs_to_which_domain(workspace: Any) -> None:
     """By name, whatever is a number for each domain; and read back it is what it was."""
     keys = {"save_strategy": "steps", "save_steps": 6, "component_name": "odm"}

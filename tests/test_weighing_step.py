@@ -168,3 +168,38 @@ def test_weights_wait_for_no_number(kind):
     assert found.dtype == torch.float64
     with pytest.raises(RuntimeError):
         bool(found.sum() > 0)
+
+
+class ByList(NativeWeighter):
+    """Weighs rows by a list, normalised or not; the last row is not usable."""
+
+    given = torch.tensor([1.0, 3.0, 2.0, 4.0, 0.0], dtype=torch.float64)
+
+    def weights(self, group: Group) -> torch.Tensor:
+        return self.given[group.rows]
+
+
+def test_the_product_with_other_factors_keeps_their_mean():
+    """Over the examples that are weighed against each other, and those alone that have a loss."""
+    others = torch.tensor([2.0, 0.5, 0.5, 3.0, 9.0], dtype=torch.float64)
+    factor = ByWeighter(ByList(ByList.Params()), 5, beside=lambda rows: others[rows])
+    factor._counts = StepCounts((), (), 0, 1)
+    rows = torch.arange(5)
+    tokens = torch.tensor([1, 2, 3, 4, 0])
+    found = factor._weights([Examples(rows, torch.ones(5, dtype=torch.float64), tokens)])
+    weights = ByList.given.tolist()
+    expected_mean = sum(weights[:4]) / 4 * sum(others[:4].tolist()) / 4
+    assert float((found * others)[:4].mean()) == pytest.approx(expected_mean)
+    torch.testing.assert_close(found / found[0], ByList.given)  # only their scale has changed
+
+
+def test_equal_factors_beside_change_nothing():
+    plain = ByWeighter(ByList(ByList.Params()), 5)
+    beside = ByWeighter(ByList(ByList.Params()), 5, beside=lambda rows: torch.full((len(rows),), 0.7).double())
+    for factor in (plain, beside):
+        factor._counts = StepCounts((), (), 0, 1)
+    part = Examples(torch.arange(4), torch.ones(4, dtype=torch.float64), torch.ones(4))
+    torch.testing.assert_close(beside._weights([part]), plain._weights([part]))
+    nothing = ByWeighter(ByList(ByList.Params()), 5, beside=lambda rows: torch.zeros(len(rows)).double())
+    nothing._counts = StepCounts((), (), 0, 1)
+    torch.testing.assert_close(nothing._weights([part]), plain._weights([part]))

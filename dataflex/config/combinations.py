@@ -84,12 +84,6 @@ class Combinations:
                 "the first selection are warmup_step, which is 0"
             )
 
-        if schedule.train_step and schedule.train_step <= schedule.warmup_step:
-            self.notes.append(
-                f"train_step: {schedule.train_step} ends the run within its warm-up of {schedule.warmup_step} steps, "
-                "before any selection"
-            )
-
     def check_losses(self) -> None:
         """Refuse what leaves no losses of single examples, or another loss than theirs."""
         why = "Its fused loss hides the logits, so there is no loss of single examples"

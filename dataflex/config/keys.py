@@ -144,5 +144,8 @@ class DataflexKeys(Parameters):
     )
     fragment_rows: int = Field(2048, ge=1, description="rows per commit: what a crash can cost each process")
     nonfinite_limit: float = Field(
-        0.01, ge=0, le=1, description="share of rows with NaN or infinity that stops the run"
+        0.01,
+        ge=0,
+        le=1,
+        description="share of a dataset's distinct rows that may be NaN or infinite; more end it",
     )

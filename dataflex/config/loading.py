@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from dataflex.config.combinations import Combinations
 from dataflex.config.component import Asked, Component, component, find_file, replaced, validated
 from dataflex.config.files import check_files
+from dataflex.config.idle import idle_note, known_steps
 from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import fault, known_keys
 from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule, watches
@@ -67,6 +68,11 @@ class _Loading:
                 flat, llamafactory, found, section.mixture.unit, weighs, self.origin, self.problems
             )
         self._cross_check(flat, llamafactory, stage, schedule, found, weighter, section)
+        total = known_steps(flat, schedule, llamafactory)
+        for each in (found, weighter):
+            made = each.cls(each.params) if each and hasattr(each.cls, "Params") else None
+            if each and total and (note := idle_note(each.name, made, schedule, total)):
+                self.notes.append(note)
         check_files(llamafactory, self.origin, self.problems)
         self.problems.raise_if_any()
         params = found.params if found else None

@@ -34,6 +34,7 @@ class Ado(NativeMixer):
 
     watches: ClassVar[bool] = True
     interval: ClassVar[int] = 1
+    idle_by: ClassVar[tuple[str, ...]] = ("ignore_steps", "fit_interval")
 
     class Params(MixerParams):
         """Parameters of `ado`."""
@@ -56,6 +57,11 @@ class Ado(NativeMixer):
         self._block_steps, self._block = 0, np.zeros((2, 0))  # loss, tokens
         self._history: list[dict[str, list[Any]]] = []  # n (K,), loss (K,) None where a domain was not seen
         self._preference = np.zeros(0)
+
+    @property
+    def idle_steps(self) -> int:
+        """Those before the first fit, for which there must also be enough points."""
+        return self.params.ignore_steps + max(self.params.fit_interval, POINTS * BLOCK)
 
     def check(self, names: Sequence[str], unit: str) -> list[str]:
         """Return what is wrong with the parameters for domains of these names, whatever the unit."""

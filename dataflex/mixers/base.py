@@ -170,15 +170,22 @@ class NativeMixer(ABC):
         draws: how rows are dealt to the proportions by default: `greedy` (no randomness, near the shares at any
             time) or `random` (independent draws, which a bandit's estimates assume).
         whole_batches: whether all rows of a micro-batch come from one domain.
+        idle_by: the parameters that `idle_steps` follows from.
     """
 
     watches: ClassVar[bool] = False
     interval: ClassVar[int] = 0
     needs_every_domain: ClassVar[bool] = False
     draws: ClassVar[Literal["greedy", "random"]] = "greedy"
+    idle_by: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Any):
         self.params = params
+
+    @property
+    def idle_steps(self) -> int:
+        """Optimizer steps at a run's head for which it stays at the initial proportions, whatever it sees."""
+        return 0
 
     @property
     def signals(self) -> tuple[str, ...]:

@@ -38,6 +38,7 @@ class Odm(NativeMixer):
     watches: ClassVar[bool] = True
     interval: ClassVar[int] = 1
     draws: ClassVar[Literal["greedy", "random"]] = "random"
+    idle_by: ClassVar[tuple[str, ...]] = ("warmup_steps",)
 
     class Params(MixerParams):
         """Parameters of `odm`."""
@@ -145,6 +146,11 @@ class Odm(NativeMixer):
                 f"expected less than {1 / len(names):.4g}"
             )
         return problems
+
+    @property
+    def idle_steps(self) -> int:
+        """Those of its warm-up, of which the last one's losses are the first that move it."""
+        return self.params.warmup_steps + 1 if self.params.warmup_steps else 0
 
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
         """Take the losses since the last update as rewards and return the next proportions.

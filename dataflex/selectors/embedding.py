@@ -19,7 +19,7 @@ class Embedding(Composed):
     The baseline that gradient methods are compared with in arXiv 2602.14696.
     """
 
-    class Params(EmbeddingFields, Compared):
+    class Params(Compared, EmbeddingFields):
         """Parameters of `embedding`."""
 
         within: Within = Field("mean", description="over the rows of a target set")

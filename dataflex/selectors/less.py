@@ -24,7 +24,7 @@ class Less(Composed):
     of the maximum does as well or a little better in arXiv 2602.14696.
     """
 
-    class Params(CheckpointFields, Compared):
+    class Params(Compared, CheckpointFields):
         """Parameters of `less`."""
 
         only: ClassVar[Acts] = {**CheckpointFields.only, **Compared.only}

@@ -69,6 +69,7 @@ class ByWeighter:
         size: examples of a micro-batch of one rank, at most.
         acts_from: optimizer step from which it acts.
         before: called with the steps done before every step on which it acts.
+        beside: rows (M,) -> the factor (M,) that each of them has besides in this step, such as its domain's.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class ByWeighter:
         size: int,
         acts_from: int = 0,
         before: Callable[[int], None] | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
     ):
         self.weighter, self._size, self._from, self._before = weighter, size, acts_from, before
+        self._beside = beside
         self.needs_losses_ahead = weighter.params.normalisation == "batch"
         self._parts: list[Tensor] = []
         self._sums: Tensor | None = None
@@ -139,6 +142,8 @@ class ByWeighter:
         found = torch.stack([weights.new_ones(()), weights.sum() / usable, effective_size(weights) / usable])
         self._sums = found if self._sums is None else self._sums + found
         self._largest = weights.max() if self._largest is None else self._largest.maximum(weights.max())
+        if self._beside is not None:
+            weights = weights * _scale(weights, self._beside(group.rows), group.usable)
         return weights.reshape(len(gathered), -1)[rank()]
 
     def _padded(self, part: Examples) -> Tensor:
@@ -149,6 +154,22 @@ class ByWeighter:
         table = torch.full((self._size, 4), -1.0, dtype=torch.float64, device=part.losses.device)
         table[: len(part.rows)] = torch.stack(columns, dim=1)
         return table
+
+
+def _scale(weights: Tensor, others: Tensor, usable: Tensor) -> Tensor:
+    """Return what gives products the mean that independent factors would have, mean(w) mean(d) / mean(w d), a scalar.
+
+    Each factor keeps the plain loss's scale by itself. Where both favour the same examples their product does not: the
+    step would be longer, as under a higher learning rate.
+
+    Args:
+        weights: (M,) of a weighter, 0 where not usable.
+        others: (M,) the factor beside it.
+        usable: (M,) bool, examples that the means are over.
+    """
+    others = others.where(usable, 0.0)
+    together = (weights * others).sum() * usable.sum()
+    return (weights.sum() * others.sum() / together.where(together > 0, 1.0)).where(together > 0, 1.0)
 
 
 class ByDomain:
@@ -196,9 +217,13 @@ class ByDomain:
 
     def factors(self, batch: MicroBatch, number: int) -> Tensor:
         """Return the factor of each example's domain."""
+        return self.of(batch.rows)
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return the factor of each row's domain in the step that has begun, (M,) float64."""
         if self._weights is None:
-            return torch.ones(len(batch.rows), dtype=torch.float64, device=batch.rows.device)
-        return self._weights[self._domains[batch.rows]]
+            return torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+        return self._weights[self._domains[rows]]
 
     def report(self) -> dict[str, float]:
         """Return nothing: the mixer's own log has its weights."""
