@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.features.adam import Moments, Scalars
+from dataflex.features.adam import Moments, Scalars, relative_rates
 
 MOMENTS_FILE = "dataflex/moments.safetensors"
 """Where our checkpoints keep them, relative to the checkpoint."""
@@ -62,7 +62,8 @@ def checkpoint_moments(folder: Path, trainer: Any, named: Named) -> Moments:
 def _before_any_step(optimizer: Any, named: Named) -> Moments:
     """Return the zeros that Adam begins with."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    scalars = {name: _scalars(0, groups[id(p)], optimizer) for name, p in named}
+    rates = relative_rates(optimizer.param_groups)
+    scalars = {name: _scalars(0, groups[id(p)], optimizer, rates[id(p)]) for name, p in named}
     zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named}
     return Moments(zeros, zeros, scalars)
 
@@ -82,13 +83,16 @@ def _from_deepspeed(trainer: Any, named: Named) -> Moments:
                 raise MismatchError(f"{name}: DeepSpeed's optimizer holds no {key}; use AdamW, or gradient_type: sgd")
             kept[name] = value.detach().float().cpu()
     step = trainer.state.global_step - int(engine.skipped_steps)
-    scalars = _scalars(step, engine.optimizer.param_groups[0], engine.optimizer)
-    return Moments(moments["exp_avg"], moments["exp_avg_sq"], {name: scalars for name, _ in named})
+    group = engine.optimizer.param_groups[0]
+    # An optimizer that DeepSpeed makes itself, from its own configuration, has one rate.
+    rates = relative_rates(trainer.parameter_groups)
+    scalars = {name: _scalars(step, group, engine.optimizer, rates.get(id(p), 1.0)) for name, p in named}
+    return Moments(moments["exp_avg"], moments["exp_avg_sq"], scalars)
 
 
-def _scalars(step: int, group: Any, optimizer: Any) -> Scalars:
+def _scalars(step: int, group: Any, optimizer: Any, rate: float) -> Scalars:
     if "betas" not in group or "eps" not in group:
         kind = type(optimizer).__name__
         raise MismatchError(f"{kind} has no betas and eps; use optim: adamw_torch, or gradient_type: sgd")
     beta1, beta2 = group["betas"]
-    return Scalars(step, float(beta1), float(beta2), float(group["eps"]))
+    return Scalars(step, float(beta1), float(beta2), float(group["eps"]), rate)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 
@@ -76,6 +79,10 @@ def decay_groups(model: Any, **settings: Any) -> torch.optim.AdamW:
 
 def oracle(variant: str, m: np.ndarray, v: np.ndarray, g: np.ndarray, s: Scalars) -> np.ndarray:
     """Write the formulas out in float64."""
+    return s.rate * at_one_rate(variant, m, v, g, s)
+
+
+def at_one_rate(variant: str, m: np.ndarray, v: np.ndarray, g: np.ndarray, s: Scalars) -> np.ndarray:
     m, v, g, t = m.astype(np.float64), v.astype(np.float64), g.astype(np.float64), s.step + 1
     m_new, v_new = s.beta1 * m + (1 - s.beta1) * g, s.beta2 * v + (1 - s.beta2) * g * g
     if variant == "less_reference":
@@ -103,13 +110,27 @@ def test_equals_the_formulas(variant: str, step: int) -> None:
     np.testing.assert_array_equal(kept.numpy(), g)
 
 
+def several_rates(parameters: dict[str, Tensor], rates: tuple[float, ...]) -> torch.optim.AdamW:
+    """Make an optimizer whose groups, parameters dealt out in turn, have these rates."""
+    dealt = list(parameters.values())
+    groups = [{"params": dealt[i :: len(rates)], "lr": 1e-3 * rate} for i, rate in enumerate(rates)]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
 @pytest.mark.parametrize("make", [lora_model, full_model])
-def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any]) -> None:
-    """The change that one more step on one example makes, over minus the learning rate; nothing is decayed."""
+@pytest.mark.parametrize("rates", [(1.0,), (1.0, 16.0), (1.0, 0.25, 4.0, 1e-3)])
+def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any], rates: tuple[float, ...]) -> None:
+    """The change that one more step on one example makes, over minus the first learning rate; nothing is decayed.
+
+    A schedule is on its way down by then: it scales all rates alike, so it does not act.
+    """
     model = make()
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, weight_decay=0.0)
+    optimizer = several_rates(parameters, rates)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.7**step)
     trained(model, optimizer)
+    for _ in range(3):
+        schedule.step()
     spec = GradientSpec(direction="adam", projection=Projection(type="identity"))
     engine = FeatureEngine(model, pad_token_id=0, moments=Moments.from_optimizer(optimizer, parameters.items()))
     (found,) = engine.compute(EXAMPLES, [spec])
@@ -117,7 +138,8 @@ def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any]) -> Non
     weights, state = {n: p.detach().clone() for n, p in parameters.items()}, copy.deepcopy(optimizer.state_dict())
     for row, example in enumerate(EXAMPLES):
         optimizer.load_state_dict(copy.deepcopy(state))
-        optimizer.param_groups[0]["lr"] = 1.0  # so that the change is not lost in the rounding of the weights
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate  # so that the change is not lost in the rounding of the weights
         loss(model, example).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -133,8 +155,10 @@ def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any]) -> Non
 def test_engine_equals_the_oracle(variant: str) -> None:
     model = full_model()
     optimizer = decay_groups(model)
+    optimizer.param_groups[1]["lr"] = 4e-3
     trained(model, optimizer)
     moments = Moments.from_optimizer(optimizer, model.named_parameters())
+    assert {s.rate for s in moments.scalars.values()} == {1.0, 4.0}
     engine = FeatureEngine(model, pad_token_id=0, moments=moments)
     whole = Projection(type="identity")
     plain, adam = engine.compute(
@@ -186,6 +210,29 @@ def test_survives_the_disk(tmp_path: Path) -> None:
     assert read.digest() == moments.digest()
 
 
+def test_rates_are_part_of_the_name_and_of_every_file(tmp_path: Path) -> None:
+    """Other rates, other moments by name; a file of an older version, which tells none, is refused."""
+    model = lora_model()
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = several_rates(parameters, (1.0, 16.0))
+    trained(model, optimizer)
+    moments = Moments.from_optimizer(optimizer, parameters.items())
+    assert {s.rate for s in moments.scalars.values()} == {1.0, 16.0}
+    ordered = [n for i in range(2) for n in list(parameters)[i::2]]
+    read = Moments.from_optimizer_pt(optimizer.state_dict(), ordered, {n: p.shape for n, p in parameters.items()})
+    assert read.digest() == moments.digest()
+    optimizer.param_groups[1]["lr"] /= 2
+    assert Moments.from_optimizer(optimizer, parameters.items()).digest() != moments.digest()
+    tensors = {f"{kind}/{n}": t for kind in ("exp_avg", "exp_avg_sq") for n, t in getattr(moments, kind).items()}
+    plain = {n: {k: v for k, v in asdict(s).items() if k != "rate"} for n, s in moments.scalars.items()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"scalars": json.dumps(plain)})
+    with pytest.raises(MismatchError, match="found no learning rates"):
+        Moments.load(tmp_path / "old.safetensors")
+    optimizer.param_groups[0]["lr"] = 0.0
+    with pytest.raises(DataflexError, match="first group has a learning rate of 0"):
+        Moments.from_optimizer(optimizer, parameters.items())
+
+
 def test_reads_the_optimizer_of_a_checkpoint(tmp_path: Path) -> None:
     """Its integers follow the groups, decay first, not the model."""
     model = full_model()
@@ -218,6 +265,10 @@ def test_refuses_optimizers_without_moments() -> None:
         state["exp_avg"] = state["exp_avg"].to(torch.uint8)
     with pytest.raises(DataflexError, match="needs exp_avg and exp_avg_sq"):
         Moments.from_optimizer(quantised, model.named_parameters())
+    nesterov = torch.optim.NAdam(parameters)
+    trained(model, nesterov)
+    with pytest.raises(DataflexError, match="keeps mu_product too, so it is another optimizer than Adam"):
+        Moments.from_optimizer(nesterov, model.named_parameters())
 
 
 def test_refuses_moments_of_no_step_and_other_adams() -> None:

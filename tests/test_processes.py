@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from dataflex.config import load
+from dataflex.features.adam import Moments
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
 
@@ -170,6 +171,7 @@ SEVERAL = """
 import sys
 from dataflex import distributed
 from dataflex.config import load
+from dataflex.features.adam import Moments
 from dataflex.pipelines.train import train
 
 distributed.prepare()
@@ -223,10 +225,12 @@ def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage
     """Each row's own gradient, not the mean over ranks: equal to one process's at the state that DeepSpeed reached."""
     config = sharding(workspace, stage)
     section = {"store": str(workspace.folder / "sharded"), "params": {"proj_dim": 256}, "storage": "float32"}
-    keys = {"deepspeed": config, "use_cpu": None, "dataflex": section, "lora_dropout": 0.0}
+    keys = {"deepspeed": config, "use_cpu": None, "dataflex": section, "lora_dropout": 0.0, "loraplus_lr_ratio": 4.0}
     run = workspace.write("sharded", per_device_train_batch_size=1, **keys)
     dataflex("train", run, "update_times=1", **TWO, DS_ACCELERATOR="cpu")
     checkpoint = workspace.folder / "out" / "sharded" / "checkpoint-3"
+    scalars = Moments.load(checkpoint / "dataflex" / "moments.safetensors").scalars
+    assert {name: s.rate for name, s in scalars.items()} == {n: 4.0 if "lora_B" in n else 1.0 for n in scalars}
     section = {**section, "store": str(workspace.folder / "alone")}
     section["params"] = {"proj_dim": 256, "checkpoints": [str(checkpoint)]}  # type: ignore[assignment]
     workspace.run("featurize", workspace.write("alone", lora_dropout=0.0, dataflex=section))

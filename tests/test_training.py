@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dataflex.errors import ConfigError, CorruptionError, CoverageError, DataflexError, MismatchError
+from dataflex.stores.root import StoreRoot
 from dataflex.trainers.checkpoints import incomplete_reason
 
 
@@ -154,6 +155,26 @@ def test_checkpoints_carry_the_moments_by_name(workspace: Any, whole: Path) -> N
     assert {scalars.step for scalars in moments.scalars.values()} == {5}
     total = sum(float(m.double().sum()) for m in moments.exp_avg.values())
     assert total == pytest.approx(sum(float(s["exp_avg"].double().sum()) for s in saved["state"].values()))
+
+
+def test_adam_steps_at_the_rate_of_each_group(workspace: Any) -> None:
+    """LoRA+: B learns faster than A, so in Adam's step it counts more; the optimizer's own file tells the same."""
+    from dataflex.features.adam import Moments
+
+    keys = {"loraplus_lr_ratio": 16.0, "update_times": 1, "lr_scheduler_type": "cosine"}
+    workspace.run("train", workspace.write("plus", **keys))
+    folder = workspace.folder / "out" / "plus" / "checkpoint-4"
+    moments = Moments.load(folder / "dataflex" / "moments.safetensors")
+    assert {n: s.rate for n, s in moments.scalars.items()} == {
+        n: pytest.approx(16.0 if "lora_B" in n else 1.0) for n in moments.scalars
+    }
+    (folder / "dataflex" / "moments.safetensors").unlink()
+    section: dict[str, Any] = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}}
+    section["params"]["checkpoints"] = [str(folder)]
+    workspace.run("featurize", workspace.write("foreign", dataflex=section, **keys))
+    names = [store.recipe["optimizer"]["adam"] for store in StoreRoot(workspace.folder / "store").stores()
+             if "optimizer" in store.recipe]  # fmt: skip
+    assert moments.digest() in names
 
 
 def test_evaluating_and_workers_do_not_change_what_is_trained(workspace: Any, whole: Path) -> None:

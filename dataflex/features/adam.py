@@ -3,16 +3,17 @@
 With g the example's gradient, m and v the moments after t steps, b1, b2 and eps the optimizer's:
 
     m' = b1 m + (1 - b1) g                v' = b2 v + (1 - b2) g^2
-    pytorch         m' / (1 - b1^(t+1))  /  (sqrt(v' / (1 - b2^(t+1))) + eps)
-    less_reference  m' / sqrt(v' + eps)
-    precond_only    (1 - b1) g / (1 - b1^(t+1))  /  (sqrt(v / (1 - b2^(t+1))) + eps)
+    pytorch         rho m' / (1 - b1^(t+1))  /  (sqrt(v' / (1 - b2^(t+1))) + eps)
+    less_reference  rho m' / sqrt(v' + eps)
+    precond_only    rho (1 - b1) g / (1 - b1^(t+1))  /  (sqrt(v / (1 - b2^(t+1))) + eps)
 
-`pytorch` is the change that `torch.optim.Adam` makes on this example alone, over minus the learning rate. Weight decay
-is left out: it is the same for all examples.
+rho is the learning rate of the parameter's group over that of the optimizer's first group, 1 but where an optimizer has
+several rates, as LoRA+ has. `pytorch` is the change that `torch.optim.Adam` makes on this example alone, over minus the
+first group's learning rate. Weight decay is left out: it is the same for all examples.
 
 Source: Adam, arXiv 1412.6980, algorithm 1; LESS, arXiv 2402.04333, eq. 2, and its published code for `less_reference`
-(no bias correction, eps inside the root); Influence Distillation, arXiv 2505.19051, for `precond_only`, which drops the
-momentum that all examples share.
+(no bias correction, eps inside the root); LoRA+, arXiv 2402.12354, for several rates; Influence Distillation, arXiv
+2505.19051, for `precond_only`, which drops the momentum that all examples share.
 """
 
 from __future__ import annotations
@@ -34,12 +35,21 @@ from dataflex.fingerprint import digest, tensors_digest
 
 @dataclass(frozen=True)
 class Scalars:
-    """What Adam keeps besides the moments: optimizer steps done, and the settings of the parameter's group."""
+    """What Adam keeps besides the moments.
+
+    Attributes:
+        step: optimizer steps done.
+        beta1: of the parameter's group, as are the next two.
+        beta2: likewise.
+        eps: likewise.
+        rate: learning rate of the parameter's group over that of the first group.
+    """
 
     step: int
     beta1: float
     beta2: float
     eps: float
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Moments:
         for name, parameter in named_parameters:
             if parameter.requires_grad:
                 where = f"{type(optimizer).__name__} for {name}"
-                found[name] = _entry(optimizer.state.get(parameter, {}), groups.get(id(parameter), {}), where)
+                group, first = groups.get(id(parameter), {}), optimizer.param_groups[0]
+                found[name] = _entry(optimizer.state.get(parameter, {}), group, first, where)
         return cls._of(found)
 
     @classmethod
@@ -87,9 +98,9 @@ class Moments:
             raise MismatchError(
                 f"the saved optimizer has {len(ids)} parameters, the model has {len(names)} trainable ones"
             )
-        found = {}
+        found, first = {}, state_dict["param_groups"][0]
         for name, (number, group) in zip(names, ids, strict=True):
-            entry = _entry(state_dict["state"].get(number, {}), group, f"the saved optimizer for {name}")
+            entry = _entry(state_dict["state"].get(number, {}), group, first, f"the saved optimizer for {name}")
             if tuple(entry[0].shape) != tuple(shapes[name]):
                 raise MismatchError(
                     f"parameter {number} of the saved optimizer has shape {tuple(entry[0].shape)}, {name} has "
@@ -100,10 +111,19 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            MismatchError: an older DataFlex wrote it, without the learning rates.
+        """
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
             scalars = json.loads(file.metadata()["scalars"])
+        if not all("rate" in each for each in scalars.values()):
+            raise MismatchError(
+                f"{path}: found no learning rates; expected those that Adam's step is scaled by. An older DataFlex "
+                "wrote it: remove this file, and optimizer.pt is read in its place"
+            )
         return cls._of(
             {n: (tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"], Scalars(**s)) for n, s in scalars.items()}
         )
@@ -134,7 +154,33 @@ class Moments:
         yield from (("exp_avg_sq", name, t) for name, t in self.exp_avg_sq.items())
 
 
-def _entry(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> tuple[Tensor, Tensor, Scalars]:
+def relative_rate(group: Mapping[str, Any], first: Mapping[str, Any]) -> float:
+    """Return a group's learning rate over the first group's, both before the schedule, which scales all alike.
+
+    Raises:
+        DataflexError: the first rate is zero and this one is not.
+    """
+    # Only schedulers that are functions of the step note the rate they began with.
+    name = "initial_lr" if "initial_lr" in group and "initial_lr" in first else "lr"
+    rate, base = float(group[name]), float(first[name])
+    if rate == base:
+        return 1.0
+    if base == 0:
+        raise DataflexError(
+            f"the optimizer's first group has a learning rate of 0 and another {rate:g}; expected rates that can be "
+            "compared. Set learning_rate above 0, or use `direction: sgd`"
+        )
+    return rate / base
+
+
+def relative_rates(groups: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Return `relative_rate` of every parameter of an optimizer's groups, by the parameter's `id`."""
+    return {id(p): relative_rate(group, groups[0]) for group in groups for p in group["params"]}
+
+
+def _entry(
+    state: Mapping[str, Any], group: Mapping[str, Any], base: Mapping[str, Any], where: str
+) -> tuple[Tensor, Tensor, Scalars]:
     first, second = state.get("exp_avg"), state.get("exp_avg_sq")
     plain = all(isinstance(t, Tensor) and t.is_floating_point() for t in (first, second))
     if not plain or "betas" not in group or "eps" not in group:
@@ -148,9 +194,11 @@ def _entry(state: Mapping[str, Any], group: Mapping[str, Any], where: str) -> tu
     step = int(state.get("step", group.get("step", 0)))
     if step < 1:
         raise DataflexError(f"{where} has done no step, so its moments say nothing; train a warm-up first")
+    if more := sorted(state.keys() - {"step", "exp_avg", "exp_avg_sq"}):
+        raise DataflexError(f"{where} keeps {more[0]} too, so it is another optimizer than Adam; use `direction: sgd`")
     beta1, beta2 = group["betas"]
     first, second = (state[key].detach().to(torch.float32, copy=True) for key in ("exp_avg", "exp_avg_sq"))
-    return first, second, Scalars(step, float(beta1), float(beta2), float(group["eps"]))
+    return first, second, Scalars(step, float(beta1), float(beta2), float(group["eps"]), relative_rate(group, base))
 
 
 def adam_direction(moments: Moments, variant: str, name: str, start: int, g: Tensor) -> Tensor:
@@ -166,9 +214,11 @@ def adam_direction(moments: Moments, variant: str, name: str, start: int, g: Ten
     v = moments.exp_avg_sq[name].reshape(-1)[start:stop].to(g)
     first, second = 1 - s.beta1 ** (s.step + 1), 1 - s.beta2 ** (s.step + 1)
     if variant == "precond_only":
-        return g * ((1 - s.beta1) / first / ((v / second).sqrt() + s.eps))
-    if variant == "less_reference":
+        step = g * ((1 - s.beta1) / first / ((v / second).sqrt() + s.eps))
+    elif variant == "less_reference":
         root = torch.addcmul(v * s.beta2 + s.eps, g, g, value=1 - s.beta2).sqrt_()
-        return torch.add(m * s.beta1, g, alpha=1 - s.beta1).div_(root)
-    root = torch.addcmul(v * (s.beta2 / second), g, g, value=(1 - s.beta2) / second).sqrt_().add_(s.eps)
-    return torch.add(m * (s.beta1 / first), g, alpha=(1 - s.beta1) / first).div_(root)
+        step = torch.add(m * s.beta1, g, alpha=1 - s.beta1).div_(root)
+    else:
+        root = torch.addcmul(v * (s.beta2 / second), g, g, value=(1 - s.beta2) / second).sqrt_().add_(s.eps)
+        step = torch.add(m * (s.beta1 / first), g, alpha=(1 - s.beta1) / first).div_(root)
+    return step if s.rate == 1 else step.mul_(s.rate)

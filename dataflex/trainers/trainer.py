@@ -72,6 +72,7 @@ class DataflexTrainer(Trainer):
         self.documented: Any = None
         self.documented_from = 0
         self.last_batch: Any = None
+        self.parameter_groups: Sequence[dict[str, Any]] = ()
         self._stopped = False
         super().__init__(**kwargs)
 
@@ -90,6 +91,12 @@ class DataflexTrainer(Trainer):
         if self._stopped:
             raise Stopped
         return output
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Return LLaMA-Factory's optimizer, its groups noted: DeepSpeed hides which parameter is in which."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.parameter_groups = [dict(group) for group in optimizer.param_groups]
+        return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Train on a micro-batch: by the weighter's own step, where one of the documented kind has one."""
