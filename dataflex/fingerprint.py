@@ -53,10 +53,13 @@ def row_key(
     return h.digest()
 
 
-def text_key(prompt: str, response: str) -> bytes:
-    """Return the 16-byte key of one example as an external encoder reads it: its text."""
+def text_key(prompt: str, response: str, system: str = "", tools: str = "") -> bytes:
+    """Return the 16-byte key of one example as an external encoder reads it: its text.
+
+    A row with neither system prompt nor tools has the key of its prompt and response alone.
+    """
     h = hashlib.blake2b(digest_size=16, person=b"dataflex-text-v1")
-    for part in (prompt, response):
+    for part in (prompt, response, system, tools) if system or tools else (prompt, response):
         raw = part.encode("utf-8", "surrogatepass")
         h.update(len(raw).to_bytes(8, "little"))
         h.update(raw)

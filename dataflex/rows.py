@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,19 @@ class Status(IntEnum):
     OK = 0
     NO_LABELS = 1  # no supervised token: the mean loss would be 0 / 0
     NONFINITE = 2  # a loss, embedding or gradient held NaN or infinity
+
+
+class Text(NamedTuple):
+    """What a row says, as people wrote it."""
+
+    prompt: str
+    response: str
+    system: str = ""
+    tools: str = ""
+
+    def whole(self) -> str:
+        """Return everything that the model is told and is to say, in that order, one part a line."""
+        return "\n".join(part for part in (self.system, self.tools, self.prompt, self.response) if part)
 
 
 class Examples(Protocol):
@@ -43,7 +56,7 @@ class Rows:
         truncated: (R,) bool, rows that `cutoff_len` shortened; None where that is not known.
         names: dataset names as the run file lists them.
         dropped: (dataset, index) of each record that LLaMA-Factory's processor refused; None where that is not known.
-        text: row -> (prompt, response), for encoders that read text.
+        text: row -> what it says, for encoders and rewards, which read text.
     """
 
     examples: Examples
@@ -55,7 +68,7 @@ class Rows:
     truncated: np.ndarray | None
     names: Sequence[str]
     dropped: Sequence[tuple[int, int]] | None
-    text: Callable[[int], tuple[str, str]]
+    text: Callable[[int], Text]
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -216,7 +216,8 @@ class PolicySource:
                 "respond to; use stage: sft without train_on_prompt"
             )
         if supervised[-1] - start + 1 == count:
-            return Target(ids[:start], *rows.text(row))
+            text = rows.text(row)
+            return Target(ids[:start], text.prompt, text.response)
         ignored = np.flatnonzero(labels[start:] == IGNORE_INDEX)
         answer = ids[start : start + int(ignored[0])]
         prompt, reference = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], answer))

@@ -69,6 +69,37 @@ def store_keys(store: Any) -> np.ndarray:
     return np.concatenate([block.keys for block in store.scan(vectors=False)])
 
 
+def test_rows_that_differ_in_system_prompt_or_tools_are_told_apart(workspace: Any, tiny: Any) -> None:
+    """The encoder reads both; what a row has not changes nothing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tools = '[{"name": "look_up", "description": "finds a word", "parameters": {"type": "object", "properties": {}}}]'
+    more: list[dict[str, str]] = [
+        {},
+        {"system": "Be brief."},
+        {"tools": tools},
+        {"system": "Be brief.", "tools": tools},
+    ]
+    turns = [{"from": "human", "value": "What is a noun?"}, {"from": "gpt", "value": "A name of a thing."}]
+    records = [{"conversations": turns, "system": "", "tools": "", **each} for each in more]
+    (workspace.folder / "calls.json").write_text(json.dumps([*records, records[0]]))
+    columns = {"messages": "conversations", "system": "system", "tools": "tools"}
+    info = {"calls": {"file_name": "calls.json", "formatting": "sharegpt", "columns": columns}}
+    (workspace.folder / "dataset_info.json").write_text(json.dumps(info))
+    keys = {"dataset": "calls", "dataset_dir": str(workspace.folder), "cutoff_len": 512}
+    spec = {"embedding_model_name_or_path": str(tiny.model)}
+    summary, (store,) = featurize(workspace, "calls", spec, **keys)
+    assert (summary["computed"], store.rows) == (4, 4)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny.model), AutoTokenizer.from_pretrained(tiny.model)
+    for each in more:
+        parts = [each.get("system", ""), each.get("tools", ""), "What is a noun?", "A name of a thing."]
+        ids = tokenizer("\n".join(part for part in parts if part), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = model(ids, output_hidden_states=True).hidden_states[-1][0].mean(dim=0).numpy()
+        key = np.frombuffer(text_key(parts[2], parts[3], parts[0], parts[1]), dtype="V16")
+        np.testing.assert_allclose(store.read(key).vectors[0], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_sentence_transformer_pools_as_it_was_trained_to(workspace: Any, tiny: Any, sentence_model: Path) -> None:
     from sentence_transformers import SentenceTransformer
 

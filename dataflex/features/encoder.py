@@ -13,11 +13,11 @@ from dataflex.errors import ConfigError
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.spec import EmbeddingSpec, FeatureValues
 from dataflex.fingerprint import digest, file_digest
-from dataflex.rows import Status
+from dataflex.rows import Status, Text
 
 
 class TextEncoder:
-    """Embeds "prompt, newline, response".
+    """Embeds the whole text of a row: system prompt, tools, prompt and response, those that there are, one a line.
 
     A folder with `modules.json` is a sentence-transformers model, which pools as it was trained to; `pooling` and
     `layer` of the specification act on a causal LM alone.
@@ -45,12 +45,12 @@ class TextEncoder:
         self._limit = min(int(limit), int(self._tokenizer.model_max_length))
         self._engine = FeatureEngine(model, pad_token_id=self._tokenizer.pad_token_id or 0, token_budget=token_budget)
 
-    def compute(self, texts: Sequence[tuple[str, str]], specs: Sequence[EmbeddingSpec]) -> list[FeatureValues]:
-        """Return the embeddings of texts (prompt, response), one result for each specification.
+    def compute(self, texts: Sequence[Text], specs: Sequence[EmbeddingSpec]) -> list[FeatureValues]:
+        """Return the embeddings of texts, one result for each specification.
 
         A text without a token gets a zero vector and is not usable.
         """
-        joined = ["\n".join(part for part in text if part) for text in texts]
+        joined = [text.whole() for text in texts]
         if self._sentences is not None:
             return [
                 _values(np.asarray(self._sentences.encode(joined, show_progress_bar=False), np.float32)) for _ in specs
@@ -80,7 +80,7 @@ def encoder_identity(folder: Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in skip and not p.name.startswith("."))
     return {
         "files": digest({p.relative_to(folder).as_posix(): file_digest(p) for p in files}),
-        "text": "prompt\nresponse",
+        "text": "system\ntools\nprompt\nresponse",
     }
 
 

@@ -71,8 +71,8 @@ class EmbeddingSpec(Parameters):
     layer: int = Field(-1, description="hidden state to pool: 0 is the embedding layer, -1 the last (after its norm)")
     embedding_model_name_or_path: str | None = Field(
         None,
-        description="another model that reads the rows' text: sentence-transformers (its own pooling) or a causal LM; "
-        "default: the run's model",
+        description="another model, which reads the rows' whole text (system prompt, tools, prompt, response): "
+        "sentence-transformers (its own pooling) or a causal LM; default: the run's model",
     )
 
     def recipe(self) -> dict[str, Any]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from llamafactory.extras.constants import IGNORE_INDEX
 
-from dataflex.rows import Examples
+from dataflex.rows import Examples, Text
 
 
 class RecordTexts:
-    """Prompt and response as the record has them, so neither template nor tokenizer nor `cutoff_len` matters.
+    """What the record says, so neither template nor tokenizer nor `cutoff_len` matters, nor a template's own system.
 
-    Of a conversation, the last answer is the response and all before it the prompt.
+    Of a conversation, the last answer is the response and all before it, but the system prompt, the prompt.
 
     Args:
         records: in LLaMA-Factory's standard format.
@@ -31,26 +32,34 @@ class RecordTexts:
     def _order(self) -> np.ndarray:
         return np.argsort(self._origins, kind="stable")
 
-    def __call__(self, row: int) -> tuple[str, str]:
-        """Return (prompt, response)."""
+    def __call__(self, row: int) -> Text:
+        """Return what a row says."""
         at = self._order[np.searchsorted(self._origins, self._rows[row], sorter=self._order)]
         record = self._records[int(at)]
         prompt = "\n".join(turn["content"] for turn in record["_prompt"])
-        return prompt, "\n".join(turn["content"] for turn in record["_response"])
+        response = "\n".join(turn["content"] for turn in record["_response"])
+        return Text(prompt, response, _written(record["_system"]), _written(record["_tools"]))
 
 
 class DecodedTexts:
-    """Prompt and response decoded from the tokens and split by the label mask, where there is no record to ask."""
+    """The tokens decoded and split by the label mask, where there is no record to ask; system and tools are prompt."""
 
     def __init__(self, examples: Examples, tokenizer: Any):
         self._examples = examples
         self._tokenizer = tokenizer
 
-    def __call__(self, row: int) -> tuple[str, str]:
-        """Return (prompt, response)."""
+    def __call__(self, row: int) -> Text:
+        """Return what a row says."""
         example = self._examples[row]
         ids, is_prompt = np.asarray(example["input_ids"]), np.asarray(example["labels"]) == IGNORE_INDEX
         parts = [
             self._tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True) for mask in (is_prompt, ~is_prompt)
         ]
-        return parts[0], parts[1]
+        return Text(parts[0], parts[1])
+
+
+def _written(value: Any) -> str:
+    """Return a field of a record as text; tools may be text, or the list that it would spell."""
+    if not value or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
