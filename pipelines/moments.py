@@ -75,6 +75,11 @@ def _from_deepspeed(trainer: Any, named: Named) -> Moments:
     engine = trainer.model_wrapped
     if not trainer.state.global_step:
         raise MismatchError("gradient_type: adam has no moments before the first step under DeepSpeed; set warmup_step")
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        # ZeRO-1 and ZeRO-2 link parameters with their moments once, when only the first group has stepped and has any.
+        engine.optimizer._hp_optimizer_states_linked = False
+        link()
     moments: dict[str, dict[str, Any]] = {"exp_avg": {}, "exp_avg_sq": {}}
     for name, parameter in named:
         for key, kept in moments.items():
