@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dataflex import distributed
+from dataflex import distributed, stop
 from dataflex.errors import DataflexError, Interrupted, MismatchError
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"dataflex: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as interrupted:
+        for number in stop.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a launcher that sees one process end asks the others again
         print(f"dataflex: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_code)
 
@@ -319,9 +322,21 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
     for note in settings.notes if distributed.is_main() else ():
         log.warning("%s: %s", run, note)
-    with reported(verb, settings.llamafactory.get("output_dir")):
+    with _leaving(), reported(verb, settings.llamafactory.get("output_dir")):
         distributed.prepare()
         yield settings
+
+
+@contextlib.contextmanager
+def _leaving() -> Iterator[None]:
+    """End the process group of a run that went well, or that every process has stopped at the same place."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        if interrupted.is_together:
+            interrupted.__traceback__ = None  # its frames hold the trainer, which must be gone first
+            distributed.leave()
+        raise
     distributed.leave()
 
 

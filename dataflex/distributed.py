@@ -86,6 +86,31 @@ def broadcast(value: T, source: int = 0) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def is_any(value: bool, device: Any) -> bool:
+    """Say whether a value is true on any rank. Collective: one number of four bytes.
+
+    Args:
+        value: of this rank.
+        device: where the process group computes.
+    """
+    dist = _group()
+    if not dist or dist.get_world_size() == 1:
+        return value
+    import torch
+
+    found = torch.tensor(int(value), dtype=torch.int32, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found.item())
+
+
+def store() -> Any:
+    """Return the key-value store that the processes met at, None if there is none; reading it waits for nobody."""
+    dist = _group()
+    if not dist or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
 def gather(value: T) -> list[T]:
     """Return every rank's value in rank order, on every rank. Collective; values must be picklable."""
     dist = _group()

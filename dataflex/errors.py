@@ -48,7 +48,12 @@ class UnavailableError(DataflexError):
 class Interrupted(BaseException):
     """A scheduler asked the process to stop. What is committed stays; the same command goes on from there.
 
-    No `Exception`, so that a library's handler of errors does not swallow it.
+    No `Exception`, so that a library's handler of errors does not swallow it. `is_together` says that every process of
+    the run has left at the same place, so that none waits for another.
     """
 
     exit_code = 75
+
+    def __init__(self, message: str, is_together: bool = False):
+        super().__init__(message)
+        self.is_together = is_together

@@ -29,6 +29,7 @@ def launch(arguments: Sequence[str], needs_processes: bool = False) -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
+    command[3:3] = _passed_on()
     os.execve(command[0], command, environment(os.environ))
 
 
@@ -81,6 +82,15 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the processes: LLaMA-Factory's settings for the allocator, unless OPTIM_TORCH is 0."""
     tuned = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
     return {**(tuned if _is_on(env, "OPTIM_TORCH", "1") else {}), **env}
+
+
+def _passed_on() -> list[str]:
+    """Return what makes torchrun pass SIGUSR1 on to its workers too, which would end it otherwise, where it can."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if not hasattr(LaunchConfig, "signals_to_handle"):
+        return []
+    return ["--signals-to-handle", f"{LaunchConfig.signals_to_handle},SIGUSR1"]
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dataflex import distributed
+from dataflex import distributed, stop
 from dataflex.errors import CoverageError
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec, PolicyGradientSpec, TokenLossSpec
 from dataflex.fingerprint import keys_digest
@@ -92,6 +92,7 @@ class FeatureAccess:
         Raises:
             CoverageError: rows are missing and `on_missing` is `error`.
             DataflexError: more rows than `nonfinite_limit` allows are not finite.
+            Interrupted: a signal asked for it, on whichever rank; what is committed stays.
         """
         begun = time.monotonic()
         asked = (tuple(specs), keys_digest(rows.keys), checkpoint)
@@ -100,12 +101,13 @@ class FeatureAccess:
             self.progress.skip(self.passes(specs, rows))
             return self._complete_at[asked]
         limit = NonfiniteLimit(self._section.nonfinite_limit, len(np.unique((among or rows).keys)))
-        with self._state.at(checkpoint), self.progress.showing(self.passes(specs, rows)):
+        with stop.held(), self._state.at(checkpoint), self.progress.showing(self.passes(specs, rows)):
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):
                 asked_here = {spec: store for spec, store in stores.items() if self._source(spec) is source}
                 self._complete(source, asked_here, rows, limit)
-        distributed.barrier()
+        if stop.is_asked_anywhere():  # as long as this takes, everyone's fragments are committed behind it
+            stop.leave(together=True)
         for spec, store in stores.items():
             keys = np.unique(self._source(spec).keys(rows))
             limit.hold(int((store.read(keys, columns=[], vectors=False).status == Status.NONFINITE).sum()))

@@ -130,6 +130,11 @@ class RoundDirector:
         about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
         return {"global_step": trainer.state.global_step, "moments": said, **about}
 
+    @property
+    def steps_kept(self) -> int:
+        """Steps whose end state is kept beside the features: they need no checkpoint."""
+        return self.warm.reached if hasattr(self, "warm") else 0
+
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write the run's summary."""
         self.summarise(Path(trainer.args.output_dir) / "dataflex_summary.json", steps=trainer.state.global_step)

@@ -6,13 +6,14 @@ them: a fragment that another writer has committed meanwhile is left out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dataflex import distributed
-from dataflex.errors import DataflexError
+from dataflex import distributed, stop
+from dataflex.errors import DataflexError, Interrupted
 from dataflex.features.batching import count_batches
 from dataflex.features.spec import FeatureSpec, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import keys_digest
@@ -87,7 +88,7 @@ class Work:
     limit: NonfiniteLimit
 
     def run(self, tally: Tally, progress: Progress) -> None:
-        """Do this rank's share. Collective if the source is.
+        """Do this rank's share, or as much of it as a signal leaves time for. Collective if the source is.
 
         Raises:
             DataflexError: more rows than the limit allows are not finite.
@@ -97,14 +98,27 @@ class Work:
         pieces = [slice(start, start + size) for start in range(0, len(self.at), size)]
         lengths = self.rows.length[self.at]
         for wave in range(0, len(pieces), world):
+            if stop.is_asked_anywhere() if self.source.is_collective else stop.is_asked():
+                return
             dealt = pieces[wave : wave + world]
             # Ranks that share every layer must run as many batches as the busiest of them.
             least = max(count_batches(lengths[p], self.token_budget) for p in dealt) if self.source.is_collective else 0
             if rank < len(dealt):
-                self._fragment(dealt[rank], least, tally)
+                if not self._is_done(dealt[rank], least, tally):
+                    return
                 progress.advance(len(lengths[dealt[rank]]), int(lengths[dealt[rank]].sum()))
             elif least:
                 self.source.compute(self.rows, self.at[:0], self.specs, least)
+
+    def _is_done(self, piece: slice, least: int, tally: Tally) -> bool:
+        """Do a fragment; say whether it came to its end, and was not dropped because a signal is too long ago."""
+        if self.source.is_collective:  # the others could not go on without this rank
+            self._fragment(piece, least, tally)
+            return True
+        with contextlib.suppress(Interrupted), stop.droppable():
+            self._fragment(piece, least, tally)
+            return True
+        return False
 
     def _fragment(self, piece: slice, least: int, tally: Tally) -> None:
         keys, at = self.keys[piece], self.at[piece]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex import stop
 from dataflex.errors import DataflexError
 from dataflex.features.generation import Job, Responses
 from dataflex.fingerprint import keys_digest, text_key
@@ -95,7 +96,10 @@ class RewardStore:
         for start in range(0, len(missing), _AT_A_TIME):
             some = missing[start : start + _AT_A_TIME]
             columns = [[texts[i][column] for i in some] for column in range(3)]
-            self._append(keys[some], self._reward.score(*columns))
+            scores = self._reward.score(*columns)
+            if stop.is_asked():  # whoever signals all processes may have ended the ones that judge: no reward of 0
+                stop.leave()
+            self._append(keys[some], scores)
         found = self._store.read(keys).scalars
         return np.where(found["scored"], found["reward"], np.nan)
 

@@ -25,4 +25,9 @@ def train(settings: Any) -> None:
     arguments = dict(settings.llamafactory)
     if settings.train_type == "dynamic_weight" and settings.keys.train_step:
         arguments["max_steps"] = settings.keys.train_step
-    workflow.run(arguments, made(settings) if made else None, settings.keys.early_stopping_min_delta)
+    workflow.run(
+        arguments,
+        made(settings) if made else None,
+        settings.keys.early_stopping_min_delta,
+        settings.dataflex.checkpoint_on_signal,
+    )

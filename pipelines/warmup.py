@@ -75,6 +75,14 @@ class WarmState:
         restore_rounds(self.run, folder)
         return str(folder)
 
+    @property
+    def reached(self) -> int:
+        """Steps that a run that begins alike starts behind."""
+        is_kept = self.lineage is not None and (
+            self.loaded or self.run.access.root.states.find(self.lineage) is not None
+        )
+        return self._end if is_kept else 0
+
     def _explain(self, kept: list[dict[str, Any]]) -> None:
         """Say what keeps the nearest kept state from being this run's."""
         assert self._story is not None

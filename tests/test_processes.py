@@ -24,6 +24,7 @@ from dataflex.config import load
 from dataflex.features.adam import Moments
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
+from dataflex.trainers.checkpoints import incomplete_reason
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -167,6 +168,87 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
     assert shares[0] == pytest.approx(shares[1], abs=0.02)
 
 
+STOPPED = """
+import os, signal, sys
+from dataflex.cli import main
+from dataflex.pipelines.fragments import Work
+from dataflex.trainers.trainer import DataflexTrainer
+
+where, step = os.environ["STOP_AT"], int(os.environ["STOP_STEP"])
+
+def sends(owner, name, is_time):
+    real = getattr(owner, name)
+    def first(self, *args, **kwargs):
+        if os.environ["RANK"] == os.environ["STOP_RANK"] and is_time(self):
+            os.kill(os.getppid() if where == "launcher" else os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+    setattr(owner, name, first)
+
+if where == "update":
+    sends(Work, "_fragment", lambda work: work.source._state.trainer.state.global_step == step)
+else:
+    sends(DataflexTrainer, "training_step", lambda trainer: trainer.state.global_step == step)
+main()
+"""
+
+
+def signalled(space: Any, name: str, where: str, step: int, rank: int) -> tuple[int, str]:
+    """Train a run file on two processes, one of which sends a signal at a step; return exit code and output."""
+    keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
+    section = {"store": str(space.folder / f"store-{name}"), "params": {"proj_dim": 256}, "fragment_rows": 16}
+    path = space.write(name, save_strategy="no", dataflex=section, **keys)
+    script = space.folder / "stopped.py"
+    script.write_text(STOPPED)
+    asked = environment(STOP_AT=where, STOP_STEP=str(step), STOP_RANK=str(rank), **TWO)
+    with tempfile.TemporaryFile("w+") as log:
+        command = [*TORCHRUN, str(script), "train", str(path)]
+        process = subprocess.Popen(command, env=asked, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait(400)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            log.seek(0)
+            said = log.read()
+    return code, said
+
+
+@pytest.fixture(scope="module")
+def through(tiny: Any, tmp_path_factory: pytest.TempPathFactory, workspace_class: Any) -> Any:
+    """A run of seven steps on two processes that nothing stops."""
+    space = workspace_class(tmp_path_factory.mktemp("through"), tiny)
+    code, said = signalled(space, "run", "step", -1, 0)
+    assert code == 0, said[-4000:]
+    return space
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("where", "step", "rank", "saved"),
+    [("step", 1, 1, 2), ("step", 5, 0, 6), ("update", 3, 1, 3), ("launcher", 4, 0, 5)],
+)
+def test_a_signal_to_one_process_stops_both_at_the_same_step(
+    workspace: Any, through: Any, where: str, step: int, rank: int, saved: int
+) -> None:
+    """In the first of two micro-batches, inside an update, and by the launcher, which signals loaders' workers too."""
+    code, said = signalled(workspace, "run", where, step, rank)
+    assert code != 0, said[-4000:]
+    out = workspace.folder / "out" / "run"
+    status = json.loads((out / "status.json").read_text("utf-8"))
+    assert (status["state"], status["exit_code"]) == ("interrupted", 75), said[-4000:]
+    assert status["message"].endswith(f"goes on from step {saved}, no step is done again"), said[-4000:]
+    assert [folder.name for folder in out.glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    assert incomplete_reason(out / f"checkpoint-{saved}") is None
+    assert "SIGKILL" not in said, said[-4000:]
+    code, said = signalled(workspace, "run", "step", -1, 0)
+    assert code == 0, said[-4000:]
+    assert workspace.rounds("run") == through.rounds("run")
+    before, after = through.weights("run"), workspace.weights("run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 SEVERAL = """
 import sys
 from dataflex import distributed
@@ -266,7 +348,7 @@ def test_a_killed_featurize_is_finished_by_the_next(workspace: Any) -> None:
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             code = process.wait()
-            status = json.loads((workspace.folder / "out" / "killed" / "status.json").read_text("utf-8"))
+            status = json.loads((workspace.folder / "out" / "killed" / "status_featurize.json").read_text("utf-8"))
             # The process may have been at its end already.
             assert status["state"] in ("interrupted" if code == 75 else "running", "finished")
     workspace.run("featurize", path)

@@ -1,4 +1,4 @@
-"""What a command leaves in status.json, and what signals do to it."""
+"""What a command leaves in its status file, and what signals do to it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.errors import CoverageError, Interrupted
-from dataflex.status import reported
+from dataflex import stop
+from dataflex.errors import ConfigError, CoverageError, DataflexError, Interrupted
+from dataflex.status import reported, training_begins
 
 
 def status(folder: Path) -> tuple[str, int | None]:
@@ -43,6 +44,99 @@ def test_errors_are_recorded_and_go_on(tmp_path: Path, error: BaseException, sta
     with pytest.raises(type(error)), reported("train", tmp_path):
         raise error
     assert status(tmp_path) == (state, code)
+
+
+def test_only_train_owns_the_status_of_a_training(tmp_path: Path) -> None:
+    """Neither another command nor a start that is refused hides how a training ended."""
+    with reported("train", tmp_path):
+        training_begins()
+    missing, wrong = CoverageError("rows are missing"), ConfigError("no such option")
+    for verb, error in (("featurize", None), ("select", missing), ("train", wrong)):
+        with contextlib.suppress(DataflexError), reported(verb, tmp_path):
+            if error is not None:
+                raise error
+        assert status(tmp_path) == ("finished", 0)
+        found = json.loads((tmp_path / f"status_{verb}.json").read_text("utf-8"))
+        assert found["command"] == verb
+        assert (found["state"], found["exit_code"]) == (
+            ("finished", 0) if error is None else ("failed", error.exit_code)
+        )
+        assert found["message"] == (None if error is None else str(error))
+    with contextlib.suppress(CoverageError), reported("train", tmp_path):
+        training_begins()  # from here on the folder holds another training
+        assert status(tmp_path) == ("running", None)
+        assert not (tmp_path / "status_train.json").exists()
+        raise missing
+    assert status(tmp_path) == ("failed", 6)
+
+
+@pytest.mark.parametrize("found", ["", "null", "[]", "{}", '{"state": "interrupted"}'])
+def test_what_no_training_has_finished_is_written_over(tmp_path: Path, found: str) -> None:
+    (tmp_path / "status.json").write_text(found)
+    with pytest.raises(CoverageError), reported("train", tmp_path):
+        raise CoverageError("rows are missing")
+    assert status(tmp_path) == ("failed", 6)
+
+
+@pytest.mark.parametrize("verb", ["train", "select"])
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "file").write_text("")
+    said = r"output_dir: found .*file/run, which cannot be written to .Not a directory"
+    with pytest.raises(ConfigError, match=said), reported(verb, tmp_path / "file" / "run"):
+        raise AssertionError("it was not refused before the work began")
+
+
+def test_a_disk_that_fills_up_does_not_change_how_the_command_ends(tmp_path: Path) -> None:
+    def work(folder: Path, error: Exception | None) -> None:
+        with reported("train", folder):
+            (folder / "status.json").unlink()
+            folder.rmdir()
+            folder.write_text("")  # where no status can be written any more
+            if error is not None:
+                raise error
+
+    work(tmp_path / "run", None)
+    with pytest.raises(CoverageError):
+        work(tmp_path / "other", CoverageError("rows are missing"))
+
+
+def test_work_that_holds_signals_asks_for_them_and_hears_only_the_first() -> None:
+    with stop.listening():
+        with stop.held():
+            assert not stop.is_asked()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_asked()
+            assert stop.is_asked_anywhere()
+        with pytest.raises(Interrupted, match=r"^SIGUSR1: stopped$"):
+            stop.leave()
+        os.kill(os.getpid(), signal.SIGTERM)  # on the way up
+    assert not stop.is_asked()
+
+
+def test_work_that_may_be_dropped_is_dropped_when_a_signal_is_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop, "PATIENCE", 0.2)
+    with stop.listening(), stop.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        begun = time.monotonic()
+        with pytest.raises(Interrupted), stop.droppable():
+            time.sleep(60)
+        assert time.monotonic() < begun + 50
+
+
+def test_a_worker_hears_its_parent_alone(tmp_path: Path) -> None:
+    """A launcher signals the whole process group, loaders' workers too, which their parent still needs."""
+    with stop.listening(), stop.held():
+        fork = multiprocessing.get_context("fork")
+        worker = fork.Process(target=time.sleep, args=(60,), daemon=True)
+        worker.start()
+        for number in ("TERM", "USR1"):
+            subprocess.run(["bash", "-c", f"kill -{number} {worker.pid}"], check=True)
+        worker.join(1)
+        assert worker.is_alive()
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -54,6 +54,11 @@ class Combinations:
         if self._values.get("do_train") is not True:
             self._problems.add(self._origin, "do_train", "true", self._values.get("do_train", NOTHING))
 
+    def check_signals(self) -> None:
+        """Refuse a second answer to SIGTERM: it would end a run that is broken off as if it had finished."""
+        why = "A signal already makes train write a checkpoint that it resumes from: dataflex.checkpoint_on_signal"
+        self._refuse_if_set("enable_jit_checkpoint", why)
+
     def check_rows(self, stage: str) -> None:
         """Refuse what leaves no rows to choose from, or another program to choose in."""
         if stage not in ("sft", "pt"):

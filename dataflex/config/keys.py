@@ -130,6 +130,11 @@ class DataflexKeys(Parameters):
         description="train keeps the state at the end of a warm-up, its optimizer too, beside the features, for the "
         "runs that begin alike; featurize always does",
     )
+    checkpoint_on_signal: bool = Field(
+        True,
+        description="train writes a checkpoint at the end of the step in which SIGTERM or SIGUSR1 stops it, so that no "
+        "step is done twice; false: it stops there without one",
+    )
     features: tuple[FeatureSpec, ...] = Field(
         (), description="features that featurize computes beside the method's own"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.trainers.checkpoints import mark_complete, require_whole
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
+from dataflex.trainers.stopping import Stopping
 from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,13 @@ _CHANGED = ("rm", "ppo")
 """Stages whose checkpoints LLaMA-Factory changes after they are written, and does not resume from."""
 
 
-def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_min_delta: float = 0.0) -> None:
+def run(
+    arguments: Mapping[str, Any],
+    director: Director | None,
+    early_stopping_min_delta: float = 0.0,
+    checkpoint_on_signal: bool = True,
+    is_training: bool = True,
+) -> None:
     """Train as `llamafactory-cli train` does, with our trainer where there is a director.
 
     A process group that this starts is left to the caller (`distributed.leave`).
@@ -40,11 +47,14 @@ def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_
         arguments: LLaMA-Factory's keys and values, DataFlex keys removed.
         director: accompanies the run, and decides its rows if it has `decide`; None for LLaMA-Factory untouched.
         early_stopping_min_delta: with `early_stopping_steps`, what counts as an improvement.
+        checkpoint_on_signal: whether a training that a signal stops leaves a checkpoint.
+        is_training: whether the run is a training, and not one that only computes features.
 
     Raises:
         ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
         CorruptionError: a checkpoint that is named, to resume from or to load, is damaged.
         MismatchError: a checkpoint that is named cannot be resumed from.
+        Interrupted: a signal asked the run to stop.
     """
     from llamafactory.train import tuner
 
@@ -58,15 +68,22 @@ def run(arguments: Mapping[str, Any], director: Director | None, early_stopping_
     resumption = Resumption.of(arguments, takes_unmarked=director is None)
     _check_weights(arguments)
     arguments |= resumption.arguments()
-    with _explained(), patch.object(tuner, "dist", no_group):
+    stopping = Stopping(resumption, checkpoint_on_signal and is_training, is_training, _kept_by(director))
+    callbacks.append(stopping)
+    with stopping, _explained(), patch.object(tuner, "dist", no_group):
         if director is None:
             if arguments.get("stage") not in _CHANGED:
-                callbacks.append(_Marks())
+                callbacks.insert(0, _Marks())  # what is stopped at a save is marked
             with _begun_at(resumption):
                 tuner.run_exp(arguments, callbacks)
             return
-        with _substituted(str(arguments["stage"]), director, resumption), contextlib.suppress(Stopped):
+        with _substituted(str(arguments["stage"]), director, resumption, stopping), contextlib.suppress(Stopped):
             tuner.run_exp(arguments, callbacks)
+
+
+def _kept_by(director: Director | None) -> Callable[[], int]:
+    """Return what tells the steps whose end state the director has kept."""
+    return lambda: int(getattr(director, "steps_kept", 0))
 
 
 @contextlib.contextmanager
@@ -86,7 +103,7 @@ def _explained() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _substituted(stage: str, director: Director, resumption: Resumption) -> Iterator[None]:
+def _substituted(stage: str, director: Director, resumption: Resumption, stopping: Stopping) -> Iterator[None]:
     """Put our trainer and our `get_dataset` in place inside the stage's workflow module, and nowhere else."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
     base = getattr(workflow, _TRAINERS[stage])
@@ -104,8 +121,14 @@ def _substituted(stage: str, director: Director, resumption: Resumption) -> Iter
 
     class Joined(added, base):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any) -> None:
-            about = {"row_sets": loaded[-1], "model_args": model_arguments[-1], "resumption": resumption}
-            super().__init__(director=director, **about, **kwargs)
+            super().__init__(
+                director=director,
+                row_sets=loaded[-1],
+                model_args=model_arguments[-1],
+                resumption=resumption,
+                stopping=stopping,
+                **kwargs,
+            )
 
     with patch.object(workflow, _TRAINERS[stage], Joined), patch.object(workflow, "get_dataset", get_dataset):
         yield

@@ -111,7 +111,7 @@ def newest_first(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Return every folder that is called as a checkpoint is, by its step, the last first."""
     root = Path(output_dir)
     found = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: _step(path.name), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def agreed(output_dir: str | os.PathLike[str]) -> str | None:
@@ -122,7 +122,7 @@ def agreed(output_dir: str | os.PathLike[str]) -> str | None:
     reads = distributed.local_rank() == 0
     mine = [path.name for path in newest_first(output_dir)] if reads else []
     every = {name for names in distributed.gather(mine) for name in names}
-    for name in sorted(every, key=_step, reverse=True):
+    for name in sorted(every, key=step_of, reverse=True):
         path = Path(output_dir) / name
         reasons = distributed.gather(incomplete_reason(path) if reads else None)
         reason = next((found for found in reasons if found is not None), None)
@@ -133,8 +133,9 @@ def agreed(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def _step(name: str) -> int:
-    return int(name.rpartition("-")[2])
+def step_of(checkpoint: str | os.PathLike[str]) -> int:
+    """Return the step that a checkpoint is called by."""
+    return int(os.fspath(checkpoint).rpartition("-")[2])
 
 
 def _read(root: Path) -> dict[str, Any] | None:

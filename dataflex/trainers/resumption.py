@@ -10,7 +10,7 @@ from typing import Any
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CorruptionError, MismatchError
-from dataflex.trainers.checkpoints import agreed, incomplete_reason, is_marked, newest_complete, newest_first
+from dataflex.trainers.checkpoints import agreed, incomplete_reason, is_marked, newest_complete, newest_first, step_of
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,14 @@ class Resumption:
         if found is None:
             self._refuse_none()
         return found
+
+    def newest(self, step: int) -> int:
+        """Return the step of the newest checkpoint up to a step that seems whole, by names and sizes; 0: none."""
+        takes_any = self.takes_unmarked and not self._has_marks()
+        for path in newest_first(self.output_dir):
+            if step_of(path) <= step and (takes_any or incomplete_reason(path, contents=False) is None):
+                return step_of(path)
+        return 0
 
     def _has_marks(self) -> bool:
         return any(is_marked(path) for path in newest_first(self.output_dir))

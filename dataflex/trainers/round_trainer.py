@@ -12,9 +12,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, Interrupted
 from dataflex.schedule import Round, Schedule
-from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.rounds import DecidedRound, RoundLoader
 from dataflex.trainers.trainer import DataflexTrainer, Director, same_random_state
 
@@ -38,8 +37,7 @@ class RoundTrainer(DataflexTrainer):
         director: decides the rows.
         row_sets: as for `DataflexTrainer`.
         model_args: as for `DataflexTrainer`.
-        resumption: as for `DataflexTrainer`.
-        kwargs: what LLaMA-Factory's workflow passes to its trainer.
+        kwargs: what LLaMA-Factory's workflow passes to its trainer, and the rest of `DataflexTrainer`.
 
     Raises:
         ConfigError: an argument cannot be reconciled with rounds.
@@ -47,9 +45,7 @@ class RoundTrainer(DataflexTrainer):
 
     director: RoundDirector
 
-    def __init__(
-        self, *, director: RoundDirector, row_sets: Any, model_args: Any, resumption: Resumption, **kwargs: Any
-    ):
+    def __init__(self, *, director: RoundDirector, row_sets: Any, model_args: Any, **kwargs: Any):
         args = kwargs["args"]
         if args.auto_find_batch_size:
             raise ConfigError(
@@ -60,7 +56,7 @@ class RoundTrainer(DataflexTrainer):
         args.max_steps = director.schedule.total(rows=len(row_sets.train), batch=batch)
         args.ignore_data_skip = True  # the loader starts at the step itself
         self.rounds = director.schedule.rounds(rows=len(row_sets.train), batch=batch)
-        super().__init__(director=director, row_sets=row_sets, model_args=model_args, resumption=resumption, **kwargs)
+        super().__init__(director=director, row_sets=row_sets, model_args=model_args, **kwargs)
         self.add_callback(_EpochShown(director.schedule.shown_epoch(len(row_sets.train), batch)))
 
     def get_train_dataloader(self) -> Any:
@@ -69,8 +65,13 @@ class RoundTrainer(DataflexTrainer):
         return RoundLoader(self, self.rounds, self._decide)
 
     def _decide(self, round: Round) -> DecidedRound | None:
-        with same_random_state():
-            decided = self.director.decide(self, round)
+        try:
+            with same_random_state():
+                decided = self.director.decide(self, round)
+        except Interrupted:  # on every rank, between two steps
+            if self.stopping.is_due(self.args, self.state):
+                self._save_checkpoint(self.model, trial=None)
+            raise
         if decided is None:
             self.control.should_training_stop = True
             self._stopped = self.director.interrupts

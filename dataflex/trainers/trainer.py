@@ -24,6 +24,7 @@ from dataflex.schedule import Round
 from dataflex.trainers.checkpoints import mark_complete, unmark
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.resumption import Resumption
+from dataflex.trainers.stopping import Stopping
 from dataflex.trainers.weighing import Weighing
 
 
@@ -55,16 +56,27 @@ class DataflexTrainer(Trainer):
         row_sets: training rows and target sets (`dataflex.llamafactory.rows.RowSets`).
         model_args: LLaMA-Factory's model arguments.
         resumption: where to begin.
+        stopping: what ends the run where a signal asks for it.
         kwargs: what LLaMA-Factory's workflow passes to its trainer.
     """
 
     rounds: Sequence[Round] = ()
     """None, where the order of rows is LLaMA-Factory's own."""
 
-    def __init__(self, *, director: Director, row_sets: Any, model_args: Any, resumption: Resumption, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        director: Director,
+        row_sets: Any,
+        model_args: Any,
+        resumption: Resumption,
+        stopping: Stopping,
+        **kwargs: Any,
+    ):
         args = kwargs["args"]
         self.director = director
         self.resumption = resumption
+        self.stopping = stopping
         self.row_sets = row_sets
         self.model_arguments = model_args
         self.global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
