@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -106,12 +107,14 @@ def import_plugin(name: str) -> Any:
     """Import a module by dotted name, or a file by a path ending in .py; a file is imported once.
 
     Raises:
-        ConfigError: there is no such module or file, or one that it needs is missing.
+        ConfigError: there is no such module or file, it is no Python, or one that it needs is missing.
     """
     try:
         if not name.endswith(".py"):
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise ConfigError(f"found {name!r}; expected the dotted name of a module, or a path to a .py file")
             return importlib.import_module(name)
-        path = Path(name).expanduser().resolve()
+        path = Path(os.path.expanduser(name)).resolve()
         module_name = f"dataflex_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         if module_name in sys.modules:
             return sys.modules[module_name]
@@ -128,7 +131,7 @@ def import_plugin(name: str) -> Any:
             del sys.modules[module_name]
             raise
         return module
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(
             f"importing {name} failed: {error}; expected an importable module or a path to a .py file"
         ) from error

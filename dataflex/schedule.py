@@ -11,6 +11,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+MOST_STEPS = 10_000_000
+"""Optimizer steps of a run, at most: its rounds are kept in memory, 200 bytes each."""
+
 
 @dataclass(frozen=True)
 class Round:

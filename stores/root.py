@@ -17,6 +17,7 @@ from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import claim, find_record
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.states import StateStore
+from dataflex.stores.urls import refuse_unreachable
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("dataflex", "llamafactory", "numpy", "peft", "pyarrow", "torch", "transformers")
@@ -27,8 +28,13 @@ REMOVING = "removing.json"
 
 
 def open_files(root: str | os.PathLike[str]) -> Files:
-    """Return the files under a local folder or an fsspec URL."""
+    """Return the files under a local folder or an fsspec URL.
+
+    Raises:
+        ConfigError: no such URL can be reached.
+    """
     url = os.fspath(root)
+    refuse_unreachable(url)
     if url.startswith("file://"):
         return LocalFiles(url.removeprefix("file://"))
     return RemoteFiles(url) if "://" in url else LocalFiles(url)

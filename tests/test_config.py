@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from dataflex.config import load, store_root
 from dataflex.config.keys import DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import known_keys
+from dataflex.config.outputs import check_store, refuse_unwritable, why_unwritable
+from dataflex.config.problems import Origin, Problems
 from dataflex.errors import ConfigError
 from dataflex.features.spec import EmbeddingSpec
 from dataflex.schedule import Schedule
@@ -80,6 +83,7 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "components.yaml").write_text(COMPONENTS)
     (tmp_path / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "wrong.py").write_text("def\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -245,6 +249,79 @@ def test_default_components_file_is_read_if_there_is_one():
         ("gradient_accumulation_steps: 0", ["gradient_accumulation_steps: found 0; expected at least 1"]),
         ("num_train_epochs: -1", ["num_train_epochs: found -1; expected more than 0"]),
         ("hf_hub_token: 123", ["hf_hub_token: found a value (not shown); expected text"]),
+        ("lr_scheduler_type: constnat", ["found 'constnat'; expected one of linear, cosine, ", "'constant'?"]),
+        ("optim: adamw_hf", ["optim: found 'adamw_hf'; expected one of adamw_torch, "]),
+        ("flash_attn: fa22", ["flash_attn: found 'fa22'; expected one of auto, disabled, sdpa, ", "'fa2'?"]),
+        ("log_level: warn", ["log_level: found 'warn'; expected one of detail, debug, ", "'warning'?"]),
+        ("ddp_backend: ncl", ["ddp_backend: found 'ncl'; expected one of nccl, gloo, ", "'nccl'?"]),
+        (
+            "eval_strategy: no",
+            ["eval_strategy: found false; expected text (YAML", "quote it): one of no, steps, epoch"],
+        ),
+        ("seed: -1", ["run.yaml:16: seed: found -1; expected at least 0"]),
+        ("data_seed: 4294967296", ["data_seed: found 4294967296; expected at most 4294967295"]),
+        ("warmup_ratio: 5", ["warmup_ratio: found 5; expected at most 1"]),
+        ("max_samples: 3000000000", ["max_samples: found 3000000000; expected at most 2147483647"]),
+        ("dataset: [pool, [target]]", ["dataset: found ['pool', ['target']]; expected text, or a list of texts"]),
+        ("lora_rank: 1" + 30 * "0", ["run.yaml: found a whole number beyond 9007199254740992; expected a smaller one"]),
+        # what Transformers would only say by a traceback
+        (
+            "load_best_model_at_end: true\nsave_strategy: steps\neval_strategy: epoch",
+            ["save_strategy: found 'steps'; expected epoch, as eval_strategy, or best. load_best_model_at_end needs"],
+        ),
+        (
+            "load_best_model_at_end: true\neval_strategy: steps\nsave_steps: 30\neval_steps: 20",
+            ["save_steps: found 30; expected a multiple of eval_steps. load_best_model_at_end needs an evaluation at"],
+        ),
+        (
+            "load_best_model_at_end: true",
+            ["eval_strategy: found nothing; expected steps or epoch. load_best_model_at_"],
+        ),
+        (
+            "lr_scheduler_type: reduce_lr_on_plateau",
+            ["eval_strategy: found nothing; expected steps or epoch. lr_sched"],
+        ),
+        (
+            "early_stopping_steps: 3\neval_strategy: epoch",
+            ["metric_for_best_model: found nothing; expected the metric that early_stopping_steps goes by, such as"],
+        ),
+        (
+            "load_best_model_at_end: true\neval_strategy: steps\nsave_steps: 20\neval_steps: 10\n"
+            "eval_on_each_dataset: true\neval_dataset: pool, target",
+            [
+                "metric_for_best_model: found nothing; expected the metric that picks the best model: eval_pool_loss "
+                "or eval_target_loss. With eval_on_each_dataset each set is measured under its own name"
+            ],
+        ),
+        (
+            "metric_for_best_model: eval_los\neval_strategy: epoch",
+            ["metric_for_best_model: found 'eval_los'; expected the metric that picks ", "did you mean 'eval_loss'?"],
+        ),
+        ("logging_steps: 0", ["logging_steps: found 0; expected more than 0, or logging_strategy: no"]),
+        # trackers, output, stores
+        ("report_to: wandbb", ["report_to: found 'wandbb'; expected one of all, azure_ml, ", "did you mean 'wandb'?"]),
+        (
+            "report_to: [neptune]",
+            [
+                "report_to: found 'neptune'; expected a tracker whose package is installed; found no neptune",
+                "pip install",
+            ],
+        ),
+        (
+            "output_dir: /dev/null",
+            ["output_dir: found '/dev/null'; expected a folder that can be written to; /dev/null"],
+        ),
+        ("output_dir: model/config.json/x", ["model/config.json is no folder"]),
+        ("output_dir: ''", ["output_dir: found ''; expected a folder for the run's output"]),
+        (
+            "dataflex: {store: 'nosuch://x'}",
+            ["dataflex.store: found 'nosuch://x'; expected a path, or a URL that fsspec"],
+        ),
+        (
+            "dataflex: {store: 's3://'}",
+            ["dataflex.store: found 's3://'; expected a URL with a bucket or folder, as s3://"],
+        ),
+        ("dataflex: {store: model/config.json}", ["config.json'; expected a folder, or one that can be made"]),
         # values of DataFlex's flat keys
         (
             "train_type: dynamic_selct",
@@ -261,12 +338,19 @@ def test_default_components_file_is_read_if_there_is_one():
             ["early_stopping_min_delta: found -0.1; expected greater than or equal to 0"],
         ),
         ("component_name: 3", ["component_name: found 3; expected text"]),
+        ("component_name: ':'", ["component_name: found ''; expected the dotted name of a module, or a path to a .py"]),
+        ("component_name: .x:Y", ["component_name: found '.x'; expected the dotted name of a module"]),
+        ("component_name: ./wrong.py:X", ["component_name: importing ./wrong.py failed: ", "(wrong.py, line 1)"]),
+        ("update_times: 1000000000000", ["update_times: found 1000000000000; expected less than or equal to 10000000"]),
+        ("update_times: 9999999", ["update_times: found 100000000 optimizer steps in all; expected at most 10000000"]),
         ("component_name: les", ["component_name: found 'les'; expected a selector (", "did you mean 'less'?"]),
         ("component_name: no_such.module:X", ["component_name: importing no_such.module failed"]),
         ("component_name: ./none.py:X", ["component_name: found no file", "none.py; expected a Python file"]),
         ("component_name: dataflex.selectors.less:Les", ["found no Les in dataflex.selectors.less", "'Less'?"]),
         # values of the dataflex mapping
         ("dataflex: 3", ["dataflex: found 3; expected a mapping of keys to values"]),
+        ("dataflex: {1: 2}", ["dataflex.1: found 1; expected text as a key (quote it)"]),
+        ("dataflex: {params: {1: 2}}", ["dataflex.params.1: found 1; expected text as a key (quote it)"]),
         ("dataflex: {refresh: {policy: sometimes}}", ["dataflex.refresh.policy: found 'sometimes'; expected full, "]),
         ("dataflex: {refresh: {policy: full, max_age: 3}}", ["dataflex.refresh: ", "expected policy: rotating"]),
         ("dataflex: {nonfinite_limit: 2}", ["dataflex.nonfinite_limit: found 2; expected less than or equal to 1"]),
@@ -320,7 +404,6 @@ def test_default_components_file_is_read_if_there_is_one():
         ("streaming: true", ["streaming: found true; expected it left out. Rows of a stream"]),
         ("predict_with_generate: true", ["predict_with_generate: found true; ", "prompts without labels"]),
         ("use_dora: true", ["use_dora: found true; expected it left out. There is no exact per-example gradient"]),
-        ("additional_target: embed_tokens", ["additional_target: found 'embed_tokens'; ", "no exact gradient"]),
         ("finetuning_type: oft", ["finetuning_type: found 'oft'; expected lora, full or freeze"]),
         ("use_galore: true\nfinetuning_type: full", ["use_galore: found true; ", "gradient_type: sgd, or AdamW"]),
         ("use_muon: true", ["use_muon: found true; expected it left out. gradient_type: adam takes the moments"]),
@@ -409,6 +492,134 @@ def test_missing_key(without, expected):
 )
 def test_bad_override(override, expected):
     assert expected in refusal(overrides=(override,))
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("dataflex.params.seed=x", "dataflex.params.seed"),
+        ("dataflex.params={seed: x}", "dataflex.params.seed"),
+        ("dataflex={params: {seed: x}}", "dataflex.params.seed"),
+        ("seed=x", "seed"),
+    ],
+)
+def test_an_override_is_not_blamed_on_the_file(override, path):
+    text = refusal("seed: 3\ndataflex:\n  params:\n    seed: 3", overrides=(override,))
+    assert text.startswith(f"1 problem in the configuration:\n  command line: {path}: found 'x'; expected ")
+
+
+def test_the_value_of_an_override_takes_the_place_of_the_files():
+    run = "dataflex:\n  storage: int8\n  params: {proj_dim: 64, seed: 3}"
+    for overrides, expected in [
+        (["dataflex.params={}"], (8192, 0, "int8")),
+        (["dataflex.params={seed: 4}"], (8192, 4, "int8")),
+        (["dataflex.params.seed=4"], (64, 4, "int8")),
+        (["dataflex.params={}", "dataflex.params.seed=4"], (8192, 4, "int8")),
+        (["dataflex={}"], (8192, 0, "float16")),
+    ]:
+        loaded = load(write(run), overrides)
+        assert (loaded.params.proj_dim, loaded.params.seed, loaded.dataflex.storage) == expected
+
+
+def test_everything_wrong_with_a_component_comes_at_once():
+    """Unknown and wrong parameters, and what the right ones come to with each other and the rest of the run file."""
+    params = "{proj_dims: 2, seed: x, checkpoints: [gone], projection: factorized}"
+    text = refusal(f"dataflex: {{params: {params}, weighter: {{name: los}}}}\nuse_dora: true")
+    for expected in (
+        "dataflex.params.proj_dims: found an unknown key",
+        "dataflex.params.seed: found 'x'",
+        "dataflex.params: found 'gone'; expected checkpoint folders that exist",
+        "dataflex.params.projection: found factorized with Adam's direction",
+        "dataflex.weighter: found {'name': 'los'}; expected it with train_type: dynamic_mix",
+        "use_dora: found true",
+    ):
+        assert expected in text
+    assert text.startswith("6 problems")
+
+
+def test_what_several_keys_are_together_is_said_once():
+    text = refusal("dataflex: {params: {proj_dims: 2, checkpoints: [model], weights: [1, 2]}}")
+    assert text.startswith("2 problems")
+    assert "expected as many weights as checkpoints" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "max_steps: 30\ntrain_step: 30",  # the same said twice
+        "load_best_model_at_end: true\neval_strategy: steps\nsave_steps: 20\neval_steps: 10",
+        "load_best_model_at_end: true\neval_strategy: epoch\nsave_strategy: best",
+        "load_best_model_at_end: true\neval_strategy: steps\neval_steps: 0.1\nsave_steps: 0.2",
+        "metric_for_best_model: accuracy\ncompute_accuracy: true\neval_strategy: epoch",
+        "metric_for_best_model: target_loss\neval_on_each_dataset: true\neval_strategy: epoch",
+        "report_to: none",
+        "report_to: []",
+        "report_to: all",
+        "additional_target: embed_tokens,lm_head\nresize_vocab: true",
+        "seed: 4294967295\nmax_grad_norm: -1\nsave_steps: -1\nsave_total_limit: 0\ndataloader_num_workers: 0",
+        "max_steps: -1\npissa_iter: -1\nlocal_rank: -1\nfreeze_trainable_layers: -2\nwarmup_ratio: 1.0",
+        "fsdp: ''\nneftune_noise_alpha: 5\ndebug: underflow_overflow",
+    ],
+)
+def test_nothing_is_refused_without_ground(changes):
+    assert load(write(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ("dataflex: {store: 's3://bucket/x'}", "s3://bucket/x cannot be reached from here: "),
+        ("component_name: random\nquantization_bit: 4", "quantization_bit needs a package that is not installed here"),
+        ("flash_attn: fa2", "flash_attn: fa2 is not used here: found no flash_attn"),
+        ("component_name: random\nuse_galore: true\nfinetuning_type: full", "use_galore needs a package"),
+    ],
+)
+def test_a_package_that_is_not_here_may_be_where_the_run_is(changes, note):
+    assert any(note in text for text in load(write(changes)).notes)
+
+
+@pytest.mark.parametrize("file", ["model/config.json", "adapter/adapter_config.json", "ds.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\0", "{'a': 1}"])
+def test_a_damaged_configuration_is_named(file, text):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    Path("ds.json").write_text("{}")
+    assert load(write("adapter_name_or_path: adapter\ndeepspeed: ds.json"))
+    Path(file).write_text(text)
+    found = refusal("adapter_name_or_path: adapter\ndeepspeed: ds.json")
+    assert found.startswith("1 problem")
+    assert f"  {file}" in found
+
+
+def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # one that whoever we turn into can reach
+        os.chmod(folder, 0o555)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            assert why_unwritable(f"{folder}/out") == f"{folder} may not be written to"
+            assert why_unwritable(folder) == f"{folder} may not be written to"
+            with pytest.raises(ConfigError, match=r"--output: found .*; expected a file that can be written"):
+                refuse_unwritable("--output", Path(folder, "chosen.json"))
+            keys = DataflexKeys()
+            for section, updates, writes in [
+                (keys, Schedule(3, 2, 2), True),
+                (keys, Schedule(3, 2, 1), False),
+                (keys, Schedule(3, 2, 1, 0, 2.0), True),
+                (DataflexKeys(on_missing="error"), Schedule(3, 2, 2), False),
+                (DataflexKeys.model_validate({"refresh": {"policy": "static"}}), Schedule(3, 2, 2), False),
+            ]:
+                problems = Problems()
+                check_store(folder, folder, section.must_write(updates), Origin(Path("run.yaml")), problems)
+                with pytest.raises(ConfigError, match="every update computes") if writes else contextlib.nullcontext():
+                    problems.raise_if_any()
+        finally:
+            if is_root:
+                os.seteuid(0)
+    with pytest.raises(ConfigError, match="found the folder"):
+        refuse_unwritable("--output", tmp_path)
+    assert "bytes" in str(why_unwritable("x" * 300))
 
 
 def test_all_problems_come_at_once():
@@ -541,6 +752,10 @@ def test_lists_and_null_where_llamafactory_takes_them():
             "x.columns.prompt: found 'q'; expected a key of the records",
         ),
         ({"file_name": "pool.json", "ranking": True}, "x.ranking: found true; expected no preference pairs"),
+        (
+            {"file_name": "pool.json", "columns": {"kto_tag": "good"}},
+            "x.columns.kto_tag: found 'good'; expected no such column in stage sft or pt",
+        ),
     ],
 )
 def test_bad_registration(entry, expected):

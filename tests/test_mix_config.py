@@ -79,7 +79,7 @@ def test_what_a_mixture_cannot_be_is_refused(changes: str, said: str) -> None:
         ("enable_liger_kernel: true", "Its fused loss hides the logits"),
         ("use_unsloth: true", "there is none of single examples"),
         ("use_dft_loss: true", "another loss than the one"),
-        ("max_steps: 5\ntrain_step: 5", "max_steps: found 5; expected nothing"),
+        ("max_steps: 5\ntrain_step: 6", "max_steps: found 5; expected nothing"),
         ("dataflex: {weighter: {name: loss}}", "the weighter is component_name itself"),
         ("dataflex: {params: {strategy: lin}}", "dataflex.params.strategy: found 'lin'; expected "),
     ],

@@ -9,7 +9,7 @@ from typing import Any
 from dataflex.config.llamafactory_keys import template_names
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.features.spec import GradientSpec
-from dataflex.schedule import Schedule
+from dataflex.schedule import MOST_STEPS, Schedule
 
 _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 """Optimizers with plain moments per parameter; 8-bit ones keep quantised blocks."""
@@ -43,7 +43,7 @@ class Combinations:
         if stage == "sft":
             wanted["template"] = "the name of a chat template of LLaMA-Factory"
         for key, expected in wanted.items():
-            if self._values.get(key) is None:
+            if self._values.get(key) is None and not self._problems.has(key):
                 self._problems.add(self._origin, key, expected)
         template, templates = self._values.get("template"), template_names()
         if template is not None and templates and template not in templates:
@@ -51,7 +51,7 @@ class Combinations:
             self._problems.add(self._origin, "template", expected, template, known=templates)
         if self._values.get("fp16") and self._values.get("bf16"):
             self._refuse("fp16", "it left out beside bf16: true", "A run has one reduced precision")
-        if self._values.get("do_train") is not True:
+        if self._values.get("do_train") is not True and not self._problems.has("do_train"):
             self._problems.add(self._origin, "do_train", "true", self._values.get("do_train", NOTHING))
 
     def check_signals(self) -> None:
@@ -79,10 +79,14 @@ class Combinations:
                 self._problems.say(self._origin, f"environment variable {name}", text, why)
 
     def check_schedule(self, schedule: Schedule, train_type: str) -> None:
-        """Refuse a second source of the number of steps."""
+        """Refuse a second source of the number of steps that says otherwise, and more steps than a run can have."""
         steps = self._values.get("max_steps")
-        if isinstance(steps, int) and steps > 0 and (train_type != "dynamic_weight" or schedule.train_step):
+        is_second = train_type != "dynamic_weight" or schedule.train_step > 0
+        if isinstance(steps, int) and steps > 0 and is_second and steps != schedule.train_step:
             self._refuse("max_steps", "nothing", f"Set train_step: {steps}, which takes its place under {train_type}")
+        if not schedule.needs_rows and schedule.total() > MOST_STEPS:
+            text = f"found {schedule.total()} optimizer steps in all; expected at most {MOST_STEPS}"
+            self._problems.say(self._origin, "update_times", text)
         if self._values.get("warmup_steps") is not None and schedule.warmup_step == 0:
             self.notes.append(
                 f"warmup_steps: {self._values['warmup_steps']} warms up the learning rate; steps on random rows before "
@@ -139,7 +143,6 @@ class Combinations:
         if kind not in ("lora", "full", "freeze"):
             self._refuse("finetuning_type", "lora, full or freeze", "There are no exact gradients of other adapters")
         self._refuse_if_set("use_dora", "There is no exact per-example gradient of DoRA's magnitudes")
-        self._refuse_if_set("additional_target", "There is no exact gradient of whole modules beside LoRA")
         why = "Exact gradients over a quantised base are not verified in this version"
         self._refuse_if_set("quantization_bit", why)
         if any(spec.direction == "adam" and spec.projection.type == "factorized" for spec in specs):

@@ -101,7 +101,10 @@ def component(
     values = {}
     for key, value in {**below, **inline}.items():
         origin, prefix = place(key)
-        values[key] = replaced(value, output_dir, origin, f"{prefix}.{key}", problems)
+        if isinstance(key, str):
+            values[key] = replaced(value, output_dir, origin, f"{prefix}.{key}", problems)
+        else:
+            problems.add(origin, f"{prefix}.{key}", "text as a key (quote it)", key)
     params = _checked(cls, values, place, problems)
     if params is None:
         return None
@@ -119,7 +122,7 @@ def component(
 
 def find_file(path: str, run_file: Path) -> Path | None:
     """Return an existing file: relative to the working folder, else to the run file's."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))  # not Path.expanduser, which raises for a user that is not known
     return next((found for found in (given, run_file.parent / given) if os.path.isfile(found)), None)
 
 
@@ -204,11 +207,15 @@ def _checked(
     if endless:
         return None
     if isinstance(model, type) and issubclass(model, BaseModel):
-        params: BaseModel | ValidationError = validated(model, values)
-        if isinstance(params, ValidationError):
-            problems.add_invalid(params, model, values, place)
-            return None
-        return params
+        wrong: set[str] = set()
+        while isinstance(
+            params := validated(model, {k: v for k, v in values.items() if k not in wrong}), ValidationError
+        ):
+            found = problems.add_invalid(params, model, values, place, left_out=wrong)
+            if not found & values.keys() - wrong:  # what is wrong is their being together, or what is not there
+                return None
+            wrong |= found  # on with the others: what they are together, and with the rest of the run file, is seen too
+        return params  # type: ignore[no-any-return]
     accepted = constructor_params(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
     unknown = [key for key in values if key in RUNTIME or not (takes_any or key in accepted)]

@@ -27,13 +27,19 @@ def check_files(values: Mapping[str, Any], origin: Origin, problems: Problems) -
     for key, mark in (("model_name_or_path", "config.json"), ("adapter_name_or_path", "adapter_config.json")):
         for name in names(values.get(key)):
             folder = os.path.expanduser(name)
-            if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, mark)):
+            file = os.path.join(folder, mark)
+            if os.path.isdir(folder) and not os.path.isfile(file):
                 problems.add(origin, key, f"a folder with {mark}", name)
+            elif os.path.isdir(folder):
+                _object(Path(file), problems)
             elif not os.path.exists(folder) and _is_path(name):
                 problems.add(origin, key, "a folder that exists, or a name on the Hub (owner/name)", name)
     deepspeed = values.get("deepspeed")
-    if isinstance(deepspeed, str) and not deepspeed.startswith("{") and not os.path.isfile(deepspeed):
-        problems.add(origin, "deepspeed", "a JSON file that exists", deepspeed)
+    if isinstance(deepspeed, str) and not deepspeed.startswith("{"):
+        if os.path.isfile(deepspeed):
+            _object(Path(deepspeed), problems)
+        else:
+            problems.add(origin, "deepspeed", "a JSON file that exists", deepspeed)
     resumed = values.get("resume_from_checkpoint")
     if isinstance(resumed, str) and not os.path.isdir(resumed):
         problems.add(origin, "resume_from_checkpoint", "the folder of a checkpoint, or true for the newest", resumed)
@@ -48,6 +54,20 @@ def names(value: Any) -> list[str]:
 
 def _is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def _object(file: Path, problems: Problems) -> None:
+    """Note a file that holds no JSON object."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        problems.say(Origin(file), "", f"found no readable file ({error.strerror}); expected a JSON object")
+    except (ValueError, RecursionError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
+        problems.say(Origin(file), "", f"found text that is not JSON ({error}); expected an object", line=line)
+    else:
+        if not isinstance(found, dict):
+            problems.add(Origin(file), "", "a JSON object", found)
 
 
 def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
@@ -87,6 +107,10 @@ def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin,
         problems.add(info, f"{name}.formatting", f"one of {', '.join(_FORMATTINGS)}", formatting, _FORMATTINGS)
     if entry.get("ranking") and values.get("stage", "sft") in ("sft", "pt"):
         problems.add(info, f"{name}.ranking", "no preference pairs in stage sft or pt", entry["ranking"])
+    columns = entry.get("columns")
+    if isinstance(columns, dict) and columns.get("kto_tag") and values.get("stage", "sft") in ("sft", "pt"):
+        why = "LLaMA-Factory would make pairs for stage kto of the records, and drop every one of them"
+        problems.add(info, f"{name}.columns.kto_tag", "no such column in stage sft or pt", columns["kto_tag"], why=why)
     if any(key in entry for key in _REMOTE):
         return
     file_name = entry.get("file_name")

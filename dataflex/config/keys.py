@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from dataflex.features.spec import FeatureSpec
 from dataflex.params import Parameters
+from dataflex.schedule import MOST_STEPS, Schedule
 
 
 class FlatKeys(Parameters):
@@ -29,19 +30,28 @@ class FlatKeys(Parameters):
     warmup_step: int = Field(
         0,
         ge=0,
+        le=MOST_STEPS,
         description="steps before the method acts: at the head of every flex epoch, on rows drawn at random (select); "
         "once, at init_mixture_proportions (mix); once, on the plain loss (weight)",
     )
     update_step: int = Field(
         0,
         ge=0,
+        le=MOST_STEPS,
         description="steps from one update to the next; 0: one selection per flex epoch (select), the mixer's own "
         "interval (mix)",
     )
     update_times: int = Field(
-        1, description="updates per flex epoch; 0 or less: a flex epoch is one pass over the data; weight: not read"
+        1,
+        le=MOST_STEPS,
+        description="updates per flex epoch; 0 or less: a flex epoch is one pass over the data; weight: not read",
     )
-    train_step: int = Field(0, ge=0, description="total steps; 0: they follow from the keys above and num_train_epochs")
+    train_step: int = Field(
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="total steps; 0: they follow from the keys above and num_train_epochs",
+    )
     static_mix: bool = Field(False, description="mix: short for the mixer static")
     mixture_sample_rule: Literal["mixture", "stratified", "uniform"] | None = Field(
         None, description="mix: mixture leaves the shares to the mixer; stratified and uniform name a mixer themselves"
@@ -154,3 +164,8 @@ class DataflexKeys(Parameters):
         le=1,
         description="share of a dataset's distinct rows that may be NaN or infinite; more end it",
     )
+
+    def must_write(self, schedule: Schedule) -> bool:
+        """Say whether features of the live model are bound to be missing from the stores, and computed into them."""
+        has_several_updates = schedule.update_step > 0 and (schedule.update_times != 1 or schedule.num_train_epochs > 1)
+        return self.on_missing == "compute" and self.refresh.policy != "static" and has_several_updates

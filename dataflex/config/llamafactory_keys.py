@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.enumerations import enumerations, log_levels, source
 from dataflex.errors import ConfigError
 
 _SOURCES = {
@@ -23,19 +24,32 @@ _SPLIT_BY_COMMAS = (
     *("additional_target", "galore_target", "apollo_target"),
 )
 """Text for which LLaMA-Factory takes a list as well."""
-_LEAST: dict[str, tuple[float, str]] = {
-    "per_device_train_batch_size": (1, "at least 1"),
-    "per_device_eval_batch_size": (1, "at least 1"),
-    "gradient_accumulation_steps": (1, "at least 1"),
-    "cutoff_len": (1, "at least 1 token"),
-    "lora_rank": (1, "at least 1"),
-    "max_samples": (1, "at least 1 row"),
-    "num_train_epochs": (1e-9, "more than 0"),
-    "learning_rate": (0, "at least 0"),
-    "val_size": (0, "a share below 1, or a number of rows"),
+_MOST = 2**31 - 1
+"""Largest number that a key takes, unless the table below has another bound."""
+_BOUNDS: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank"),
+        (1, 1_000_000, "at least 1"),
+    ),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, "at least 0")),  # what NumPy takes
+    **dict.fromkeys(("early_stopping_steps", "torch_empty_cache_steps", "ddp_timeout"), (1, _MOST, "at least 1")),
+    **dict.fromkeys(("warmup_ratio", "lora_dropout"), (0, 1, "at least 0")),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0), "at least 0")),
+    **dict.fromkeys(
+        ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"),
+        (0, math.inf, "at least 0"),
+    ),
+    "dataloader_num_workers": (0, 4096, "at least 0"),
+    "preprocessing_num_workers": (1, 4096, "at least 1"),
+    "cutoff_len": (1, _MOST, "at least 1 token"),
+    "max_samples": (1, _MOST, "at least 1 row"),
+    "num_train_epochs": (1e-9, 10_000_000, "more than 0"),
+    "val_size": (0, _MOST, "a share below 1, or a number of rows"),
+    "quantization_bit": (1, 8, "1 to 8 bits"),
 }
-"""Bounds that LLaMA-Factory leaves unchecked: it would divide by zero, or train on nothing, much later."""
+"""Bounds that LLaMA-Factory leaves unchecked: it would divide by zero, train on nothing, or fill the memory."""
 _SIMPLE = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "list": "a list"}
+_QUOTE = "(YAML reads unquoted yes, no, on and off as true and false: quote it)"
 
 
 @dataclass(frozen=True)
@@ -86,11 +100,7 @@ def known_keys() -> dict[str, Key]:
 @functools.cache
 def template_names() -> tuple[str, ...]:
     """Return the chat templates that LLaMA-Factory registers; none if its sources are laid out otherwise."""
-    spec = importlib.util.find_spec("llamafactory")
-    path = Path(str(spec.origin)).parent / "data" / "template.py" if spec is not None else None
-    if path is None or not path.is_file():
-        return ()
-    calls = [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.Expr)]
+    calls = [node for node in ast.parse(source("llamafactory", "data/template.py")).body if isinstance(node, ast.Expr)]
     names = [
         keyword.value.value
         for call in calls
@@ -114,14 +124,23 @@ def fault(name: str, value: Any) -> str | None:
         accepted |= {"list"}
     if key.choices and isinstance(value, str):
         return None if value in key.choices else key.expected
+    if name in _SPLIT_BY_COMMAS and isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        return "text, or a list of texts"
     if kind in accepted:
-        least, expected = _LEAST.get(name, (0, ""))
-        return expected if expected and isinstance(value, int | float) and value < least else None
-    if kind == "bool" and "str" in accepted | ({"str"} if key.choices else set()):
-        return f"{key.expected} (YAML reads unquoted yes, no, on and off as true and false: quote it)"
+        return _out_of_bounds(name, value) if kind in ("int", "float") else None
+    if kind == "bool" and (key.choices or "str" in accepted):
+        return f"text {_QUOTE}: {key.expected}" if key.choices else f"{key.expected} {_QUOTE}"
     if kind == "str" and accepted & {"bool", "int", "float"} and "str" not in accepted:
         return f"{key.expected} (without quotes)"
     return key.expected
+
+
+def _out_of_bounds(name: str, value: float) -> str | None:
+    """Return what was expected of a number, or None if it is neither too small nor too large."""
+    least, most, expected = _BOUNDS.get(name, (-_MOST if isinstance(value, int) else -math.inf, _MOST, ""))
+    if value < least:
+        return expected or f"at least {least}"
+    return f"at most {most}" if value > most else None
 
 
 def _fields(node: ast.ClassDef) -> dict[str, Key]:
@@ -134,13 +153,26 @@ def _fields(node: ast.ClassDef) -> dict[str, Key]:
                 k.arg == "init" and isinstance(k.value, ast.Constant) and k.value.value is False for k in keywords
             ):
                 types, choices = _annotation(item.annotation)
-                found[item.target.id] = Key(frozenset(types), tuple(choices))
+                found[item.target.id] = Key(frozenset(types), tuple(choices or _named(keywords)))
     return found
 
 
+def _named(keywords: list[ast.keyword]) -> list[str]:
+    """Return the `choices` that a field's metadata names."""
+    metadata = next((k.value for k in keywords if k.arg == "metadata"), None)
+    for key, value in zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ():
+        if isinstance(key, ast.Constant) and key.value == "choices":
+            if isinstance(value, ast.List):
+                return [str(item.value) for item in value.elts if isinstance(item, ast.Constant)]
+            return list(log_levels()) if ast.unparse(value) == "trainer_log_levels.keys()" else []
+    return []
+
+
 def _annotation(node: ast.expr) -> tuple[set[str], list[str]]:
-    """Return type names and literal texts of an annotation; an enum is written as text, a config as a mapping."""
+    """Return type names and texts of an annotation: of a literal, or an enum's values; a config is a mapping."""
     match node:
+        case ast.Name(id=name) if name in enumerations():
+            return set(), list(enumerations()[name])
         case ast.Constant(value=None):
             return {"None"}, []
         case ast.Constant(value=str(text)):

@@ -11,11 +11,14 @@ from pydantic import BaseModel, ValidationError
 
 from dataflex.config.combinations import Combinations
 from dataflex.config.component import Asked, Component, component, find_file, replaced, validated
+from dataflex.config.evaluation import check_evaluation
 from dataflex.config.files import check_files
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import fault, known_keys
 from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule, watches
+from dataflex.config.outputs import check_output, check_store
+from dataflex.config.packages import check_trackers, missing_packages
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
@@ -73,10 +76,11 @@ class _Loading:
             made = each.cls(each.params) if each and hasattr(each.cls, "Params") else None
             if each and total and (note := idle_note(each.name, made, schedule, total)):
                 self.notes.append(note)
-        check_files(llamafactory, self.origin, self.problems)
-        self.problems.raise_if_any()
         params = found.params if found else None
-        cache_dir = getattr(params, "cache_dir", None) if found and found.needs else None
+        root = store_root(section.store, getattr(params, "cache_dir", None) if found and found.needs else None)
+        live = any(need.state is None for each in (found, weighter) if each for need in each.needs)
+        self._check_surroundings(llamafactory, section.store, root, live and section.must_write(schedule))
+        self.problems.raise_if_any()
         return Settings(
             path=self.origin.file,
             llamafactory=llamafactory,
@@ -89,9 +93,18 @@ class _Loading:
             needs=(*(found.needs if found else ()), *(weighter.needs if weighter else ())),
             schedule=schedule,
             dataflex=section,
-            store_root=store_root(section.store, cache_dir),
+            store_root=root,
             notes=tuple(self.notes),
         )
+
+    def _check_surroundings(self, llamafactory: Mapping[str, Any], store: str | None, root: str, writes: bool) -> None:
+        """Hold the keys against what is there: files, folders and packages."""
+        check_files(llamafactory, self.origin, self.problems)
+        check_evaluation(llamafactory, self.origin, self.problems)
+        check_trackers(llamafactory, self.origin, self.problems)
+        check_output(llamafactory.get("output_dir"), self.origin, self.problems)
+        self.notes += check_store(store, root, writes, self.origin, self.problems)
+        self.notes += missing_packages(llamafactory)
 
     def _llamafactory_keys(self) -> dict[str, Any]:
         """Return LLaMA-Factory's keys with values of the right type, the others noted."""
@@ -145,7 +158,9 @@ class _Loading:
             self.problems.add(self.origin, "dataflex", "a mapping of keys to values", values)
         right = {}
         for key, value in (values if isinstance(values, dict) else {}).items():
-            if key in FlatKeys.model_fields or (key in known_keys() and key not in DataflexKeys.model_fields):
+            if not isinstance(key, str):
+                self.problems.add(self.origin, f"dataflex.{key}", "text as a key (quote it)", key)
+            elif key in FlatKeys.model_fields or (key in known_keys() and key not in DataflexKeys.model_fields):
                 text = f"found an unknown key; expected {key} at the top level of the run file"
                 self.problems.say(self.origin, f"dataflex.{key}", text)
             elif key == "weighter" and isinstance(value, dict):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.config import files
 from dataflex.config.component import Asked, Component
 from dataflex.config.keys import FlatKeys
 from dataflex.config.problems import Origin, Problems
@@ -45,9 +46,7 @@ def mixing_schedule(flat: FlatKeys, epochs: float, mixer: Any) -> Schedule:
 
 def dataset_names(llamafactory: Mapping[str, Any]) -> list[str]:
     """Return the training datasets in order, each once, as LLaMA-Factory reads the key."""
-    given = llamafactory.get("dataset")
-    names = [name.strip() for name in given.split(",")] if isinstance(given, str) else list(given or [])
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(files.names(llamafactory.get("dataset"))))
 
 
 def check_mixing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,9 @@ from dataflex.errors import ConfigError
 from dataflex.registry import did_you_mean
 
 _SECRET = re.compile(r"token$|key$|secret$|password$|webhook_url$", re.IGNORECASE)
+
+_LONGEST = 1200
+"""Characters of a problem's text; the longest list of names that are expected has 700."""
 
 NOTHING = object()
 """Stands for a value that is not there."""
@@ -26,7 +29,7 @@ class Origin:
     Attributes:
         file: the file they were read from.
         lines: dotted path -> line, from 1.
-        overridden: dotted paths given on the command line.
+        overridden: dotted paths given on the command line, each with its value whole.
     """
 
     file: Path
@@ -35,13 +38,11 @@ class Origin:
 
     def place(self, path: str) -> str:
         """Return "file:line" of a dotted path, or of the nearest one above it that is written."""
-        while path:
-            if path in self.overridden:
-                return "command line"
-            if path in self.lines:
-                return f"{self.file}:{self.lines[path]}"
-            path = path.rpartition(".")[0]
-        return str(self.file)
+        above = [path, *(path[:at] for at in range(len(path) - 1, 0, -1) if path[at] == ".")]
+        if not self.overridden.isdisjoint(above):
+            return "command line"
+        line = next((self.lines[each] for each in above if path and each in self.lines), None)
+        return f"{self.file}:{line}" if line else str(self.file)
 
 
 class Problems:
@@ -49,6 +50,11 @@ class Problems:
 
     def __init__(self) -> None:
         self._texts: list[str] = []
+        self._paths: set[str] = set()
+
+    def has(self, path: str) -> bool:
+        """Say whether something was noted of the value at `path`."""
+        return path in self._paths
 
     def add(
         self, origin: Origin, path: str, expected: str, found: Any = NOTHING, known: Iterable[str] = (), why: str = ""
@@ -74,7 +80,12 @@ class Problems:
         self.say(origin, path, f"found an unknown {what}; expected {expected}{did_you_mean(key, names)}")
 
     def add_invalid(
-        self, error: ValidationError, model: type[BaseModel], values: Any, place: Callable[[str], tuple[Origin, str]]
+        self,
+        error: ValidationError,
+        model: type[BaseModel],
+        values: Any,
+        place: Callable[[str], tuple[Origin, str]],
+        left_out: Collection[str] = (),
     ) -> set[str]:
         """Note everything that pydantic found; return the top-level keys concerned.
 
@@ -83,11 +94,14 @@ class Problems:
             model: what was expected.
             values: what it was given.
             place: top-level key -> where it was written, and the dotted path of the mapping it stands in.
+            left_out: top-level keys that were noted before, and are not missing therefore.
         """
         keys = set()
         for item in error.errors(include_url=False):
             location = item["loc"]
             key = str(location[0]) if location else ""
+            if item["type"] == "missing" and key in left_out:
+                continue
             origin, prefix = place(key)
             path = ".".join(([prefix] if prefix else []) + _written(location, values))
             if item["type"] == "extra_forbidden":
@@ -104,8 +118,9 @@ class Problems:
 
     def say(self, origin: Origin, path: str, text: str, why: str = "", line: int | None = None) -> None:
         """Note a problem in words; `line` where it is known otherwise than from the path."""
+        self._paths.add(path)
         place = f"{origin.file}:{line}" if line else origin.place(path)
-        self._texts.append(f"{place}: {path + ': ' if path else ''}{text}{'. ' + why if why else ''}")
+        self._texts.append(_in_a_line(f"{place}: {path + ': ' if path else ''}{text}{'. ' + why if why else ''}"))
 
     def raise_if_any(self) -> None:
         """Raise all problems together.
@@ -117,6 +132,12 @@ class Problems:
             texts = list(dict.fromkeys(self._texts))
             count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
             raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {text}" for text in texts))
+
+
+def _in_a_line(text: str) -> str:
+    """Return a text as one line, its middle left out if it is very long: values and files' names may be anything."""
+    text = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def show(path: str, value: Any) -> str:

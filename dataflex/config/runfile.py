@@ -19,6 +19,8 @@ from dataflex.config.problems import Origin, Problems
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 100_000
 """Values after aliases are written out; a run file has a few hundred."""
+_MOST = 2**53
+"""Whole numbers up to this are exact in every format that a run file or its values pass through."""
 _PLAIN = ("str", "int", "float", "bool", "null", "map", "seq", "merge", "timestamp", "value")
 
 
@@ -38,11 +40,12 @@ def read(path: Path, problems: Problems) -> Document | None:
     """
     origin = Origin(path)
     try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            problems.add(origin, "", f"at most {_MAX_BYTES} bytes", f"{size} bytes")
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)  # whatever its size is said to be: a pipe has none, a device no end
+        if len(raw) > _MAX_BYTES:
+            problems.say(origin, "", f"found a longer file; expected at most {_MAX_BYTES} bytes")
             return None
-        text = path.read_bytes().decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         problems.say(origin, "", f"found no readable file ({error.strerror}); expected a YAML or JSON file")
         return None
@@ -56,6 +59,7 @@ def read(path: Path, problems: Problems) -> Document | None:
         else:
             lines = _check(text)
             values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False) if lines else {}
+        _refuse_unusable(values)
     except _NOT_READABLE as error:
         problems.say(origin, "", _reason(error), line=_line(error))
         return None
@@ -66,7 +70,7 @@ def read(path: Path, problems: Problems) -> Document | None:
 
 
 def override(document: Document, arguments: Sequence[str], problems: Problems) -> Document:
-    """Return the document with `key=value` arguments put over it; dotted keys reach into mappings."""
+    """Return the document with `key=value` arguments put in place of what it has; dotted keys reach into mappings."""
     values, file = document.values, document.origin.file
     given: set[str] = set()
     for argument in arguments:
@@ -78,21 +82,22 @@ def override(document: Document, arguments: Sequence[str], problems: Problems) -
             continue
         try:
             _check(text)
-            added: Any = OmegaConf.to_container(OmegaConf.from_dotlist([argument]), resolve=False)
+            added: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+            _refuse_unusable(added)
         except _NOT_READABLE as error:
             problems.say(Origin(file, overridden=frozenset([key])), key, _reason(error))
             continue
-        values = _merged(values, added)
+        values = _replaced(values, key.split("."), added["value"])
         given.add(key)
     return replace(document, values=values, origin=replace(document.origin, overridden=frozenset(given)))
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    out = dict(below)
-    for key, value in above.items():
-        old = out.get(key)
-        out[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return out
+def _replaced(below: Any, keys: Sequence[str], value: Any) -> Any:
+    """Return a mapping with the value that lies under `keys` replaced, whole: nothing of what it was is kept."""
+    if not keys:
+        return value
+    below = below if isinstance(below, dict) else {}
+    return {**below, keys[0]: _replaced(below.get(keys[0]), keys[1:], value)}
 
 
 class _Refused(Exception):
@@ -132,6 +137,25 @@ def _check(text: str) -> dict[str, int]:
     lines = {"": _first_line(root)}
     _note_lines(root, "", lines)
     return lines
+
+
+def _refuse_unusable(value: Any) -> None:
+    """Refuse numbers and text that no program further on can take, wherever they stand."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_unusable(key)
+            _refuse_unusable(item)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_unusable(item)
+    elif isinstance(value, int) and abs(value) > _MOST:
+        raise _Refused(f"found a whole number beyond {_MOST}; expected a smaller one")
+    elif isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise _Refused(
+            f"found {value!r}, which is no Unicode text: half a pair of surrogates; expected whole characters"
+        )
+    elif isinstance(value, str) and "\0" in value:
+        raise _Refused(f"found {value!r}, text with a zero byte; expected text without")
 
 
 def _first_line(node: yaml.Node) -> int:

@@ -1,0 +1,77 @@
+"""Where a run writes: its output folder and the root of the stores. Nothing is written to find out."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+from dataflex.config.problems import Origin, Problems
+from dataflex.errors import ConfigError
+from dataflex.stores.urls import malformed, missing_package
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on every file system in use
+
+
+def why_unwritable(folder: str | os.PathLike[str]) -> str | None:
+    """Return why nothing can be written into a folder, which may have yet to be made; None if it seems that it can."""
+    path = Path(os.path.abspath(os.path.expanduser(folder)))
+    if len(os.fsencode(path)) > _LONGEST_PATH or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        return f"paths have at most {_LONGEST_PATH} bytes, and names {_LONGEST_NAME}"
+    try:
+        above = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+        if not above.is_dir():
+            return f"{above} is no folder"
+        if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            return f"{above} may not be written to"
+        if (free := os.statvfs(above)).f_bavail == 0 and free.f_blocks:
+            return os.strerror(errno.ENOSPC)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def refuse_unwritable(option: str, file: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Raises:
+        ConfigError: it is a folder, or its folder cannot be written to.
+    """
+    if file.is_dir():
+        raise ConfigError(f"{option}: found the folder {file}; expected a file to write")
+    if why := why_unwritable(file.parent) or (os.path.lexists(file) and why_unwritable(file)) or None:
+        raise ConfigError(f"{option}: found {file}; expected a file that can be written; {why}")
+
+
+def check_output(folder: Any, origin: Origin, problems: Problems) -> None:
+    """Note an `output_dir` that nothing can be written into."""
+    if not isinstance(folder, str):
+        return  # said elsewhere
+    if not folder.strip():
+        problems.add(origin, "output_dir", "a folder for the run's output", folder)
+    elif why := why_unwritable(folder):
+        problems.add(origin, "output_dir", f"a folder that can be written to; {why}", folder)
+
+
+def check_store(store: str | None, root: str, writes: bool, origin: Origin, problems: Problems) -> list[str]:
+    """Note a root of stores that there cannot be; return what is right elsewhere perhaps, and not here.
+
+    Args:
+        store: as the run file has it.
+        root: path or URL, as `store_root` returns it.
+        writes: whether the run is bound to put features into it.
+        origin: where the run file is.
+        problems: takes what is wrong.
+    """
+    if text := malformed(root):
+        problems.say(origin, "dataflex.store", text)
+    elif "://" in root:
+        return [text] if (text := missing_package(root)) else []
+    elif os.path.lexists(root) and not os.path.isdir(root):
+        problems.add(origin, "dataflex.store", "a folder, or one that can be made", store or root)
+    elif writes and (why := why_unwritable(root)):
+        expected = f"a folder that can be written to, as every update computes features and keeps them; {why}"
+        advice = "To read only, set dataflex.on_missing: error or refresh.policy: static, or name another store"
+        problems.add(origin, "dataflex.store", expected, store or root, why=advice)
+    return []

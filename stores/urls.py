@@ -1,0 +1,47 @@
+"""What can be told from the root of stores alone: a path, or a URL that fsspec knows."""
+
+from __future__ import annotations
+
+from dataflex.errors import ConfigError
+
+
+def malformed(root: str) -> str | None:
+    """Return what is wrong with a URL; None for a path, and for a URL that some package may know."""
+    protocol, separator, where = root.partition("://")
+    if not separator:
+        return None
+    if not where.strip("/"):
+        return f"found {root!r}; expected a URL with a bucket or folder, as {protocol or 's3'}://bucket/folder"
+    if protocol != "file" and _is_unknown(protocol):
+        return f"found {root!r}; expected a path, or a URL that fsspec knows, as s3://bucket/folder"
+    return None
+
+
+def missing_package(root: str) -> str | None:
+    """Return what has to be installed to reach a URL that is well-formed, or None."""
+    protocol, separator, _ = root.partition("://")
+    if not separator or protocol == "file":
+        return None
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        return f"{root} cannot be reached from here: {error}"
+    return None
+
+
+def refuse_unreachable(root: str) -> None:
+    """Refuse a root that no store can be in.
+
+    Raises:
+        ConfigError: it is malformed, or a package is missing.
+    """
+    if text := malformed(root) or missing_package(root):
+        raise ConfigError(f"root of the stores: {text}")
+
+
+def _is_unknown(protocol: str) -> bool:
+    import fsspec  # 0.1 s, needed for URLs alone
+
+    return protocol not in fsspec.available_protocols()
