@@ -81,6 +81,7 @@ class RoundDirector:
 
     def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
         """Return the round on every rank, recorded before its first batch."""
+        self.warm.release()
         recorded = distributed.broadcast(self._recorded(round) if distributed.is_main() else None)
         if recorded is not None:
             log.info("%s, from the journal", _line(recorded, self.run.rows))
@@ -137,6 +138,7 @@ class RoundDirector:
 
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write the run's summary."""
+        self.warm.release()
         self.summarise(Path(trainer.args.output_dir) / "dataflex_summary.json", steps=trainer.state.global_step)
 
     def summarise(self, path: Path, **more: Any) -> None:

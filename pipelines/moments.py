@@ -9,6 +9,7 @@ import torch
 
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.adam import Moments, Scalars, relative_rates
+from dataflex.trainers.pickles import read_pickle
 
 MOMENTS_FILE = "dataflex/moments.safetensors"
 """Where our checkpoints keep them, relative to the checkpoint."""
@@ -40,7 +41,7 @@ def checkpoint_moments(folder: Path, trainer: Any, named: Named) -> Moments:
     count and shapes are checked.
 
     Raises:
-        MismatchError: there are none, or they are not of these parameters.
+        MismatchError: there are none, they are not of these parameters, or optimizer.pt is no plain numbers.
         ConfigError: they cannot be matched under DeepSpeed.
     """
     if (folder / MOMENTS_FILE).is_file():
@@ -54,9 +55,7 @@ def checkpoint_moments(folder: Path, trainer: Any, named: Named) -> Moments:
         raise ConfigError(f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed")
     names = {id(p): name for name, p in named}
     ordered = {names[id(p)]: tuple(p.shape) for group in trainer.optimizer.param_groups for p in group["params"]}
-    # The one place where a pickle is read, with torch's restricted unpickler: numbers are all that optimizer.pt has.
-    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    return Moments.from_optimizer_pt(state, list(ordered), ordered)
+    return Moments.from_optimizer_pt(read_pickle(folder / "optimizer.pt"), list(ordered), ordered)
 
 
 def _before_any_step(optimizer: Any, named: Named) -> Moments:

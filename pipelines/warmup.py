@@ -20,6 +20,7 @@ from dataflex.selectors.base import Selector
 from dataflex.trainers.checkpoints import FOLDER
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.lineage import lineage
+from dataflex.trainers.pickles import frozen, thawed
 from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,11 @@ class WarmState:
         self.run = run
         self.lineage: str | None = None
         self.loaded = False
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         first = run.trainer.rounds[0]
-        if first.kind == "warmup" and run.live_needs:
+        if first.kind == "warmup" and run.live_needs and run.trainer.is_deepspeed_enabled:
+            log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
+        elif first.kind == "warmup" and run.live_needs:
             keys = run.rows.keys[draw(run, first).rows]
             self._story: dict[str, Any] | None = lineage(run.trainer, run.state.origin(), keys, 0, first.steps)
             self.lineage = digest(self._story) if self._story is not None else None
@@ -92,25 +96,40 @@ class WarmState:
             log.info("no kept state fits, warming up anew; the nearest differs in %s", ", ".join(nearest))
 
     def _fetch(self, lineage: str) -> Path:
-        """Return the kept state's folder on this node; one process of each node downloads it from a remote root."""
+        """Return a folder of this node's with the state as a checkpoint, which one of its processes makes."""
         folder = None
         if distributed.local_rank() == 0:
-            self._scratch = tempfile.TemporaryDirectory(prefix="dataflex-state-")  # removed with this object
-            folder = self.run.access.root.states.fetch(lineage, self._scratch.name)
+            output_dir = Path(self.run.trainer.args.output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            # Readable by this user alone, and removed with this object. Not in /tmp: an optimizer's state can be large.
+            self._scratch = tempfile.TemporaryDirectory(prefix=".state-", dir=output_dir)
+            kept = self.run.access.root.states.fetch(lineage, Path(self._scratch.name, "kept"))
+            folder = thawed(kept, Path(self._scratch.name, "checkpoint"))
         found = distributed.gather(folder)[distributed.rank() - distributed.local_rank()]
         assert found is not None
         return found
+
+    def release(self) -> None:
+        """Remove the checkpoint that the run started from, once a step has been done: all of it has been read then."""
+        if self._scratch is not None and self.run.trainer.state.global_step > self._end:
+            self._scratch.cleanup()
+            self._scratch = None
 
     def keep(self, round: Round) -> None:
         """Keep the state if the warm-up has just ended and was trained here. Collective."""
         if self.lineage is None or self._story is None or self.loaded or round.first_step != self._end:
             return
         scratch = Path(self.run.trainer.args.output_dir) / ".state"
-        folder = self.run.trainer.snapshot(str(scratch))
+        folder = Path(self.run.trainer.snapshot(str(scratch)))
         if distributed.is_main():
-            self.run.access.root.states.put(self.lineage, folder, self._story)
+            try:
+                frozen(folder)
+            except MismatchError as error:  # an optimizer with objects in its state: such a run trains all the same
+                log.warning("the state at the end of the warm-up is not kept, so every run warms up itself: %s", error)
+            else:
+                self.run.access.root.states.put(self.lineage, folder, self._story)
+                log.info("kept the state at the end of the warm-up as %s", self.lineage[:8])
             shutil.rmtree(scratch)
-            log.info("kept the state at the end of the warm-up as %s", self.lineage[:8])
         distributed.barrier()
 
 

@@ -85,7 +85,7 @@ class StateStore:
             scratch: an empty folder, which the files of a remote root are downloaded to.
 
         Raises:
-            MismatchError: there is no such state.
+            MismatchError: there is no such state, or there is a file beside those kept.
             CorruptionError: a file is missing or damaged, or the manifest names one outside the state's folder.
         """
         manifest = self.manifest(lineage)
@@ -97,11 +97,15 @@ class StateStore:
         else:
             folder = Path(scratch)
             self._download(where, manifest["files"], folder)
-        fault = _fault(folder, manifest["files"])
-        if fault:
+        if planted := _planted(folder, manifest["files"]):
+            raise MismatchError(
+                f"{self.files.name(where)}/{planted} was not kept with this state; find out who put it there, remove "
+                "it with `dataflex store repair`, and run again"
+            )
+        if fault := _fault(folder, manifest["files"]):
             raise CorruptionError(
-                f"{self.files.name(where)}/{fault}; remove {self.files.name(_folder(lineage))} and run again to train "
-                "to that state"
+                f"{self.files.name(where)}/{fault}; remove the state with `dataflex store repair`, and run again to "
+                "train to it"
             )
         return folder
 
@@ -167,6 +171,10 @@ def _fault(folder: Path, sums: Mapping[str, str]) -> str | None:
             return f"{name} is missing although it was kept"
         if found != expected:
             return f"{name} is damaged: its SHA-256 is {found[:12]}…"
+    return None
+
+
+def _planted(folder: Path, sums: Mapping[str, str]) -> str | None:
+    """Return the first file beside those that were kept, which a loader that is given the folder would read."""
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    extra = sorted(there - sums.keys())  # a loader that is given the folder would read them
-    return f"{extra[0]} was not kept with this state" if extra else None
+    return min(there - sums.keys(), default=None)

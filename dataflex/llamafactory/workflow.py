@@ -18,6 +18,7 @@ from dataflex import distributed
 from dataflex.errors import ConfigError
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.trainers.checkpoints import mark_complete, require_whole
+from dataflex.trainers.pickles import refused
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
 from dataflex.trainers.stopping import Stopping
@@ -53,7 +54,8 @@ def run(
     Raises:
         ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
         CorruptionError: a checkpoint that is named, to resume from or to load, is damaged.
-        MismatchError: a checkpoint that is named cannot be resumed from.
+        MismatchError: a checkpoint that is named cannot be resumed from, or a file of it or of the model is a pickle of
+            more than tensors and plain values.
         Interrupted: a signal asked the run to stop.
     """
     from llamafactory.train import tuner
@@ -70,7 +72,7 @@ def run(
     arguments |= resumption.arguments()
     stopping = Stopping(resumption, checkpoint_on_signal and is_training, is_training, _kept_by(director))
     callbacks.append(stopping)
-    with stopping, _explained(), patch.object(tuner, "dist", no_group):
+    with stopping, _explained(), refused(), patch.object(tuner, "dist", no_group):
         if director is None:
             if arguments.get("stage") not in _CHANGED:
                 callbacks.insert(0, _Marks())  # what is stopped at a save is marked
