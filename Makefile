@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make everything several times slower on a machine that has other things to do.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test test-all check format bench clean
+.PHONY: install demo test test-all slow check format bench clean
 
 install: $(READY)
 
@@ -30,7 +30,9 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
-test-all: test
+test-all: test slow
+
+slow: $(READY)
 	$(PY) -m pytest --numprocesses 2 --dist worksteal -m slow
 
 check: $(READY)

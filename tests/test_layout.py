@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,67 @@ def test_wheel_is_importable_elsewhere(wheel: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     inside = tmp_path / "site" / "dataflex"
     assert ran.stdout.splitlines() == [str(inside / name / "__init__.py") for name in ("stores", "pipelines")]
+
+
+def test_wheel_works_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
+    """Installed into a new environment that borrows everything but DataFlex from this one."""
+    venv.create(tmp_path / "env", with_pip=False)
+    found = subprocess.run(
+        [tmp_path / "env" / "bin" / "python", "-c", "import site; print(site.getsitepackages()[0])"],
+        capture_output=True,
+        text=True,
+    )
+    borrowed = Path(found.stdout.strip()) / "borrowed.pth"  # its folders' own .pth, such as this clone's, are not read
+    borrowed.write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
+    installer = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "uv", "pip"]
+    target = ["--python", str(tmp_path / "env" / "bin" / "python")]
+    subprocess.run([*installer, "install", *target, "--offline", "--no-deps", "--quiet", str(wheel)], check=True)
+    (tmp_path / "run.yaml").write_text((ROOT / "examples" / "selectors" / "less.yaml").read_text("utf-8"))
+    online = ["model_name_or_path=owner/model", "dataset_dir=ONLINE", "dataset=a/pool", "eval_dataset=a/target"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str) -> str:
+        program, *arguments = command
+        command = (str(tmp_path / "env" / "bin" / program), *arguments)
+        ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    files = run("python", "-c", "import dataflex, dataflex.stores; print(dataflex.__file__, dataflex.stores.__file__)")
+    assert all(path.startswith(str(borrowed.parent)) for path in files.split())
+    assert "featurize" in run("dataflex", "--help")
+    assert "proj_dim" in run("dataflex-cli", "ls")
+    assert "optimizer steps" in run("dataflex", "validate", "run.yaml", *online)
+
+
+def test_ruff_sees_syntax_newer_than_the_oldest_python() -> None:
+    """So `make check` finds it on any Python."""
+    assert PROJECT["project"]["requires-python"] == ">=3.11"
+    newer = subprocess.run(
+        [Path(sys.executable).with_name("ruff"), "check", "--stdin-filename", "new.py", "-"],
+        input='"""New."""\n\ntype Row = int\n',
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert newer.returncode == 1
+    assert "Python 3.11" in newer.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_constraints_resolve_for_every_python(version: str) -> None:
+    """With wheels alone for what people install; needs the package index, or what uv keeps of it."""
+    tool = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    command = [tool, "pip", "compile", "pyproject.toml", "--constraint", "constraints.txt", "--python-version", version]
+    for extras in (["--extra", "cpu", "--only-binary", ":all:"], ["--extra", "dev"], ["--extra", "gpu"]):
+        ran = subprocess.run([*command, *extras, "--quiet"], cwd=ROOT, capture_output=True, text=True)
+        if ran.returncode and ("Failed to fetch" in ran.stderr or "error sending request" in ran.stderr):
+            pytest.skip(f"the package index cannot be reached: {ran.stderr.strip().splitlines()[-1]}")
+        assert ran.returncode == 0, ran.stderr
+        pins = dict(line.split("==") for line in ran.stdout.splitlines() if re.match(r"[\w.-]+==", line))
+        assert pins["torch"].startswith("2.13.")
+        assert ("faiss-gpu" if "gpu" in extras else "faiss-cpu") in pins
 
 
 def test_wheel_has_licence_and_commands(wheel: Path) -> None:

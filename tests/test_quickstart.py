@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +237,19 @@ def test_shares_are_read_from_a_journal(tmp_path: Path) -> None:
 def test_show_lays_out_columns(capsys: pytest.CaptureFixture[str]) -> None:
     demo.show("Title", ["name", "loss"], ["a", "1.25"], ["longer", "13.5"])
     assert capsys.readouterr().out == "\nTitle\nname    loss\n------  ----\na       1.25\nlonger  13.5\n"
+
+
+def test_demo_shows_what_is_logged_and_says_where_a_failure_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import logging; from dataflex import cli; cli.options(); logging.getLogger('dataflex.x').info('10 rows')"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
+    assert [found[1] for line in said.splitlines() if (found := demo.SAID.match(line))] == ["10 rows"]
+    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    with pytest.raises(SystemExit, match=r"dataflex validate failed with exit code 2; all of its output is in .*\.log"):
+        demo.run(("validate", "absent.yaml"), 1)
+    assert "absent.yaml" in (tmp_path / "1-validate-absent.log").read_text("utf-8")
+    assert "absent.yaml" in capsys.readouterr().err
 
 
 def test_run_files_differ_only_in_the_method() -> None:
