@@ -44,25 +44,22 @@ print("; ".join(names))
 """
 
 
-def imports(needed: Mapping[str, str] = NEEDED, also: Collection[str] = ()) -> Iterator[Finding]:
-    """Yield a finding for each package that a run imports, and for each optional one that is there.
+def optional(also: Collection[str] = ()) -> dict[str, str]:
+    """Return the optional modules that are there, and those that this run needs besides; module -> distribution."""
+    found = {module: name for module, name in OPTIONAL.items() if module in also or version_of(name)}
+    return found | dict(zip(["faiss"], owners("faiss"), strict=False))  # of several, which is an error, the first
 
-    Args:
-        needed: modules that every run imports.
-        also: optional ones that this run needs.
-    """
-    modules = dict(needed) | {m: d for m, d in OPTIONAL.items() if m in also or version_of(d)}
-    if faiss := owners("faiss"):
-        modules["faiss"] = faiss[0]
+
+def imports(modules: Mapping[str, str], critical: Collection[str]) -> Iterator[Finding]:
+    """Yield a finding for each module, in their order; one that does not import is an error if it is critical."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for module, fault in zip(modules, pool.map(_fault, modules), strict=True):
-            distribution = modules[module]
+        for (module, distribution), fault in zip(modules.items(), pool.map(_fault, modules), strict=True):
             version = version_of(distribution) or "no version"
             if fault is None:
                 yield Finding("ok", distribution, f"{version} imports")
                 continue
-            advice = TESTED if module in needed else f"`pip install --force-reinstall {distribution}`"
-            level: Level = "error" if module in needed or module in also or module == "faiss" else "warning"
+            level: Level = "error" if module in critical else "warning"
+            advice = TESTED if module in NEEDED else f"`pip install --force-reinstall {distribution}`"
             yield Finding(level, distribution, f"{version} does not import: {fault}", advice)
 
 
