@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dataflex import distributed, stop
-from dataflex.errors import DataflexError, Interrupted, MismatchError
+from dataflex.errors import Cancelled, DataflexError, Interrupted, MismatchError
+from dataflex.faults import told
 
 if TYPE_CHECKING:
     from dataflex.config import Settings
@@ -25,6 +27,7 @@ app = typer.Typer(
     help="Featurize a training set once; select from it while training with LLaMA-Factory.",
     no_args_is_help=True,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,
 )
@@ -60,17 +63,31 @@ Proportions = Annotated[Path | None, typer.Option("--output", metavar="JSON", he
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit; an error that people can act on prints its text and no traceback."""
+    """Run the command and exit; what people can act on prints its text and no traceback (`--verbose` shows it)."""
     try:
-        app(args=arguments, prog_name="dataflex")
-    except DataflexError as error:
-        print(f"dataflex: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except Interrupted as interrupted:
-        for number in stop.SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # a launcher that sees one process end asks the others again
-        print(f"dataflex: {interrupted}", file=sys.stderr)
-        sys.exit(interrupted.exit_code)
+        try:
+            app(args=arguments, prog_name="dataflex")
+        finally:
+            _flush()
+    except (DataflexError, Interrupted, OSError, MemoryError, RuntimeError) as error:
+        if (what := told(error)) is None:
+            raise
+        if isinstance(error, Interrupted):
+            for number in stop.SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # a launcher that sees one process end asks the others again
+        log.debug("where it was raised:", exc_info=error)
+        text, exit_code = what
+        print(f"dataflex: {text}", file=sys.stderr)
+        sys.exit(exit_code)
+
+
+def _flush() -> None:
+    """Write what was printed while a fault can still be told; Python itself would do so when it is too late."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 class _Stderr(logging.Handler):
@@ -81,8 +98,17 @@ class _Stderr(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        version()
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print what `version` prints.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, on every process.")] = False,
 ) -> None:
@@ -317,14 +343,31 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     """Give the settings in every process of the run; the process that was called becomes their launcher."""
     from dataflex.launch import launch
     from dataflex.status import reported
+    from dataflex.stores.urls import refuse_unreachable
 
     settings = _settings(run, overrides)
+    refuse_unreachable(settings.store_root)
     launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
     for note in settings.notes if distributed.is_main() else ():
         log.warning("%s: %s", run, note)
-    with _leaving(), reported(verb, settings.llamafactory.get("output_dir")):
-        distributed.prepare()
-        yield settings
+    try:
+        with _leaving(), reported(verb, settings.llamafactory.get("output_dir")):
+            distributed.prepare()
+            yield settings
+    except KeyboardInterrupt as interrupt:
+        raise Cancelled(_left(verb, settings)) from interrupt
+
+
+def _left(verb: str, settings: Settings) -> str:
+    """Say what a command that was broken off has left, and how it goes on."""
+    features = f"; features that were committed stay in {settings.store_root}" if settings.needs else ""
+    if verb != "train":
+        return f"Ctrl-C: {verb} stopped{features}, and the same command goes on from there"
+    from dataflex.trainers.checkpoints import newest_complete
+
+    checkpoint, _ = newest_complete(settings.llamafactory["output_dir"], contents=False)
+    begin = checkpoint or "the beginning: there is no complete checkpoint yet"
+    return f"Ctrl-C: training stopped{features}; the same command goes on from {begin}"
 
 
 @contextlib.contextmanager
@@ -348,8 +391,6 @@ def _stores(root: str | None) -> tuple[str, list[Any]]:
 
 
 def _files(root: str | None) -> Any:
-    import os
-
     from dataflex.config import store_root
     from dataflex.stores.root import existing_files
 

@@ -57,3 +57,9 @@ class Interrupted(BaseException):
     def __init__(self, message: str, is_together: bool = False):
         super().__init__(message)
         self.is_together = is_together
+
+
+class Cancelled(Interrupted):
+    """Ctrl-C; the text says what was left."""
+
+    exit_code = 130

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dataflex.launch import command_line, environment, free_port
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot
+from dataflex.trainers.checkpoints import mark_complete
 
 ROOT = Path(__file__).parents[1]
 HEAVY = "('torch', 'transformers', 'llamafactory', 'pydantic', 'omegaconf', 'numpy', 'pyarrow')"
@@ -151,6 +153,99 @@ def test_no_store(capsys, tmp_path):
     code, _, err = run(capsys, "store", "show", "loss", "--root", str(tmp_path))
     assert code == 3
     assert "no store loss" in err
+
+
+@pytest.mark.parametrize(
+    "verb", [(), ("train",), ("select",), ("validate",), ("ls",), ("store",), ("store", "gc"), ("mix", "fit")]
+)
+def test_help_by_its_short_name(capsys, verb):
+    code, out, _ = run(capsys, *verb.split(), "-h")
+    assert (code, out) == (0, run(capsys, *verb.split(), "--help")[1])
+    assert out.startswith("Usage: dataflex")
+
+
+def test_version_as_an_option(capsys):
+    assert run(capsys, "--version") == run(capsys, "version")
+
+
+def test_a_full_disk_is_told_without_a_traceback():
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "dataflex.cli", "ls"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "dataflex: No space left on device\n  make room, or write elsewhere (output_dir, dataflex.store, TMPDIR); what "
+        "was committed stays\n"
+    )
+
+
+def test_a_reader_that_has_enough_is_no_fault():
+    command = f"{sys.executable} -m dataflex.cli version | {sys.executable} -c pass"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("open('/dev/null/x')", "dataflex: /dev/null/x: Not a directory\n  see to it, and run the same command again"),
+        (
+            "os.rename('gone', 'there')",
+            "dataflex: gone: there: No such file or directory\n  it was removed",
+        ),
+        (
+            "b'x' * (1 << 62)",
+            "dataflex: memory ran out\n  lower per_device_train_batch_size, cutoff_len or",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_told_in_two_lines(capsys, raised, said):
+    Path("broken.py").write_text(f"import os\n{raised}\n")
+    code, _, err = run(capsys, "validate", "run.yaml", "component_name=./broken.py:X")
+    assert code == 1
+    assert err.startswith(said)
+    assert len(err.splitlines()) == 2
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(capsys):
+    for name, raised in (("type", "1 + 'x'"), ("runtime", "raise RuntimeError('ours')"), ("os", "raise OSError('?')")):
+        Path(f"{name}.py").write_text(raised)
+        with pytest.raises((TypeError, RuntimeError, OSError)):
+            main(["validate", "run.yaml", f"component_name=./{name}.py:X"])
+
+
+def test_a_store_that_cannot_be_reached_stops_a_run_before_anything_is_loaded(capsys):
+    """On another machine its package may be there, so `validate` only notes it."""
+    assert (
+        "note        s3://bucket/x cannot be reached"
+        in run(capsys, "validate", "run.yaml", "dataflex.store=s3://bucket/x")[1]
+    )
+    for verb in ("train", "featurize"):
+        code, _, err = run(capsys, verb, "run.yaml", "dataflex.store=s3://bucket/x")
+        assert code == 2
+        assert err.startswith("dataflex: root of the stores: s3://bucket/x cannot be reached from here: ")
+    assert run(capsys, "store", "ls", "--root", "nosuch://x")[0] == 2
+
+
+@pytest.mark.parametrize("verb", ["train", "featurize"])
+def test_ctrl_c_says_what_it_left(capsys, monkeypatch, verb):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as under a launcher, which has started the process already
+
+    def interrupted(settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, f"dataflex.pipelines.{verb}", types.SimpleNamespace(**{verb: interrupted}))
+    code, _, err = run(capsys, verb, "run.yaml", "dataflex.store=kept")
+    assert code == 130
+    assert f"features that were committed stay in {Path('kept').absolute()}" in err
+    assert "same command goes on from the" in err
+    if verb == "train":
+        mark_complete("out/checkpoint-7", {})
+        (Path("out") / "checkpoint-9").mkdir()
+        assert (
+            "the same command goes on from out/checkpoint-7\n"
+            in run(capsys, verb, "run.yaml", "dataflex.store=kept")[2]
+        )
 
 
 def test_store_ls_imports_no_torch():

@@ -1,0 +1,47 @@
+"""What an exception that reached the command means to people: the text to print in place of a traceback.
+
+Only what comes from outside is told: our own errors, files and disks, memory, the network. Anything else is a fault of
+the program, and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+from dataflex.errors import DataflexError, Interrupted
+
+_ADVICE = {
+    errno.ENOSPC: "make room, or write elsewhere (output_dir, dataflex.store, TMPDIR)",
+    errno.EDQUOT: "make room within your quota, or write elsewhere (output_dir, dataflex.store, TMPDIR)",
+    errno.EROFS: "name a folder that can be written to",
+    errno.EACCES: "name a file or folder that you may use, or have its permissions changed",
+    errno.EPERM: "name a file or folder that you may use, or have its permissions changed",
+    errno.ENOENT: "it was removed meanwhile, or its name is wrong",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or lower dataloader_num_workers",
+    errno.ENOMEM: "free memory, or lower dataloader_num_workers and preprocessing_num_workers",
+}
+
+
+def told(error: BaseException) -> tuple[str, int] | None:
+    """Return what to print and the exit code; None for a fault of the program."""
+    if isinstance(error, DataflexError | Interrupted):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or _is_of_a_device(error):
+        where = "the device's memory" if _is_of_a_device(error) else "memory"
+        least = str(error).partition("\n")[0].partition(". GPU")[0]
+        advice = "lower per_device_train_batch_size, cutoff_len or dataflex.token_budget, or fewer rows and steps"
+        return f"{where} ran out{': ' + least if least else ''}\n  {advice}; what was committed stays", 1
+    if isinstance(error, OSError) and error.errno is not None:
+        files = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        reason = error.strerror or os.strerror(error.errno)
+        advice = _ADVICE.get(error.errno, "see to it, and run the same command again")
+        return f"{': '.join([*files, reason])}\n  {advice}; what was committed stays", 1
+    return None
+
+
+def _is_of_a_device(error: BaseException) -> bool:
+    """Say whether it is torch's, which there can only be if torch has been imported."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
