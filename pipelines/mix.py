@@ -32,6 +32,7 @@ from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import DecidedRound, micro_batches
 from dataflex.trainers.stream import Exhaustion, MixtureStream
 from dataflex.trainers.weighing import Weighing
+from dataflex.user_code import code_digest
 
 log = logging.getLogger(__name__)
 
@@ -298,8 +299,10 @@ class MixDirector:
         beside = self.settings.dataflex.weighter
         methods = {"mixer": self.settings.component_name, "weighter": beside and beside.name}
         given = {"mixer": self.settings.params, "weighter": self.settings.weighter_params}
+        code = {"mixer": code_digest(self.settings.component), "weighter": code_digest(self.settings.weighter)}
         return {
             "methods": methods,
+            "code": {kind: found for kind, found in code.items() if found},
             "parameters": {
                 kind: some.model_dump(mode="json") if isinstance(some, BaseModel) else some
                 for kind, some in given.items()

@@ -64,9 +64,9 @@ class MixRecord:
             raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_mix")
         state: dict[str, Any] = json.loads(path.read_text("utf-8"))
         for name, value in expected.items():
-            if state[name] != value:
+            if (kept := state.get(name, {})) != value:
                 raise MismatchError(
-                    f"{path}: found {name} {state[name]}, this run has {value}; resume with the methods, the data and "
+                    f"{path}: found {name} {kept}, this run has {value}; resume with the methods, the data and "
                     "the global batch the run was begun with, or start anew with another output_dir"
                 )
         self.add({"resumed": state["step"]})

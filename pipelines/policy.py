@@ -26,7 +26,7 @@ from dataflex.fingerprint import IGNORE_INDEX, digest, row_key, text_key
 from dataflex.pipelines.responses import ResponseStore, RewardStore, keys_of
 from dataflex.pipelines.sources import ModelSource
 from dataflex.pipelines.state import ModelState
-from dataflex.rewards import Reward, build_reward
+from dataflex.rewards import Reward, build_reward, reward_identity
 from dataflex.rows import Rows, Status
 from dataflex.stores.root import StoreRoot, folder_name
 
@@ -86,7 +86,7 @@ class PolicySource:
         """Return the feature with its rewards by content, the model's state, tokenizer and stop tokens."""
         assert isinstance(spec, PolicyGradientSpec)
         recipe = self._state.recipe(GradientSpec(projection=spec.projection))
-        rewards = [{"weight": each.weight, **self._reward(each).identity()} for each in spec.reward]
+        rewards = [{"weight": each.weight, **reward_identity(self._reward(each))} for each in spec.reward]
         self._note(folder_name("response", self._response_recipe(spec)))
         for each in spec.reward:
             self._note(folder_name("reward", self._reward_recipe(each)))
@@ -180,7 +180,7 @@ class PolicySource:
         return self._rewards[named]
 
     def _reward_recipe(self, spec: RewardSpec) -> dict[str, Any]:
-        return {"feature": {"kind": "reward", **self._reward(spec).identity()}}
+        return {"feature": {"kind": "reward", **reward_identity(self._reward(spec))}}
 
     def _response_recipe(self, spec: PolicyGradientSpec) -> dict[str, Any]:
         recipe: dict[str, Any] = {"feature": {"kind": "response", "version": 1, **spec.sampling()}, **self._words}

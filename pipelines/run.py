@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from dataflex import distributed
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
-from dataflex.features.spec import BASE
+from dataflex.features.spec import BASE, PolicyGradientSpec
 from dataflex.fingerprint import digest, file_digest, keys_digest
 from dataflex.pipelines.access import FeatureAccess
 from dataflex.pipelines.state import ModelState
+from dataflex.rewards import build_reward, reward_identity
 from dataflex.rows import Rows
 from dataflex.schedule import Round, Schedule
 from dataflex.stores.root import StoreRoot
@@ -27,6 +29,7 @@ from dataflex.stores.runs import RunRecord
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.lineage import training_arguments
 from dataflex.trainers.rounds import DecidedRound
+from dataflex.user_code import code_digest
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +123,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     """Put a run together; `runtime` goes to the constructor of a documented method that asks for it. Collective.
 
     Raises:
-        ConfigError: no training row has a supervised token.
+        ConfigError: no training row has a supervised token; the code of the method stands in no file.
         CorruptionError: a checkpoint that features are asked of is damaged.
         MismatchError: it was trained on another base.
     """
@@ -128,26 +131,11 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     eligible = np.flatnonzero(sets.train.supervised > 0)
     _report(sets.train, sets.targets, len(eligible))
     state = ModelState(trainer)
-    params = settings.params
-    plain = (
-        params.model_dump(mode="json") if hasattr(params, "model_dump") else json.loads(json.dumps(params, default=str))
-    )
-    identity = {
-        "component": settings.component_name or "",
-        "params": plain,
-        "files": {k: file_digest(v) for k, v in (plain or {}).items() if isinstance(v, str) and Path(v).is_file()},
-        "refresh": settings.dataflex.refresh.model_dump(mode="json"),
-        "rows": keys_digest(sets.train.keys),
-        "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
-        "storage": settings.dataflex.storage,
-        "global batch": trainer.global_batch,
-        **training_arguments(trainer),
-    }
     method = build(settings.component, settings.params, trainer, **runtime)
     weighter = build(settings.weighter, settings.weighter_params, trainer)
     if stage == "train" and distributed.is_main():
         _say_what_is_idle(settings, trainer, method, weighter)
-    root, named = StoreRoot(settings.store_root), digest(identity)
+    root, named = StoreRoot(settings.store_root), digest(_identity(settings, trainer, method))
     record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
     run = Run(
         settings=settings,
@@ -167,6 +155,39 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
             run.state.require_whole(folder)
             run.state.require_same_base(folder)
     return run
+
+
+def _identity(settings: Any, trainer: Any, method: Any) -> dict[str, Any]:
+    """Return everything that a decision depends on but the model, as plain data."""
+    params, sets = settings.params, trainer.row_sets
+    plain = (
+        params.model_dump(mode="json") if hasattr(params, "model_dump") else json.loads(json.dumps(params, default=str))
+    )
+    needs = method.needs() if hasattr(method, "needs") else ()
+    rewards = [each for need in needs if isinstance(need.spec, PolicyGradientSpec) for each in need.spec.reward]
+    plugins = settings.dataflex.plugins
+    return {
+        "component": settings.component_name or "",
+        "code": [code_digest(settings.component), code_digest(settings.weighter)],
+        "params": plain,
+        "files": {text: file_digest(text) for text in _texts(plain) if os.path.isfile(text)},
+        "rewards": [reward_identity(build_reward(each.type, each.params(), plugins)) for each in rewards],
+        "refresh": settings.dataflex.refresh.model_dump(mode="json"),
+        "rows": keys_digest(sets.train.keys),
+        "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
+        "storage": settings.dataflex.storage,
+        "global batch": trainer.global_batch,
+        **training_arguments(trainer),
+    }
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """List the texts in a parameter, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
 
 
 def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:

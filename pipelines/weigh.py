@@ -19,6 +19,7 @@ from dataflex.pipelines.summary import write_summary
 from dataflex.trainers.checkpoints import FOLDER
 from dataflex.trainers.factors import ByWeighter
 from dataflex.trainers.weighing import Weighing
+from dataflex.user_code import code_digest
 from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.base import NativeWeighter
 
@@ -56,7 +57,7 @@ class WeightDirector:
         """Take up the state that `saved` wrote.
 
         Raises:
-            MismatchError: it is missing, or of another weighter.
+            MismatchError: it is missing, of another weighter, or of one whose code has changed.
         """
         if not path.is_file():
             raise MismatchError(f"{path}: missing; expected a checkpoint of a run with train_type: dynamic_weight")
@@ -65,6 +66,11 @@ class WeightDirector:
             raise MismatchError(
                 f"{path}: found the weighter {found['weighter']}, this run has {self.settings.component_name}; resume "
                 "with the weighter the run was begun with, or start anew with another output_dir"
+            )
+        if found.get("code") != code_digest(self.settings.component):
+            raise MismatchError(
+                f"{path}: the code of {found['weighter']} has changed since it was written; resume with the code that "
+                "the run was begun with, or start anew with another output_dir"
             )
         if isinstance(self.weighter, NativeWeighter):
             self.weighter.restore(found["state"])
@@ -75,7 +81,8 @@ class WeightDirector:
             state = plain(self.weighter.state(), "weighter state") if isinstance(self.weighter, NativeWeighter) else {}
             path = Path(checkpoint) / _STATE_FILE
             path.parent.mkdir(exist_ok=True)
-            kept = {"weighter": self.settings.component_name, "state": state}
+            code = code_digest(self.settings.component)
+            kept = {"weighter": self.settings.component_name, "code": code, "state": state}
             path.write_text(json.dumps(kept) + "\n", "utf-8")
         about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
         return {"global_step": trainer.state.global_step, **about}

@@ -176,7 +176,7 @@ def test_an_adapters_base_is_compared_by_content(tiny: Any, tmp_path: Path, capl
     assert "is not known here" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["freeze", "lora"])
+@pytest.mark.parametrize("kind", ["freeze", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_run_over_another_base_is_refused_before_it_trains(workspace: Any, kind: str) -> None:
     keys = {"finetuning_type": kind, "freeze_trainable_layers": 1, "warmup_step": 0, "update_step": 1}
     keys |= {"lora_target": "all" if kind == "lora" else None}

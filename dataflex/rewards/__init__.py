@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dataflex.rewards.base import REWARDS, Reward, build_reward, register_reward
+from dataflex.rewards.base import REWARDS, Reward, build_reward, register_reward, reward_identity
 
-__all__ = ["REWARDS", "Reward", "build_reward", "register_reward"]
+__all__ = ["REWARDS", "Reward", "build_reward", "register_reward", "reward_identity"]

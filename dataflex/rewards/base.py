@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from dataflex.errors import ConfigError
 from dataflex.params import Parameters
 from dataflex.registry import Registry
+from dataflex.user_code import code_digest
 
 
 class Reward(Protocol):
@@ -69,3 +70,13 @@ def build_reward(name: str, params: Mapping[str, Any], plugins: Iterable[str] = 
         known = ", ".join(cls.Params.model_fields) or "none"
         raise ConfigError(f"reward {name}: {'; '.join(faults)}. Its parameters: {known}") from error
     return cls(checked)  # type: ignore[no-any-return]
+
+
+def reward_identity(reward: Reward) -> dict[str, Any]:
+    """Return what rewards are kept under: what a reward says of itself, and the code of one of the user's.
+
+    Raises:
+        ConfigError: that code stands in no file.
+    """
+    code = code_digest(type(reward))
+    return reward.identity() if code is None else {**reward.identity(), "code": code}

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from dataflex.errors import ConfigError, DataflexError
-from dataflex.fingerprint import file_digest
 from dataflex.registry import import_plugin
 from dataflex.rewards.base import RewardParams
+from dataflex.user_code import code_digest
 
 
 class Function:
     """What `function(prompts, responses, references, **arguments)` returns: numbers, or None where it cannot say.
 
-    The identity is the file that the function stands in; what that file imports is not part of it.
+    The identity is the file that the function stands in, and those of yours that it imports (`code_digest`).
     """
 
     class Params(RewardParams):
@@ -35,7 +34,7 @@ class Function:
         self._function = getattr(module, name, None)
         if not callable(self._function):
             raise ConfigError(f"reward function: found no function {name} in {module_name}")
-        self._file = Path(module.__file__)
+        self._module = module
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]) -> list[float | None]:
         """See `dataflex.rewards.base.Reward`.
@@ -54,5 +53,5 @@ class Function:
     def identity(self) -> dict[str, Any]:
         """See `dataflex.rewards.base.Reward`."""
         name = self.params.function.rpartition(":")[2]
-        return {"type": "function", "function": name, "source": file_digest(self._file),
+        return {"type": "function", "function": name, "source": code_digest(self._module),
                 "arguments": self.params.arguments}  # fmt: skip

@@ -1,0 +1,182 @@
+"""The code of a user's own component is part of what its decisions are known by."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.errors import ConfigError, MismatchError
+from dataflex.registry import import_plugin
+from dataflex.rewards import build_reward, reward_identity
+from dataflex.selectors.less import Less
+from dataflex.user_code import code_digest
+
+PACKAGE = {
+    "__init__.py": "",
+    "method.py": "import json\nimport numpy\nfrom . import near\nfrom .deep.far import x\nimport beside\n"
+    "class Method:\n    def act(self):\n        from mine_late import late\n        import nosuch_module_anywhere\n",
+    "near.py": "a = 1\n",
+    "unused.py": "from mine import method\n",
+    "deep/__init__.py": "",
+    "deep/far.py": "x = 1\nfrom .. import near\n",
+}
+BESIDE = {"beside.py": "b = 1\n", "mine_late.py": "late = 1\n", "alone.py": "class Alone: ...\n"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return a folder of a user's code, on Python's path."""
+    for name, text in ({f"mine/{k}": v for k, v in PACKAGE.items()} | BESIDE).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    known = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in sys.modules.keys() - known:
+        if name.partition(".")[0] in ("mine", "beside", "mine_late", "alone"):
+            del sys.modules[name]
+
+
+def test_every_file_that_is_imported_enters_and_no_other(folder: Path) -> None:
+    method = importlib.import_module("mine.method").Method
+    before = code_digest(method)
+    assert before == code_digest(method) == code_digest(sys.modules["mine.method"])
+    assert len(str(before)) == 32
+    entering = {"mine/__init__.py", "mine/method.py", "mine/near.py", "mine/deep/__init__.py", "mine/deep/far.py"}
+    entering |= {"beside.py", "mine_late.py"}
+    for path in sorted(folder.rglob("*.py")):
+        kept = path.read_text()
+        path.write_text(kept + "# changed\n")
+        assert (code_digest(method) != before) == (path.relative_to(folder).as_posix() in entering), path
+        path.write_text(kept)
+    assert code_digest(method) == before
+
+
+def test_code_is_the_same_wherever_it_lies(folder: Path) -> None:
+    copy = shutil.copy(folder / "alone.py", folder / "mine" / "alone.py")
+    first, second = import_plugin(str(folder / "alone.py")), import_plugin(str(copy))
+    assert first.__name__ != second.__name__
+    assert code_digest(first.Alone) == code_digest(second.Alone)
+
+
+def test_our_own_code_is_known_by_its_version_and_code_without_a_file_by_nothing() -> None:
+    assert code_digest(Less) is None
+    assert code_digest(None) is None
+    made = type("Made", (), {"__module__": "written_at_a_prompt"})
+    with pytest.raises(ConfigError, match=r"Made: found no file that it is written in(.|\n)*\.py file"):
+        code_digest(made)
+
+
+REWARD = """
+import beside
+from pydantic import BaseModel
+from dataflex.rewards import register_reward
+
+def half(prompts, responses, references):
+    return [0.5 for _ in responses]
+
+class Half:
+    class Params(BaseModel):
+        pass
+    def __init__(self, params):
+        pass
+    def score(self, prompts, responses, references):
+        return [0.5 for _ in responses]
+    def identity(self):
+        return {"type": "half"}
+"""
+
+
+@pytest.mark.parametrize("changed", ["half.py", "beside.py"])
+def test_rewards_are_kept_under_their_code(folder: Path, changed: str) -> None:
+    (folder / "half.py").write_text(REWARD)
+    named: list[tuple[str, dict[str, Any]]] = [
+        (f"{folder}/half.py:Half", {}),
+        ("function", {"function": f"{folder}/half.py:half"}),
+    ]
+    for name, params in named:
+        before = reward_identity(build_reward(name, params))
+        assert before == reward_identity(build_reward(name, params))
+        (folder / changed).write_text((folder / changed).read_text() + "# changed\n")
+        assert reward_identity(build_reward(name, params)) != before
+    assert "code" not in reward_identity(build_reward("exact_match", {}))
+
+
+METHODS = {
+    "dynamic_select": """
+from dataflex.selectors import Selector
+
+class Method(Selector):
+    def select(self, model, step_id, num_samples, **kwargs):
+        return list(range(num_samples))
+""",
+    "dynamic_mix": """
+from dataflex.mixers import Mixer
+
+class Method(Mixer):
+    def mix(self, model, step_id, **kwargs):
+        return [0.5, 0.5]
+""",
+    "dynamic_weight": """
+from dataflex.weighters import Weighter
+
+class Method(Weighter):
+    def get_weighted_loss(self, losses, *, ctx=None, model=None, inputs=None):
+        return losses.mean()
+""",
+}
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dynamic_mix", "dynamic_weight")]
+
+
+@pytest.mark.parametrize("kind", ["dynamic_select", *SLOW])
+def test_a_change_of_code_ends_what_would_have_been_replayed(workspace: Any, kind: str) -> None:
+    file = workspace.folder / "method.py"
+    file.write_text(METHODS[kind])
+    keys: dict[str, Any] = {"train_type": kind, "component_name": f"{file}:Method", "dataflex": None}
+    keys |= {"warmup_step": 1, "update_step": 1, "update_times": 1, "dataset": "pool,target_words"}
+    if kind == "dynamic_weight":
+        keys |= {"update_step": None, "update_times": None, "train_step": 2}
+    path = workspace.write("run", **keys)
+    out = workspace.folder / "out" / "run"
+
+    def resumed() -> dict[str, Any]:
+        shutil.rmtree(out / "checkpoint-2")
+        return dict(workspace.run("train", path))
+
+    workspace.run("train", path)
+    summary = resumed()
+    assert summary.get("updates", []) == []
+    file.write_text(METHODS[kind] + "# changed\n")
+    if kind == "dynamic_select":
+        assert len(resumed()["updates"]) == 1
+    else:
+        with pytest.raises(MismatchError, match="code"):
+            resumed()
+
+
+@pytest.mark.slow
+def test_a_changed_reward_replays_no_round(workspace: Any) -> None:
+    file = workspace.folder / "half.py"
+    file.write_text(
+        REWARD.replace("import beside", "import zlib").replace("0.5 for _", "float(zlib.crc32(_.encode()) % 7) for _")
+    )
+    params: dict[str, Any] = {"proj_dim": 64, "mc_samples": 2, "max_new_tokens": 4}
+    params["reward"] = {"type": "function", "function": f"{file}:half"}
+    section = {"store": str(workspace.folder / "store"), "params": params}
+    keys: dict[str, Any] = {"warmup_step": 1, "update_step": 1, "update_times": 1, "dataflex": section}
+    path = workspace.write("run", component_name="nice", **keys)
+    workspace.run("train", path)
+    for changed in (False, True):
+        shutil.rmtree(workspace.folder / "out" / "run" / "checkpoint-2")
+        if changed:
+            file.write_text(file.read_text() + "# changed\n")
+        assert len(workspace.run("train", path)["updates"]) == changed
