@@ -54,6 +54,7 @@ class FeatureAccess:
         self._model = ModelSource(state, section.token_budget, cutoff_len)
         self._encoders: dict[str, EncoderSource] = {}
         self._policy: PolicySource | None = None
+        self._has_loss = False
         self._complete_at: dict[tuple[Any, ...], list[ParquetStore]] = {}
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
@@ -106,6 +107,7 @@ class FeatureAccess:
             for source in dict.fromkeys(self._source(spec) for spec in specs):
                 asked_here = {spec: store for spec, store in stores.items() if self._source(spec) is source}
                 self._complete(source, asked_here, rows, limit)
+            self._judge_loss(rows, checkpoint)
         if stop.is_asked_anywhere():  # as long as this takes, everyone's fragments are committed behind it
             stop.leave(together=True)
         for spec, store in stores.items():
@@ -146,6 +148,22 @@ class FeatureAccess:
                 limit,
             )
             work.run(self.tally, self.progress)
+
+    def _judge_loss(self, rows: Rows, checkpoint: str | None) -> None:
+        """Have the mean loss of a pass looked at. Collective.
+
+        A pass for embeddings alone takes none: once in a run, and if it is the first, some rows are read for it.
+        """
+        passes = distributed.gather(self._model.measured())
+        if not any(ran for ran, _ in passes):
+            return
+        total, tokens = (float(number) for number in np.sum([measured for _, measured in passes], axis=0))
+        if not tokens and not self._has_loss:
+            total, tokens = self._model.measure(rows)
+        self._has_loss = True
+        if tokens:
+            by = "" if checkpoint is None else f" by {checkpoint}"
+            self._state.trainer.judge_loss(total / tokens, f"the features' pass over {len(rows)} rows{by}")
 
     def _open(self, spec: FeatureSpec) -> ParquetStore:
         """Open the store of a feature, saying what keeps the nearest from being used where there is none."""

@@ -20,6 +20,9 @@ from dataflex.pipelines.folder import model_folder
 from dataflex.pipelines.state import ModelState
 from dataflex.rows import KEY_DTYPE, Rows
 
+_MEASURED = 16
+"""Rows whose loss stands for that of all."""
+
 
 class Source(Protocol):
     """Computes features of rows."""
@@ -59,6 +62,7 @@ class ModelSource:
         self._state = state
         self._token_budget = token_budget
         self._cutoff_len = cutoff_len
+        self._ran = False
         self.is_collective = state.is_zero3
 
     @cached_property
@@ -106,6 +110,9 @@ class ModelSource:
         self._state.require_runnable()
         adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
         self.engine.moments = self._state.moments() if adam else None
+        if not self._ran:  # what was measured for others meanwhile
+            self.engine.measured[:] = 0
+        self._ran = True
         examples = [rows.examples[int(row)] for row in at]
         of_excerpts = [spec for spec in specs if isinstance(spec, LossSpec) and spec != LossSpec()]
         together = [spec for spec in specs if spec not in of_excerpts]
@@ -116,6 +123,22 @@ class ModelSource:
             values = self.engine.compute(seen, group, min_batches=min_batches)
             found |= {spec: self._as_wide(spec, each) for spec, each in zip(group, values, strict=True)}
         return [found[spec] for spec in specs]
+
+    def measured(self) -> tuple[bool, np.ndarray]:
+        """Say whether the model has run since the last time; and what loss (nats) over how many tokens it had then."""
+        if not self._ran:
+            return False, np.zeros(2)
+        found, self._ran = self.engine.measured.copy(), False
+        self.engine.measured[:] = 0
+        return True, found
+
+    def measure(self, rows: Rows) -> tuple[float, float]:
+        """Return the summed loss of a few rows, evenly spaced, and its tokens. Every rank must call it alike."""
+        able = np.flatnonzero(rows.supervised > 0)
+        some = able[np.unique(np.linspace(0, len(able) - 1, min(_MEASURED, len(able))).astype(np.int64))]
+        (found,) = self.engine.compute([rows.examples[int(row)] for row in some], [LossSpec()])
+        self.engine.measured[:] = 0
+        return float(found.scalars["loss_sum"].sum()), float(found.scalars["tokens"].sum())
 
     def _as_wide(self, spec: FeatureSpec, values: FeatureValues) -> FeatureValues:
         """Fill token losses up to the width that all rows have.

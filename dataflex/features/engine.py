@@ -67,6 +67,8 @@ class FeatureEngine:
         self.token_budget = token_budget
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self._collate = partial(collate, pad_token_id=pad_token_id, padding_side=padding_side, device=self.device)
+        self.measured = np.zeros(2)
+        """Loss in nats and tokens, summed over the usable rows so far that a loss or a gradient was taken of."""
         self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
         self.autocast = autocast
         self._projectors: dict[Projection, Projector] = {}
@@ -103,7 +105,8 @@ class FeatureEngine:
                 stack.enter_context(sketches.taps.on(sketches.modules))
             for number in range(max(len(plan), min_batches, 1)):
                 rows = plan[number].tolist() if number < len(plan) else []
-                parts = self._run(self._collate([examples[i] for i in rows] or [self._dummy]), specs, sketches, longest)
+                batch = self._collate([examples[i] for i in rows] or [self._dummy])
+                parts = self._run(batch, specs, sketches, longest, counts=bool(rows))
                 values = values or [_empty(part, len(examples)) for part in parts]
                 for whole, part in zip(values, parts, strict=True):
                     _place(part, rows, whole)
@@ -146,7 +149,7 @@ class FeatureEngine:
         return inputs
 
     def _run(
-        self, batch: Batch, specs: Sequence[FeatureSpec], sketches: Sketches | None, longest: int
+        self, batch: Batch, specs: Sequence[FeatureSpec], sketches: Sketches | None, longest: int, counts: bool
     ) -> list[FeatureValues]:
         tokens = (batch.targets >= 0).sum(dim=1)
         status = torch.where(tokens > 0, Status.OK, Status.NO_LABELS).to(torch.uint8)
@@ -171,8 +174,10 @@ class FeatureEngine:
                 del output
                 finite = sums.isfinite()
                 status[~finite & (tokens > 0)] = Status.NONFINITE
-            if sketches:
                 usable = status == Status.OK
+                if counts:
+                    self.measured += float(sums.detach()[usable].sum()), int(tokens[usable].sum())
+            if sketches:
                 sketched = iter(sketches.finish(torch.where(usable, sums / tokens.clamp(min=1), 0.0).sum()))
         for i, spec in enumerate(specs):
             if isinstance(spec, LossSpec):

@@ -58,7 +58,8 @@ class Processing:
         parts = [records.select(np.flatnonzero(numbers == n)) for n in dict.fromkeys(numbers.tolist())]
         return concatenate_datasets([self._map(part, is_eval) for part in parts])
 
-    def _map(self, records: Dataset, is_eval: bool) -> Dataset:
+    def noting(self) -> Noting:
+        """Return what turns a batch of records into rows with `NOTES`."""
         args = self.data_args
         encoder = loader._get_dataset_processor(
             args, self.stage, self.template, self.tokenizer, self.processor, do_generate=False
@@ -67,8 +68,12 @@ class Processing:
         free.cutoff_len = 1 << 30
         columns = ("input_ids", "attention_mask") + (("labels", *MEDIA) if self.stage == "sft" else ())
         whole = None if self.is_packed else replace(encoder, data_args=free)
+        return Noting(encoder, whole, args.cutoff_len, self.tokenizer.pad_token_id, columns)
+
+    def _map(self, records: Dataset, is_eval: bool) -> Dataset:
+        args, noting = self.data_args, self.noting()
         rows = records.map(
-            Noting(encoder, whole, args.cutoff_len, self.tokenizer.pad_token_id, columns),
+            noting,
             batched=True,
             batch_size=args.preprocessing_batch_size,
             remove_columns=records.column_names,
@@ -84,7 +89,7 @@ class Processing:
             )
         if self.training_args.should_log:
             print("eval example:" if is_eval else "training example:")
-            encoder.print_data_example(next(iter(rows)))
+            noting.encoder.print_data_example(next(iter(rows)))
         return rows
 
 

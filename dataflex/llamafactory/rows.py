@@ -31,6 +31,7 @@ from dataflex.llamafactory.processing import (
 )
 from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.records import DATASET, INDEX, column_of, load_records, origin, origins
+from dataflex.llamafactory.sanity import judge_records
 from dataflex.llamafactory.texts import DecodedTexts, RecordTexts
 from dataflex.rows import KEY_DTYPE, Rows
 
@@ -112,6 +113,7 @@ def load_rows(
         merged = loader.merge_dataset(train_parts, data_args, seed=training_args.seed)
         train, rest = loader.split_dataset(merged, evaluation, data_args, seed=training_args.seed)
         records = {**train, **rest}
+        judge_records(records["train"], tokenizer)
         noted = {key: processing.rows(part, is_eval=key != "train") for key, part in records.items()}
     fed = {key: part.remove_columns([c for c in NOTES if c in part.column_names]) for key, part in noted.items()}
     sets = {key: _rows(noted[key], fed[key], records[key], processing, names + targets) for key in records}

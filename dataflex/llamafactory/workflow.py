@@ -17,7 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dataflex import distributed
 from dataflex.errors import ConfigError
 from dataflex.llamafactory.rows import RowSets, load_rows
+from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
 from dataflex.trainers.checkpoints import mark_complete, require_whole
+from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.pickles import refused
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
@@ -26,7 +28,7 @@ from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
 
 log = logging.getLogger(__name__)
 
-_TRAINERS = {"sft": "CustomSeq2SeqTrainer", "pt": "CustomTrainer"}
+
 _FOLDERS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
 """Keys that may name a checkpoint."""
 _CHANGED = ("rm", "ppo")
@@ -76,7 +78,7 @@ def run(
         if director is None:
             if arguments.get("stage") not in _CHANGED:
                 callbacks.insert(0, _Marks())  # what is stopped at a save is marked
-            with _begun_at(resumption):
+            with _begun_at(resumption), judged(arguments):
                 tuner.run_exp(arguments, callbacks)
             return
         with _substituted(str(arguments["stage"]), director, resumption, stopping), contextlib.suppress(Stopped):
@@ -108,31 +110,31 @@ def _explained() -> Iterator[None]:
 def _substituted(stage: str, director: Director, resumption: Resumption, stopping: Stopping) -> Iterator[None]:
     """Put our trainer and our `get_dataset` in place inside the stage's workflow module, and nowhere else."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
-    base = getattr(workflow, _TRAINERS[stage])
+    base = getattr(workflow, TRAINERS[stage])
     loaded: list[RowSets] = []
     model_arguments: list[Any] = []
 
     def get_dataset(
         template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, **kwargs: Any
     ) -> Any:
-        loaded.append(load_rows(template, model_args, data_args, training_args, stage, **kwargs))
+        sets = load_rows(template, model_args, data_args, training_args, stage, **kwargs)
+        judge_rows(sets.train, sets.targets.items(), data_args, is_packed=stage == "pt" and bool(data_args.packing))
+        if not sets.raw:
+            judge_tokens(sets.train.examples, kwargs["tokenizer"], stage, data_args.train_on_prompt)
+        loaded.append(sets)
         model_arguments.append(model_args)
-        return loaded[-1].module
+        return sets.module
 
     added: Any = RoundTrainer if hasattr(director, "decide") else DataflexTrainer
 
-    class Joined(added, base):  # type: ignore[misc, valid-type]
+    class Joined(FirstStepJudged, added, base):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any) -> None:
-            super().__init__(
-                director=director,
-                row_sets=loaded[-1],
-                model_args=model_arguments[-1],
-                resumption=resumption,
-                stopping=stopping,
-                **kwargs,
-            )
+            self.is_new = model_arguments[-1].train_from_scratch
+            about: dict[str, Any] = {"director": director, "row_sets": loaded[-1], "model_args": model_arguments[-1]}
+            about |= {"resumption": resumption, "stopping": stopping}
+            super().__init__(**about, **kwargs)
 
-    with patch.object(workflow, _TRAINERS[stage], Joined), patch.object(workflow, "get_dataset", get_dataset):
+    with patch.object(workflow, TRAINERS[stage], Joined), patch.object(workflow, "get_dataset", get_dataset):
         yield
 
 
