@@ -139,8 +139,9 @@ def _become_late(asked: _Asked, sent: signal.Signals) -> None:
 
 def _announce() -> None:
     """Tell the other processes, which look between pieces of work that need no one else."""
-    if store := distributed.store():
-        store.set("dataflex/stop", "1")
+    if (store := distributed.store()) is not None:
+        with contextlib.suppress(RuntimeError):  # where the process that holds it is gone, no one is left to be told
+            store.set("dataflex/stop", "1")
 
 
 def _is_announced() -> bool:

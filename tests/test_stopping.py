@@ -207,7 +207,7 @@ def test_features_that_take_too_long_are_dropped(
         workspace.run("featurize", path)
     assert len(done) == 2
     monkeypatch.setattr(Work, "_fragment", real)
-    assert workspace.run("featurize", path)["computed"] == 69 - 64
+    assert workspace.run("featurize", path)["computed"] == 69 - 16
 
 
 def test_a_second_answer_to_signals_is_refused(workspace: Any) -> None:
