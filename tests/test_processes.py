@@ -24,7 +24,7 @@ from dataflex.config import load
 from dataflex.features.adam import Moments
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
-from dataflex.trainers.checkpoints import incomplete_reason
+from dataflex.trainers.checkpoints import incomplete_reason, mark_complete
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -247,6 +247,38 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     assert workspace.rounds("run") == through.rounds("run")
     before, after = through.weights("run"), workspace.weights("run")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+NODE = """
+import os, sys
+import torch.distributed as dist
+from dataflex.trainers.checkpoints import agreed
+
+dist.init_process_group("gloo")
+print(agreed(sys.argv[1]))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_checkpoint_counts_if_it_is_whole_on_every_node(tmp_path: Path) -> None:
+    """Two processes as of two nodes with a disk each: one lacks the newest, the other has the one before damaged."""
+    nodes = [tmp_path / name / "run" for name in "ab"]
+    for node in nodes:
+        for step in (1, 2, 3, 4):
+            (node / f"checkpoint-{step}").mkdir(parents=True)
+            (node / f"checkpoint-{step}" / "optimizer.pt").write_bytes(bytes(8))
+            if (node.parent.name, step) != ("b", 4):
+                mark_complete(node / f"checkpoint-{step}", {"global_step": step})
+    (nodes[0] / "checkpoint-3" / "optimizer.pt").write_bytes(bytes(7) + b"1")
+    port = str(free_port())
+    processes = []
+    for rank, node in enumerate(nodes):
+        env = environment(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        command = [sys.executable, "-c", NODE, "run"]
+        processes.append(subprocess.Popen(command, env=env, cwd=node.parent, stdout=subprocess.PIPE, text=True))
+    assert [process.communicate(timeout=200)[0].strip() for process in processes] == ["run/checkpoint-2"] * 2
 
 
 SEVERAL = """
