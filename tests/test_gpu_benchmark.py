@@ -20,7 +20,7 @@ from benchmarks import gpu, gpu_gradients, gpu_throughput
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-BLOCKED = ("pydantic", "omegaconf", "llamafactory", "faiss", "deepspeed", "bitsandbytes", "datasets", "scipy")
+BLOCKED = ("pydantic", "omegaconf", "llamafactory", "faiss", "deepspeed", "bitsandbytes", "datasets", "sklearn", "scipy")
 
 
 def test_equality_is_found_and_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

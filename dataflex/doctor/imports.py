@@ -33,8 +33,8 @@ OPTIONAL = {
     "math_verify": "math-verify",
     "bitsandbytes": "bitsandbytes",
 }
-SECONDS = 300
-"""After which an import is taken to hang; a cold one from a slow disk has been seen to take a minute."""
+SECONDS = 600
+"""After which an import is taken to hang: seconds on an idle machine, but above 300 s where each core had seven jobs."""
 
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICES = """
