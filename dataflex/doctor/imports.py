@@ -34,7 +34,7 @@ OPTIONAL = {
     "bitsandbytes": "bitsandbytes",
 }
 SECONDS = 600
-"""After which an import is taken to hang: seconds on an idle machine, but above 300 s where each core had seven jobs."""
+"""After which an import is taken to hang: seconds on an idle machine, but above 300 s where cores had seven jobs."""
 
 DRIVER = Path("/proc/driver/nvidia/version")
 DEVICES = """
