@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 signal.signal(number, signal.SIG_IGN)  # a launcher that sees one process end asks the others again
         log.debug("where it was raised:", exc_info=error)
         text, exit_code = what
-        print(f"dataflex: {text}", file=sys.stderr)
+        if distributed.is_main() or not getattr(error, "everywhere", False):
+            print(f"dataflex: {text}", file=sys.stderr)
         sys.exit(exit_code)
 
 
@@ -110,7 +111,9 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print what `version` prints.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more, on every process.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say more, on every process, and how errors arose.")
+    ] = False,
 ) -> None:
     """Set up logging: rank 0 says what is done, the others only what is wrong."""
     level = logging.INFO if distributed.is_main() and not quiet else logging.WARNING

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
+
+from dataflex.errors import DataflexError
 
 T = TypeVar("T")
 
@@ -119,6 +122,27 @@ def gather(value: T) -> list[T]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """End on every rank with the same error if one rank meets one: otherwise the others would wait for it. Collective.
+
+    Raises:
+        DataflexError: the error of the lowest rank that met one.
+    """
+    failed: DataflexError | None = None
+    try:
+        yield
+    except DataflexError as error:
+        failed = error
+    first = next((error for error in gather(failed) if error is not None), None)
+    if first is None:
+        return
+    if first is failed:  # one process
+        raise failed
+    first.everywhere = True
+    raise first from failed
 
 
 def shard(items: Sequence[T], rank: int, world: int) -> Sequence[T]:

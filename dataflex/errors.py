@@ -7,6 +7,8 @@ class DataflexError(Exception):
     """An error whose text says what was found, what was expected, where, and what to do."""
 
     exit_code = 1
+    everywhere = False
+    """Whether every process of the run raises it, so that it is enough if one says it."""
 
 
 class ConfigError(DataflexError):

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.problems import Origin, Problems
+from dataflex.config.registration import REMOTE, check_types
 
 _EXTENSIONS = ("arrow", "csv", "json", "jsonl", "parquet", "txt")
 _FORMATTINGS = ("alpaca", "sharegpt", "openai")
-_REMOTE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _PEEK = 1 << 20  # bytes in which the first record of a file has to end to be looked at
 
 
@@ -103,6 +103,7 @@ def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin,
     if not isinstance(entry, dict):
         problems.add(info, name, "a mapping with file_name", entry)
         return
+    check_types(name, entry, info, problems)
     if (formatting := entry.get("formatting", "alpaca")) not in _FORMATTINGS:
         problems.add(info, f"{name}.formatting", f"one of {', '.join(_FORMATTINGS)}", formatting, _FORMATTINGS)
     if entry.get("ranking") and values.get("stage", "sft") in ("sft", "pt"):
@@ -111,11 +112,11 @@ def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin,
     if isinstance(columns, dict) and columns.get("kto_tag") and values.get("stage", "sft") in ("sft", "pt"):
         why = "LLaMA-Factory would make pairs for stage kto of the records, and drop every one of them"
         problems.add(info, f"{name}.columns.kto_tag", "no such column in stage sft or pt", columns["kto_tag"], why=why)
-    if any(key in entry for key in _REMOTE):
+    if any(key in entry for key in REMOTE):
         return
     file_name = entry.get("file_name")
     if not isinstance(file_name, str):
-        expected = f"a file, relative to {info.file.parent} (or one of {', '.join(_REMOTE)})"
+        expected = f"a file, relative to {info.file.parent} (or one of {', '.join(REMOTE)})"
         problems.add(info, f"{name}.file_name", expected, file_name)
         return
     path = info.file.parent / file_name

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -14,11 +15,24 @@ from llamafactory.extras.constants import IGNORE_INDEX
 
 from dataflex.errors import DataflexError
 from dataflex.fingerprint import row_key
+from dataflex.llamafactory.faults import at_record, explained
+from dataflex.llamafactory.place import Place
 from dataflex.llamafactory.records import DATASET, INDEX, MEDIA, column_of
 
 KEY, LENGTH, SUPERVISED, TRUNCATED = (f"__dataflex_{name}__" for name in ("key", "length", "supervised", "truncated"))
 NOTES = (INDEX, DATASET, KEY, LENGTH, SUPERVISED, TRUNCATED)
 """Columns beside the tokens, taken off before a trainer sees the rows."""
+
+
+class Source(NamedTuple):
+    """A dataset: where it comes from, and its raw records."""
+
+    place: Place
+    raw: Dataset
+
+    def about(self, index: int) -> str:
+        """Return which record this is, what is odd about it, and how it begins."""
+        return self.place.about(index, self.raw[index])
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,22 @@ class Processing:
         """Whether a row is a block made of several documents."""
         return self.stage == "pt" and bool(self.data_args.packing)
 
-    def rows(self, records: Dataset, is_eval: bool) -> Dataset:
+    def rows(self, records: Dataset, is_eval: bool, sources: Sequence[Source]) -> Dataset:
         """Return the rows with `NOTES`; blocks are packed within their dataset, dataset after dataset.
 
+        Args:
+            records: in LLaMA-Factory's standard format, with `DATASET` and `INDEX`.
+            is_eval: whether they are evaluation rows.
+            sources: the datasets, by number.
+
         Raises:
-            DataflexError: not one record gives a row.
+            DataflexError: not one record gives a row, or one cannot be made into a row.
         """
         if not self.is_packed:
-            return self._map(records, is_eval)
+            return self._map(records, is_eval, sources)
         numbers = column_of(records, DATASET)
         parts = [records.select(np.flatnonzero(numbers == n)) for n in dict.fromkeys(numbers.tolist())]
-        return concatenate_datasets([self._map(part, is_eval) for part in parts])
+        return concatenate_datasets([self._map(part, is_eval, sources) for part in parts])
 
     def noting(self) -> Noting:
         """Return what turns a batch of records into rows with `NOTES`."""
@@ -70,27 +89,35 @@ class Processing:
         whole = None if self.is_packed else replace(encoder, data_args=free)
         return Noting(encoder, whole, args.cutoff_len, self.tokenizer.pad_token_id, columns)
 
-    def _map(self, records: Dataset, is_eval: bool) -> Dataset:
+    def _map(self, records: Dataset, is_eval: bool, sources: Sequence[Source]) -> Dataset:
         args, noting = self.data_args, self.noting()
-        rows = records.map(
-            noting,
-            batched=True,
-            batch_size=args.preprocessing_batch_size,
-            remove_columns=records.column_names,
-            num_proc=args.preprocessing_num_workers,
-            load_from_cache_file=(not args.overwrite_cache) or (self.training_args.local_process_index != 0),
-            desc="Running tokenizer on dataset",
-        )
+        of_these = dict.fromkeys(column_of(records, DATASET).tolist())
+        places = ", ".join(str(sources[number].place) for number in of_these)
+        one = partial(_alone, noting)
+        with explained(places), at_record(records, one, lambda record: sources[record[DATASET]].about(record[INDEX])):
+            rows = records.map(
+                noting,
+                batched=True,
+                batch_size=args.preprocessing_batch_size,
+                remove_columns=records.column_names,
+                num_proc=args.preprocessing_num_workers,
+                load_from_cache_file=(not args.overwrite_cache) or (self.training_args.local_process_index != 0),
+                desc="Running tokenizer on dataset",
+            )
         if len(rows) == 0:
             raise DataflexError(
-                f"found no usable row among {len(records)} records after preprocessing; expected the format that "
-                "dataset_info.json describes (see LLaMA-Factory's data/README.md), and in a packed dataset at least "
-                "cutoff_len tokens"
+                f"{places}: found no usable row among {len(records)} records after preprocessing; expected the format "
+                "that dataset_info.json describes (see LLaMA-Factory's data/README.md), and in a packed dataset at "
+                "least cutoff_len tokens"
             )
         if self.training_args.should_log:
             print("eval example:" if is_eval else "training example:")
             noting.encoder.print_data_example(next(iter(rows)))
         return rows
+
+
+def _alone(noting: Noting, record: Mapping[str, Any]) -> None:
+    noting({key: [value] for key, value in record.items()})
 
 
 @dataclass

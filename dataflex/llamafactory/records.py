@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from llamafactory.data import loader
+from llamafactory.data.converter import get_dataset_converter
 
 from dataflex.errors import DataflexError
+from dataflex.llamafactory.columns import unfit
+from dataflex.llamafactory.faults import at_record, explained
+from dataflex.llamafactory.place import Place, place_of
+
+log = logging.getLogger(__name__)
 
 INDEX, DATASET = "__dataflex_index__", "__dataflex_dataset__"
 """Columns that travel with each record: its position in its dataset, and the dataset's number."""
@@ -33,33 +42,35 @@ def load_records(names: Sequence[str], first: int, stage: str, *arguments: Any) 
         raw records, all of them and with all their fields.
 
     Raises:
-        DataflexError: a dataset is empty, has images, videos or audios, or cannot be numbered.
+        ConfigError: a dataset is not registered, or not so that it can be loaded.
+        UnavailableError: the server that has it does not answer.
+        DataflexError: a dataset is empty or cannot be read or converted, has images, videos or audios, or cannot be
+            numbered.
     """
-    if not names:
-        return [], []
-    with _numbered(names) as raw:
-        loaded = loader._get_merged_dataset(list(names), *arguments, stage, return_dict=True)
-    numbers = [np.full(len(part), first + i, dtype=np.int32) for i, part in enumerate(loaded.values())]
-    aligned = [part.add_column(DATASET, column) for part, column in zip(loaded.values(), numbers, strict=True)]
+    aligned: list[Dataset] = []
+    raw: list[Dataset] = []
+    for number, name in enumerate(names, first):
+        place = place_of(name, arguments[1].dataset_dir)
+        with explained(str(place), place.fault), _numbered(place, stage, raw):
+            place.check()
+            part = loader._get_merged_dataset([name], *arguments, stage, return_dict=True)[name]
+        aligned.append(part.add_column(DATASET, np.full(len(part), number, dtype=np.int32)))
     return aligned, raw
 
 
 @contextlib.contextmanager
-def _numbered(names: Sequence[str]) -> Iterator[list[Dataset]]:
-    """Number the records as they are loaded, and carry the number through the conversion.
+def _numbered(place: Place, stage: str, raw: list[Dataset]) -> Iterator[None]:
+    """Number the records of a dataset as they are loaded, and carry the number through the conversion.
 
     LLaMA-Factory samples (`num_samples`, `max_samples`) between loading and converting, so the number has to be there
     before, and the conversion removes every column.
     """
     load, align, cloud = loader.load_dataset, loader.align_dataset, loader.read_cloud_json
-    pending = iter(names)
-    raw: list[Dataset] = []
 
     def load_numbered(*args: Any, **kwargs: Any) -> Dataset:
         dataset = load(*args, **kwargs)
         if len(dataset) == 0:
-            where = kwargs.get("data_files") or kwargs.get("path")
-            raise DataflexError(f"{where}: found 0 rows; expected at least one")
+            raise DataflexError(f"{place}: found 0 rows; expected at least one")
         raw.append(dataset)
         return dataset.add_column(INDEX, np.arange(len(dataset)))
 
@@ -69,27 +80,46 @@ def _numbered(names: Sequence[str]) -> Iterator[list[Dataset]]:
         return [record | {INDEX: i} for i, record in enumerate(records)]
 
     def align_numbered(dataset: Dataset, attr: Any, data_args: Any, training_args: Any) -> Dataset:
-        name = next(pending)
         if INDEX not in dataset.column_names:
-            raise DataflexError(
-                f"dataset {name}: records from {attr.load_from} cannot be numbered; use files or the hub"
-            )
+            raise DataflexError(f"{place}: records from {attr.load_from} cannot be numbered; use files or the hub")
+        if (found := unfit(dataset, attr, stage)) is not None:
+            raise DataflexError(f"{place}: {found}")
         for kind in MEDIA:
             column = getattr(attr, kind)
             if column and any(bool(value) for value in dataset[column]):
                 raise DataflexError(
-                    f"dataset {name}: found rows with {kind} (column {column!r}); expected text only: per-example "
+                    f"{place}: found rows with {kind} (column {column!r}); expected text only: per-example "
                     "features of media are not supported. Leave the column out of dataset_info.json's columns."
                 )
         index = column_of(dataset, INDEX)
-        return align(dataset, attr, data_args, training_args).add_column(INDEX, index)
+        convert = get_dataset_converter(attr.formatting, attr, data_args)
+        with at_record(dataset, convert, lambda record: place.about(record[INDEX], record)):
+            aligned = align(dataset, attr, data_args, training_args)
+        if len(empty := _without_prompt(aligned)):
+            first = ", ".join(map(str, index[empty[:10]]))
+            log.warning(
+                "%s: %d records have an empty %s and are used all the same; the first: %s",
+                place, len(empty), "text" if stage == "pt" else "prompt", first,
+            )  # fmt: skip
+        return aligned.add_column(INDEX, index)
 
     with (
         patch.object(loader, "load_dataset", load_numbered),
         patch.object(loader, "read_cloud_json", cloud_numbered),
         patch.object(loader, "align_dataset", align_numbered),
     ):
-        yield raw
+        yield
+
+
+def _without_prompt(aligned: Dataset) -> np.ndarray:
+    """Return the positions of records whose last turn before the answer has no text, (N,)."""
+    turns = aligned.select_columns(["_prompt"]).with_format("arrow")[:]["_prompt"]
+    if not pa.types.is_struct(turns.type.value_type):
+        return np.zeros(0, np.int64)  # no turn in any record
+    parents = pc.list_parent_indices(turns).to_numpy()
+    text = pc.utf8_trim_whitespace(pc.struct_field(pc.list_flatten(turns), "content"))
+    is_last = np.append(parents[1:] != parents[:-1], True)[: len(parents)]
+    return parents[is_last & pc.equal(pc.fill_null(text, ""), "").to_numpy(zero_copy_only=False)]
 
 
 def column_of(dataset: Dataset, name: str) -> np.ndarray:

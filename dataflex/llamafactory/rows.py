@@ -16,9 +16,12 @@ from datasets import Dataset, DatasetDict
 from llamafactory.data import loader
 from llamafactory.data.data_utils import get_dataset_module
 
+from dataflex import distributed
 from dataflex.errors import DataflexError
 from dataflex.fingerprint import row_key
 from dataflex.llamafactory import tokenized
+from dataflex.llamafactory.faults import explained
+from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.processing import (
     KEY,
     LENGTH,
@@ -26,6 +29,7 @@ from dataflex.llamafactory.processing import (
     SUPERVISED,
     TRUNCATED,
     Processing,
+    Source,
     labels_of,
     supervised,
 )
@@ -101,10 +105,11 @@ def load_rows(
             "documents of several datasets cannot be interleaved first. Use mix_strategy: concat, or packing: false."
         )
     one_at_a_time = {"local": not data_args.data_shared_file_system}
-    with training_args.main_process_first(desc="load dataset", **one_at_a_time):
+    with distributed.together(), training_args.main_process_first(desc="load dataset", **one_at_a_time):
         train_parts, train_raw = load_records(names, 0, stage, model_args, data_args, training_args)
         target_parts, target_raw = load_records(targets, len(names), stage, model_args, data_args, training_args)
-    with training_args.main_process_first(desc="pre-process dataset", **one_at_a_time):
+    first = training_args.main_process_first(desc="pre-process dataset", **one_at_a_time)
+    with distributed.together(), first, explained(f"datasets {', '.join(names + targets)}"):
         evaluation: Any = None
         if target_parts and data_args.eval_on_each_dataset:
             evaluation = dict(zip(targets, target_parts, strict=True))
@@ -113,8 +118,12 @@ def load_rows(
         merged = loader.merge_dataset(train_parts, data_args, seed=training_args.seed)
         train, rest = loader.split_dataset(merged, evaluation, data_args, seed=training_args.seed)
         records = {**train, **rest}
+        sources = [
+            Source(place_of(name, data_args.dataset_dir), dataset)
+            for name, dataset in zip(names + targets, train_raw + target_raw, strict=True)
+        ]
+        noted = {key: processing.rows(part, key != "train", sources) for key, part in records.items()}
         judge_records(records["train"], tokenizer)
-        noted = {key: processing.rows(part, is_eval=key != "train") for key, part in records.items()}
     fed = {key: part.remove_columns([c for c in NOTES if c in part.column_names]) for key, part in noted.items()}
     sets = {key: _rows(noted[key], fed[key], records[key], processing, names + targets) for key in records}
     if path is not None and training_args.should_save:

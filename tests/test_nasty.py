@@ -1,0 +1,296 @@
+"""Bad data: every file loads, or ends in a short message that names it; nothing ends in a traceback."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex import cli
+from dataflex.errors import ConfigError, DataflexError
+
+FOLDER = Path(__file__).parent / "nasty"
+TABLE = re.findall(r"^\| `([^`]+)` \| .* \| (.*) \|$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
+LOADS = [file for file, outcome in TABLE if re.match(r"\d+ rows", outcome)]
+
+
+def registration(file: str) -> dict[str, Any]:
+    return {"file_name": file} | ({"columns": {"prompt": "text"}} if file.startswith("pt_") else {})
+
+
+@pytest.fixture(scope="module")
+def load(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return a function that loads one dataset as a run would; arguments and tokenizer are read once."""
+    from llamafactory.data import get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    from dataflex.llamafactory.rows import load_rows
+
+    def prepared(**keys: Any) -> tuple[Any, ...]:
+        arguments = {
+            "model_name_or_path": str(tiny.model),
+            "do_train": True,
+            "dataset": "any",
+            "output_dir": str(tmp_path_factory.mktemp("out")),
+            "use_cpu": True,
+            "report_to": "none",
+            **keys,
+        }
+        model_args, data_args, training_args, _, _ = get_train_args(arguments)
+        module = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
+        return template, model_args, data_args, training_args, module
+
+    known = {
+        "sft": prepared(stage="sft", template="qwen3_nothink", cutoff_len=256),
+        "pt": prepared(stage="pt", template="default", cutoff_len=16),
+    }
+
+    def load(folder: Path, name: str, stage: str = "sft", **data: Any) -> Any:
+        template, model_args, data_args, training_args, module = known[stage]
+        data_args = copy.copy(data_args)
+        for key, value in ({"dataset": [name], "dataset_dir": str(folder)} | data).items():
+            setattr(data_args, key, value)
+        return load_rows(template, model_args, data_args, training_args, stage, **module)
+
+    return load
+
+
+def refusal(load: Callable[..., Any], folder: Path, name: str, **data: Any) -> str:
+    """Return the text with which a dataset is refused: three lines at most, that name what is wrong with what."""
+    with pytest.raises(DataflexError) as raised:
+        load(folder, name, **data)
+    text = str(raised.value)
+    assert text.count("\n") < 3
+    assert f"dataset {name} (" in text
+    assert "Traceback" not in text
+    return text
+
+
+def test_every_file_has_its_line() -> None:
+    assert sorted(file for file, _ in TABLE) == sorted(p.name for p in FOLDER.iterdir() if p.name != "README.md")
+
+
+def test_every_file_loads_or_is_refused_by_name(load: Callable[..., Any], tmp_path: Path) -> None:
+    for file, _ in TABLE:
+        (tmp_path / file).symlink_to(FOLDER / file)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({file: registration(file) for file, _ in TABLE}))
+    for file, outcome in TABLE:
+        stage = "pt" if file.startswith("pt_") else "sft"
+        if file not in LOADS:
+            text = refusal(load, tmp_path, file, stage=stage)
+            assert outcome in text, file
+            assert str(tmp_path / file) in text
+            continue
+        rows = load(tmp_path, file, stage).train
+        dropped = ", ".join(str(index) for _, index in rows.dropped) or "none"
+        assert f"{len(rows)} rows, dropped {dropped}" == outcome, file
+
+
+GOOD = {"instruction": "a", "input": "", "output": "b"}
+
+
+def lines(*rows: Any) -> str:
+    return "\n".join(json.dumps(row) for row in rows)
+
+
+def turns(*pairs: tuple[Any, Any]) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": value} for role, value in pairs]}
+
+
+ASKED = turns(("human", "q"), ("gpt", "a"))
+COLUMNS = {"prompt": "instruction", "response": "output"}
+TOOLS = {"messages": "conversations", "tools": "t"}
+SHAREGPT = {"formatting": "sharegpt"}
+OPENAI = {
+    "formatting": "openai",
+    "columns": {"messages": "messages"},
+    "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+}
+
+
+def messages(*pairs: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+ODD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
+    "null first": ("json", "null", {}, "line 1: found null"),
+    "null row": ("jsonl", lines(GOOD, None), {}, "line 2: found null"),
+    "null element": ("json", [GOOD, None], {}, "record 1: found null"),
+    "nested lists": ("json", [[GOOD]], {}, "found no field 'instruction'"),
+    "deep": ("jsonl", '{"instruction": ' + "[" * 10**5 + "]" * 10**5 + "}", {}, "nested more than 100 deep"),
+    "deep lines": ("json", "[\n" * 10**5 + "]\n" * 10**5, {}, "nested more than 100 deep"),
+    "scalar": ("json", "5", {}, "found a number; expected a list"),
+    "html": ("json", "<html>404</html>", {}, "line 1, column 1: found '<html>404"),
+    "python": ("json", "[{'instruction': 1}]", {}, "line 1, column 3"),
+    "control": ("jsonl", '{"instruction": "a\0b"}', {}, "Invalid control character"),
+    "utf-16": ("json", json.dumps([GOOD]).encode("utf-16-le"), {}, "line 1, column 2"),
+    "zip": ("json", b"PK\x03\x04 and so on", {}, "bytes of zip"),
+    "big": ("json", [{**GOOD, "id": 10**30}], {}, "more than 64 bits in 'id'"),
+    "digits": ("json", '[{"instruction": 1' + "0" * 5000 + "}]", {}, "no JSON value"),
+    "number": ("json", [{**GOOD, "output": 5}], {}, "field 'output' (response) holds numbers"),
+    "boolean": ("json", [{**GOOD, "output": True}], {}, "holds true and false"),
+    "object": ("json", [{**GOOD, "output": {"a": 1}}], {}, "holds values of the type struct"),
+    "date": ("jsonl", lines({**GOOD, "output": "2020-01-02"}), {}, "holds dates"),
+    "no input": ("json", [{"instruction": "a", "output": "b"}], {}, "no field 'input'; the records have"),
+    "history": ("json", [{**GOOD, "h": "x"}], {"columns": {**COLUMNS, "history": "h"}}, "expected lists of"),
+    "three": (
+        "json",
+        [{**GOOD, "h": [["a"] * 3]}],
+        {"columns": {**COLUMNS, "history": "h"}},
+        "record 0: turn 0 of 'h'",
+    ),
+    "kto": ("json", [{**GOOD, "tag": True}], {"columns": {**COLUMNS, "kto_tag": "tag"}}, "no usable row"),
+    "no media": ("json", [GOOD], {"columns": {**COLUMNS, "images": "images"}}, "no field 'images'"),
+    "media": ("json", [{**GOOD, "m": ["x.png"]}], {"columns": {**COLUMNS, "images": "m"}}, "rows with images"),
+    "ranking": ("json", [GOOD], {"ranking": True}, "not applicable"),
+    "null turns": ("json", [ASKED, {"conversations": None}], SHAREGPT, "record 1: 'conversations' is null"),
+    "null turn": ("json", [ASKED, {"conversations": [None]}], SHAREGPT, "record 1: turn 0 is null"),
+    "null value": ("json", [ASKED, turns(("human", None), ("gpt", "a"))], SHAREGPT, "record 1: turn 0 has null"),
+    "texts": ("json", [{"conversations": ["a", "b"]}], SHAREGPT, "expected lists of objects with 'from' and 'value'"),
+    "values": ("json", [turns(("human", 1), ("gpt", 2))], SHAREGPT, "int64"),
+    "tools": (
+        "json",
+        [{**ASKED, "t": "no"}],
+        {**SHAREGPT, "columns": {"messages": "conversations", "tools": "t"}},
+        "tool",
+    ),
+    "call": ("json", [turns(("human", "q"), ("function_call", "no"))], SHAREGPT, "record 0: found a record"),
+    "role": ("json", [messages(("user", "q"), ("tool", "t"))], OPENAI, "record 0: turn 1 has the role 'tool'"),
+    "parts": ("json", [messages(("user", [{"text": "q"}]))], OPENAI, "both texts"),
+    "no messages": ("json", [GOOD], OPENAI, "found no field 'messages'"),
+    "csv fields": ("csv", "instruction,input,output\na,,b,c,d\n", {}, "found 5 fields; expected the 3"),
+    "csv quote": ("csv", 'instruction,input,output\n"a,,b\n', {}, "EOF inside string"),
+    "csv empty": ("csv", "", {}, "No columns"),
+    "csv header": ("csv", "instruction,input,output\n", {}, "no data"),
+    "csv latin": ("csv", "instruction,output\nä,b\n".encode("latin-1"), {"columns": COLUMNS}, "0xe4"),
+    "parquet": ("parquet", b"PAR1 and so on", {}, "magic bytes"),
+    "arrow": ("arrow", b"ARROW1 and so on", {}, "ArrowInvalid"),
+    "text": ("txt", "one\ntwo\n", {}, "no field 'instruction'; the records have 'text'"),
+    "split": ("json", [GOOD], {"split": "test"}, "Unknown split"),
+}
+ELSEWHERE = {
+    "hub": ({"hf_hub_url": "nobody/nothing"}, "Offline"),
+    "s3": ({"cloud_file_name": "s3://bucket/x.json"}, "s3fs"),
+    "cloud": ({"cloud_file_name": "ftp://x/y.json"}, "Unsupported protocol"),
+    "script": ({"script_url": "x.py"}, "no longer supported"),
+    "none": ({"file_name": "none.json"}, "not found"),
+    "loop": ({"file_name": "loop.json"}, "not found"),
+    "empty": ({"file_name": "empty"}, "empty folder"),
+    "two": ({"file_name": "two"}, "b.json: line 1, column 1"),
+}
+
+
+def test_odd_data_is_refused_by_name(load: Callable[..., Any], tmp_path: Path) -> None:
+    entries: dict[str, Any] = {name: entry for name, (entry, _) in ELSEWHERE.items()}
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "a.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "two" / "b.json").write_text("oops")
+    for name, (kind, content, entry, _) in ODD.items():
+        file = tmp_path / f"{name}.{kind}"
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        entries[name] = {"file_name": file.name, **entry}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(entries))
+    expected = {name: text for name, (_, _, _, text) in ODD.items()} | {n: text for n, (_, text) in ELSEWHERE.items()}
+    for name, text in expected.items():
+        assert text in refusal(load, tmp_path, name), name
+
+
+def test_a_record_is_named_with_workers_and_in_target_sets(load: Callable[..., Any], tmp_path: Path) -> None:
+    odd = turns(("human", "q"), ("gpt", None))
+    (tmp_path / "good.json").write_text(json.dumps([ASKED] * 8))
+    (tmp_path / "bad.json").write_text(json.dumps([ASKED] * 5 + [odd] + [ASKED] * 4))
+    (tmp_path / "worse.json").write_text(json.dumps([ASKED] * 7 + [{"conversations": None}]))
+    info = {name: {"file_name": f"{name}.json", **SHAREGPT} for name in ("good", "bad", "worse")}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info))
+    for name, record in (("bad", 5), ("worse", 7)):
+        assert f"record {record}: " in refusal(load, tmp_path, name, preprocessing_num_workers=2)
+        with pytest.raises(DataflexError, match=rf"dataset {name} \(.*{name}\.json\), record {record}: "):
+            load(tmp_path, "good", eval_dataset=[name])
+
+
+def test_empty_prompts_are_said(load: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "empty_prompt.json"}}))
+    (tmp_path / "empty_prompt.json").symlink_to(FOLDER / "empty_prompt.json")
+    load(tmp_path, "x")
+    assert "2 records have an empty prompt and are used all the same; the first: 2, 4" in caplog.text
+
+
+def test_an_error_of_our_own_stays_what_it_is(
+    load: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataflex.llamafactory import records
+
+    (tmp_path / "x.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.json"}}))
+    monkeypatch.setattr(records, "MEDIA", 7)  # then a line of that module raises
+    with pytest.raises(TypeError, match="not iterable"):
+        load(tmp_path, "x")
+
+
+BAD_ENTRIES: dict[str, tuple[Any, str]] = {
+    "text": ("one.json", "a mapping"),
+    "null": (None, "a mapping"),
+    "no name": ({}, "text.file_name"),
+    "list": ({"file_name": ["one.json"]}, "file_name"),
+    "columns": ({"file_name": "one.json", "columns": ["a"]}, "x.columns: found"),
+    "no columns": ({"file_name": "one.json", "columns": None}, "x.columns: found"),
+    "column": ({"file_name": "one.json", "columns": {"prompt": 5}}, "x.columns.prompt"),
+    "misspelt": ({"file_name": "one.json", "columns": {"promt": "a"}}, "did you mean 'prompt'"),
+    "tags": ({"file_name": "one.json", "tags": {"role": "a"}}, "x.tags.role"),
+    "key": ({"file_name": "one.json", "formating": "sharegpt"}, "did you mean 'formatting'"),
+    "formatting": ({"file_name": "one.json", "formatting": ["alpaca"]}, "x.formatting"),
+    "ranking": ({"file_name": "one.json", "ranking": "false"}, "true or false"),
+    "samples": ({"file_name": "one.json", "num_samples": "5"}, "a whole number"),
+    "none": ({"file_name": "one.json", "num_samples": 0}, "a whole number"),
+    "split": ({"file_name": "one.json", "split": 5}, "x.split"),
+    "hub": ({"hf_hub_url": 5}, "x.hf_hub_url"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENTRIES)
+def test_bad_registrations_are_refused_at_validate(case: str, workspace: Any, tmp_path: Path) -> None:
+    from dataflex.config import load
+
+    entry, said = BAD_ENTRIES[case]
+    (tmp_path / "one.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": entry}))
+    path = workspace.write("run", dataset="x", eval_dataset="x", dataset_dir=str(tmp_path))
+    with pytest.raises(ConfigError) as raised:
+        load(path)
+    assert said.replace("text.", "x.") in str(raised.value)
+
+
+def test_the_command_says_it_and_verbose_shows_how_it_arose(
+    workspace: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "x.json").write_text(json.dumps([ASKED, turns(("human", "q"), ("gpt", None))]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.json", **SHAREGPT}}))
+    path = workspace.write("run", dataset="x", eval_dataset="x", dataset_dir=str(tmp_path))
+    for flag in ([], ["-v"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*flag, "train", str(path)])
+        assert ended.value.code == 1
+        shown = capfd.readouterr().err
+        assert f"dataflex: dataset x ({tmp_path}/x.json), record 1: turn 1 has null as 'value'" in shown
+        assert "Traceback" not in shown
+        assert ("Traceback" in caplog.text) == bool(flag)  # pytest takes the log
+
+
+def test_what_loads_can_be_trained_on(workspace: Any, tmp_path: Path) -> None:
+    names = [file for file in LOADS if not file.startswith("pt_")]
+    for file in names:
+        (tmp_path / file).symlink_to(FOLDER / file)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({file: registration(file) for file in names}))
+    keys = {"dataset_dir": str(tmp_path), "max_samples": 8, "cutoff_len": 48, "save_steps": 100}
+    run = workspace.write("run", dataset=",".join(names), eval_dataset="three_rows.json", **keys)
+    assert workspace.run("train", run)["rows"] > 80
