@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -286,6 +290,15 @@ def test_the_command_says_it_and_verbose_shows_how_it_arose(
         assert ("Traceback" in caplog.text) == bool(flag)  # pytest takes the log
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
+def test_a_damaged_model_is_named(workspace: Any, tiny: Any, tmp_path: Path, file: str) -> None:
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    (model / file).write_bytes((model / file).read_bytes()[:100])
+    path = workspace.write("run", model_name_or_path=str(model))
+    with pytest.raises(ConfigError, match=rf"{model} cannot be loaded: .* \(\w+\)$"):
+        workspace.run("train", path)
+
+
 def test_what_loads_can_be_trained_on(workspace: Any, tmp_path: Path) -> None:
     names = [file for file in LOADS if not file.startswith("pt_")]
     for file in names:
@@ -294,3 +307,35 @@ def test_what_loads_can_be_trained_on(workspace: Any, tmp_path: Path) -> None:
     keys = {"dataset_dir": str(tmp_path), "max_samples": 8, "cutoff_len": 48, "save_steps": 100}
     run = workspace.write("run", dataset=",".join(names), eval_dataset="three_rows.json", **keys)
     assert workspace.run("train", run)["rows"] > 80
+
+
+ONE_RANK = """
+from dataflex import distributed
+from dataflex.errors import DataflexError
+import torch
+torch.distributed.init_process_group("gloo")
+try:
+    with distributed.together():
+        if distributed.rank() == 1:
+            raise DataflexError("met on rank 1")
+except DataflexError as error:
+    print(f"rank {distributed.rank()}: {error}, everywhere {error.everywhere}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_several_processes_end_together_and_one_says_it(workspace: Any, tmp_path: Path) -> None:
+    def launched(*command: str) -> subprocess.CompletedProcess[str]:
+        variables = os.environ | {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "PYTHONPATH": os.getcwd()}
+        return subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, timeout=600)
+
+    (tmp_path / "x.json").write_text(json.dumps([ASKED, turns(("human", "q"), ("gpt", None))]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.json", **SHAREGPT}}))
+    path = workspace.write("run", dataset="x", eval_dataset="x", dataset_dir=str(tmp_path))
+    ended = launched("-m", "dataflex.cli", "train", str(path))
+    assert ended.returncode != 0
+    assert ended.stderr.count(f"dataflex: dataset x ({tmp_path}/x.json), record 1: turn 1 has null") == 1
+    script = tmp_path / "script.py"
+    script.write_text(ONE_RANK)
+    said = launched("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)).stdout
+    assert sorted(said.splitlines()) == [f"rank {rank}: met on rank 1, everywhere True" for rank in (0, 1)]

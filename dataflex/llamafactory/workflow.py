@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dataflex import distributed
 from dataflex.errors import ConfigError
+from dataflex.llamafactory.faults import explained
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
 from dataflex.trainers.checkpoints import mark_complete, require_whole
@@ -96,14 +97,19 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
-        package = module.partition(".")[0]
-        if package not in ("llamafactory", "transformers", "peft"):
+        if (module := _refuser(error)) is None:
             raise
+        package = module.partition(".")[0]
         raise ConfigError(f"{package} refuses the run file: {error} (raised in {module})") from error
+
+
+def _refuser(error: ValueError) -> str | None:
+    """Return the module that raised an error, if it is one that reads the run file's arguments."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    return module if module.partition(".")[0] in ("llamafactory", "transformers", "peft") else None
 
 
 @contextlib.contextmanager
@@ -134,8 +140,30 @@ def _substituted(stage: str, director: Director, resumption: Resumption, stoppin
             about |= {"resumption": resumption, "stopping": stopping}
             super().__init__(**about, **kwargs)
 
-    with patch.object(workflow, TRAINERS[stage], Joined), patch.object(workflow, "get_dataset", get_dataset):
+    with (
+        patch.object(workflow, TRAINERS[stage], Joined),
+        patch.object(workflow, "get_dataset", get_dataset),
+        patch.object(workflow, "load_tokenizer", _in_words(workflow.load_tokenizer, "the tokenizer of ")),
+        patch.object(workflow, "load_model", _in_words(workflow.load_model, "")),
+    ):
         yield
+
+
+def _in_words(load: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """Return a function that loads something of a model, and says in words what cannot be loaded."""
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        model = next(a.model_name_or_path for a in args if hasattr(a, "model_name_or_path"))
+        with explained(f"model_name_or_path: {what}{model} cannot be loaded", refusal=ConfigError):
+            try:
+                return load(*args, **kwargs)
+            except ValueError as error:
+                if _refuser(error) is None:
+                    raise
+                refused = error
+        raise refused  # an argument, and `_explained` says who refuses it
+
+    return loaded
 
 
 class _Marks(TrainerCallback):
