@@ -10,7 +10,6 @@ import select
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -59,12 +58,13 @@ class MathVerify:
 
     def _until_killed(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Score pairs with one process, up to and including the first that it does not survive."""
-        script = str(Path(__file__).with_name("math_worker.py"))
         cpu = _START_SECONDS + self.params.seconds * len(pairs)
         out: list[float | None] = []
         with (
             tempfile.TemporaryDirectory(prefix="dataflex-") as folder,
-            sandbox.started([script], folder, cpu, self.params.memory_mb, isolated=False, pipes=True) as process,
+            sandbox.started(
+                "math_worker.py", folder, cpu, self.params.memory_mb, isolated=False, pipes=True
+            ) as process,
         ):
             if _line(process, _START_SECONDS) is None:
                 raise DataflexError(

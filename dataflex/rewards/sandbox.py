@@ -1,28 +1,32 @@
 """Run Python code that a model wrote, in a process of its own that can be ended with all that it started.
 
-Limited: wall clock and CPU time, memory of each process, size of each file, standard streams (none), environment
-(nothing of ours). With namespaces: no network, no process outlives the run, and at most 64 of them, which the kernel
-counts for any user but root. Not isolated: the file system. The code can read and write what the user who runs it can.
+Limited always: wall clock and CPU time, memory of each process, size of each file, standard streams (none), environment
+(nothing of ours). Refused always: Unix sockets, and system calls that look into other processes (`confine.py`).
+With namespaces: no network, at most 64 processes, none of which outlives the run, and 64 MiB of files of its own.
+Not held: what may be read. The code sees every file that the user who runs it can read, and all processes together may
+use 64 times the memory of one. Without namespaces it can also write those files, and fill the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dataflex.errors import ConfigError
 
-_UNSHARE = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
+_UNSHARE = ("--user", "--map-root-user", "--net", "--ipc", "--mount", "--pid", "--fork", "--kill-child")
 _PROCESSES = 64
 _FILE_BYTES = 16 << 20
+_DISK_BYTES = 64 << 20
 
 
 @functools.cache
@@ -30,48 +34,70 @@ def namespaces() -> tuple[str, ...]:
     """Return the command that gives a process namespaces of its own.
 
     Raises:
-        ConfigError: this system has none to give.
+        ConfigError: this system has none to give, or not all that `confine.py` makes of them.
     """
     program = shutil.which("unshare")
+    said = "no program `unshare`"
     if program is not None:
-        command = (program, *_UNSHARE)
-        if subprocess.run([*command, sys.executable, "-I", "-c", ""], capture_output=True).returncode == 0:
-            return command
+        prefix = (program, *_UNSHARE)
+        with tempfile.TemporaryDirectory(prefix="dataflex-") as folder:
+            tried = [*prefix, *_confined("isolated/literals.py", 60, 1024, True)]  # a script that does nothing
+            found = subprocess.run(tried, cwd=folder, capture_output=True, text=True)
+        if found.returncode == 0:
+            return prefix
+        said = found.stderr.strip().rpartition("\n")[2]
     raise ConfigError(
-        "found no user namespaces on this system (`unshare --user --net` fails); without them code that a model wrote "
-        "can use the network and leave processes behind. Allow them, or accept that with `isolation: process`"
+        f"found no user and mount namespaces on this system ({said}); without them code that a model wrote can use "
+        "the network, fill the disk and leave processes behind. Allow them, or accept that with `isolation: process`"
     )
 
 
-def command(arguments: list[str], seconds: float, memory_mb: int, isolated: bool) -> list[str]:
-    """Return the command that runs this Python with arguments, under limits."""
-    # Outside a namespace of its own the count would hold all of the user's processes and threads, ours too.
-    processes = _PROCESSES if isolated else -1
-    limits = [str(int(seconds) + 1), str(memory_mb << 20), str(_FILE_BYTES), str(processes)]
-    confine = str(Path(__file__).with_name("confine.py"))
-    prefix = list(namespaces()) if isolated else []
-    return [*prefix, sys.executable, "-I", confine, *limits, sys.executable, "-I", *arguments]
+def command(script: str, seconds: float, memory_mb: int, isolated: bool) -> list[str]:
+    """Return the command that runs a script of this folder, confined."""
+    prefix = namespaces() if isolated else ()
+    return [*prefix, *_confined(script, seconds, memory_mb, isolated)]
+
+
+def _confined(script: str, seconds: float, memory_mb: int, isolated: bool) -> list[str]:
+    limits = (int(isolated), int(seconds) + 1, memory_mb << 20, _FILE_BYTES, _PROCESSES, _DISK_BYTES)
+    here = Path(__file__).parent
+    return [sys.executable, "-I", str(here / "confine.py"), *map(str, limits), str(here / script)]
 
 
 @contextlib.contextmanager
 def started(
-    arguments: list[str], folder: str, seconds: float, memory_mb: int, isolated: bool, pipes: bool = False
+    script: str,
+    folder: str,
+    seconds: float,
+    memory_mb: int,
+    isolated: bool,
+    pipes: bool = False,
+    lent: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start this Python under limits; whatever is left of it is killed in the end.
+    """Start a script, confined; whatever is left of it is killed in the end.
 
     Args:
-        arguments: of the interpreter.
+        script: its path in the folder of this file.
         folder: where it runs.
         seconds: CPU time of each process.
         memory_mb: address space of each process, in MiB.
         isolated: whether in namespaces of its own.
         pipes: whether its standard input and output are pipes; else there are none.
+        lent: open files that it gets as well; `DATAFLEX_PIPES` has their numbers.
     """
     end = subprocess.PIPE if pipes else subprocess.DEVNULL
     process = subprocess.Popen(
-        command(arguments, seconds, memory_mb, isolated),
+        command(script, seconds, memory_mb, isolated),
         cwd=folder,
-        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "HOME": folder},
+        env={
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONHASHSEED": "0",
+            "HOME": folder,
+            "TMPDIR": folder,
+            "DATAFLEX_PIPES": " ".join(map(str, lent)),
+        },
+        pass_fds=lent,
         stdin=end,
         stdout=end,
         stderr=subprocess.DEVNULL,
@@ -89,24 +115,37 @@ def started(
                     pipe.close()
 
 
-def run(program: str, seconds: float, memory_mb: int, isolated: bool) -> bool:
-    """Run a program; say whether it came to its end in time, with nothing raised and no early exit.
+def trial(code: str, tests: str, seconds: float, memory_mb: int, isolated: bool) -> tuple[float | None, str]:
+    """Run tests against code: each in a process of its own, the code's names called from the tests' through pipes.
 
     Args:
-        program: Python source.
-        seconds: wall clock.
+        code: Python source that is not trusted.
+        tests: Python source that is.
+        seconds: wall clock of both together.
         memory_mb: address space of each process, in MiB.
-        isolated: whether in namespaces of its own.
+        isolated: whether in namespaces of their own.
+
+    Returns:
+        The reward (1, 0, or None where the tests cannot say), and why it is not 1.
     """
-    with tempfile.TemporaryDirectory(prefix="dataflex-", ignore_cleanup_errors=True) as folder:
-        verdict, nonce = Path(folder) / "verdict", os.urandom(16).hex()
-        last = f"\n\nimport pathlib as _p\n_p.Path({str(verdict)!r}).write_text({nonce!r})\n"
-        main = Path(folder) / "program.py"
-        main.write_bytes((program + last).encode("utf-8", "replace"))
-        # Not as __main__, so that a response's own main block stays as it is.
-        start = "import runpy; runpy.run_path('program.py', run_name='response')"
-        with started(["-c", start], folder, seconds, memory_mb, isolated) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-                return verdict.is_file() and verdict.read_bytes() == nonce.encode()
-        return False
+    given = json.dumps({"code": code, "tests": tests}).encode()
+    limits = (seconds, memory_mb, isolated)
+    with (
+        tempfile.TemporaryDirectory(prefix="dataflex-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix="dataflex-", ignore_cleanup_errors=True) as other,
+        started("isolated/response.py", folder, *limits, pipes=True) as response,
+    ):
+        assert response.stdin is not None
+        assert response.stdout is not None
+        pipes = (response.stdin.fileno(), response.stdout.fileno())
+        with started("isolated/trial.py", other, *limits, pipes=True, lent=pipes) as process:
+            # Ours are closed, so that either process sees when the other has ended.
+            response.stdin.close()
+            response.stdout.close()
+            try:
+                found = json.loads(process.communicate(given, seconds)[0])
+            except subprocess.TimeoutExpired:
+                return 0.0, f"more than {seconds:g} seconds"
+            except ValueError:
+                return 0.0, "the tests ended their process"
+    return found["reward"], found["reason"]

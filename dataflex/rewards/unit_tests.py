@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -13,6 +15,9 @@ from pydantic import Field
 from dataflex.rewards import sandbox
 from dataflex.rewards.base import RewardParams
 
+log = logging.getLogger(__name__)
+
+_REASONS = 5  # said of a batch of responses
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
@@ -23,21 +28,23 @@ def code_of(response: str) -> str:
 
 
 class UnitTests:
-    """1 where the response's code followed by the reference runs to its end, else 0.
+    """1 where the reference, run with the names that the response's code defines, comes to its end; else 0.
 
-    The reference is the test: code that raises where the response is wrong, such as `assert` statements. See
-    `dataflex.rewards.sandbox` for what the code is kept from, and what not.
+    The reference is the test: code that raises where the response is wrong, such as `assert` statements, or functions
+    and classes as pytest and unittest run them. It runs in a process of its own; the response's names stand for calls
+    to another, and arguments and results are JSON-like literals (`dataflex.rewards.isolated`). None where the reference
+    is no Python, tests nothing, or gives what is no such literal.
     """
 
     class Params(RewardParams):
         """Parameters of `unit_tests`."""
 
-        seconds: float = Field(3.0, gt=0, description="wall clock of one response, start of the interpreter included")
+        seconds: float = Field(3.0, gt=0, description="wall clock of one response, start of the interpreters included")
         memory_mb: int = Field(1024, ge=64, description="address space of each process, in MiB")
         include_prompt: bool = Field(False, description="the prompt is the beginning of the code, as in HumanEval")
         isolation: Literal["namespaces", "process"] = Field(
             "namespaces",
-            description="namespaces: no network, nothing survives (Linux); process: limits and a process group alone",
+            description="namespaces: no network, no files but 64 MiB of its own (Linux); process: limits alone",
         )
         workers: int = Field(4, ge=1, description="responses run at a time")
 
@@ -50,18 +57,18 @@ class UnitTests:
         """See `dataflex.rewards.base.Reward`."""
         p = self.params
         starts = prompts if p.include_prompt else [""] * len(prompts)
-        programs = [
-            f"{start}{code_of(response)}\n\n{tests}"
-            for start, response, tests in zip(starts, responses, references, strict=True)
-        ]
+        codes = [f"{start}{code_of(response)}" for start, response in zip(starts, responses, strict=True)]
 
-        def passes(program: str) -> float:
-            return float(sandbox.run(program, p.seconds, p.memory_mb, p.isolation == "namespaces"))
+        def tried(code: str, tests: str) -> tuple[float | None, str]:
+            return sandbox.trial(code, tests, p.seconds, p.memory_mb, p.isolation == "namespaces")
 
         with ThreadPoolExecutor(min(p.workers, os.cpu_count() or 1)) as pool:
-            return list(pool.map(passes, programs))
+            found = list(pool.map(tried, codes, references))
+        for reason, count in Counter(reason for _, reason in found if reason).most_common(_REASONS):
+            log.info("unit_tests: no reward for %d of %d responses: %s", count, len(found), reason)
+        return [reward for reward, _ in found]
 
     def identity(self) -> dict[str, Any]:
         """See `dataflex.rewards.base.Reward`."""
         fields = {"seconds", "memory_mb", "include_prompt"}
-        return {"type": "unit_tests", "version": 1, **self.params.model_dump(include=fields)}
+        return {"type": "unit_tests", "version": 2, **self.params.model_dump(include=fields)}
