@@ -157,13 +157,9 @@ def test_command(broken: str, site: Path, monkeypatch: Any, capsys: Any) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_this_environment_is_sound_and_a_companion_of_torch_that_is_not_is_named(site: Path) -> None:
-    command = [sys.executable, "-m", "dataflex.cli", "doctor"]
-    sound = subprocess.run(command, capture_output=True, text=True)
-    assert sound.returncode == 0, sound.stdout + sound.stderr
-    assert not [line for line in sound.stdout.splitlines() if line.startswith("error")]
-    distribution(site, "torchaudio", "2.11.1", module="torchaudio", code="raise RuntimeError('of another CUDA')")
-    broken = subprocess.run(command, capture_output=True, text=True)
-    assert broken.returncode == 1
-    assert "error    torchaudio: 2.11.1 does not import: RuntimeError: of another CUDA" in broken.stdout.splitlines()
-    assert "Traceback" not in broken.stdout + broken.stderr
+def test_this_environment_is_sound(site: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "dataflex.cli", "doctor"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = ran.stdout.splitlines()
+    assert not [line for line in lines if line.startswith("error")]
+    assert {"torch", "llamafactory", "faiss-cpu"} <= {line.split()[1].rstrip(":") for line in lines if line[:2] == "ok"}
