@@ -15,7 +15,7 @@ import numpy as np
 
 from dataflex import distributed, stop
 from dataflex.errors import CoverageError
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, LossSpec, PolicyGradientSpec, TokenLossSpec
+from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec, LossSpec, PolicyGradientSpec, TokenLossSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.pipelines.fragments import NonfiniteLimit, Tally, Work
 from dataflex.pipelines.policy import PolicySource
@@ -60,6 +60,15 @@ class FeatureAccess:
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
         return {**self._source(spec).recipe(spec), "storage": self._storage(spec)}
+
+    def require_rules(self, specs: Sequence[FeatureSpec], rows: Rows) -> None:
+        """Refuse trainable parameters without a per-example gradient, if one of the features is a gradient. Collective.
+
+        Raises:
+            DataflexError: one has none.
+        """
+        if any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in specs):
+            self._model.require_rules(rows)
 
     def view(
         self, spec: FeatureSpec, rows: Rows, store: ParquetStore, age: int = 0, is_target: bool = False

@@ -154,6 +154,8 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update
             run.state.require_whole(folder)
             run.state.require_same_base(folder)
+    asked = getattr(method, "asked", ())
+    run.access.require_rules([*(need.spec for need in run.needs), *asked, *settings.dataflex.features], run.rows)
     return run
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataflex import distributed
+from dataflex.config.outputs import refuse_unwritable
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.pipelines.featurize import FeaturizeDirector, run_until_update
 from dataflex.pipelines.update import choose
@@ -39,6 +40,7 @@ def select(settings: Any, num: int, output: Path) -> None:
         raise ConfigError(f"--num: found {num}; expected at least 1")
     if output.suffix != ".json":
         raise ConfigError(f"--output: found {output}; expected a name that ends in .json")
+    refuse_unwritable("--output", output)
     if settings.component is None:
         raise ConfigError("component_name: found none; expected a selector, with train_type: dynamic_select")
     arguments = settings.llamafactory
@@ -63,6 +65,8 @@ class SelectDirector(FeaturizeDirector):
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Refuse, before anything is computed, more rows than there are."""
         start = super().begin(trainer, checkpoint)
+        if not trainer.row_sets.raw:
+            raise ConfigError("tokenized_path: the raw records of a tokenized dataset are unknown; remove the key")
         if getattr(self.run.method, "chooses_distinct", False) and self.num > len(self.run.eligible):
             raise CoverageError(
                 f"--num: found {self.num}; expected at most {len(self.run.eligible)}, the rows with labels"
@@ -72,8 +76,6 @@ class SelectDirector(FeaturizeDirector):
     def at_update(self, round: Round) -> None:
         """Choose and write."""
         raw = self.run.trainer.row_sets.raw
-        if not raw:
-            raise ConfigError("tokenized_path: the raw records of a tokenized dataset are unknown; remove the key")
         chosen = choose(self.run, round, self.num)
         selection = chosen.selection
         self._found = [chosen.diagnostics.plain()]

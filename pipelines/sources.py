@@ -68,6 +68,9 @@ class ModelSource:
     @cached_property
     def engine(self) -> FeatureEngine:
         """The engine; it is kept, since its random projections are the same at every state."""
+        return self._new_engine()
+
+    def _new_engine(self) -> FeatureEngine:
         trainer = self._state.trainer
         return FeatureEngine(
             trainer.model,
@@ -75,6 +78,16 @@ class ModelSource:
             token_budget=self._token_budget,
             autocast=trainer.accelerator.autocast,
         )
+
+    def require_rules(self, rows: Rows) -> None:
+        """Ask before the first step, on every rank, whether every trainable parameter has a per-example gradient.
+
+        Raises:
+            DataflexError: one has none.
+        """
+        count = max(1, int(np.searchsorted(np.cumsum(rows.length), self._token_budget)))
+        # An engine of its own: where the model is now need not be where its batches will go.
+        self._new_engine().require_rules([rows.examples[row] for row in range(min(count, len(rows)))])
 
     def keys(self, rows: Rows) -> np.ndarray:
         """Return the keys of the tokens."""

@@ -82,12 +82,23 @@ def bias_only(model: Any) -> Any:
     return model
 
 
+def saved(modules: list[str], more: int = 0, **config: Any) -> Any:
+    """LoRA beside whole modules that are trained, of a model with `more` new tokens."""
+    model = llama(**config)
+    model.resize_token_embeddings(VOCAB + more, mean_resizing=False)
+    return lora(model, target_modules=["q_proj", "down_proj"], modules_to_save=modules)
+
+
 MODELS = {
     "llama_lora": lambda: lora(llama()),
     "llama_lora_bias": lambda: lora(llama(attention_bias=True), lora_bias=True),
     "llama_lora_and_biases": lambda: lora(llama(attention_bias=True), bias="all"),
     "llama_rslora": lambda: lora(llama(), use_rslora=True),
     "llama_modules_to_save": lambda: lora(llama(), target_modules=["q_proj"], modules_to_save=["embed_tokens", "norm"]),
+    # what LLaMA-Factory's additional_target becomes, and what it sets itself for new tokens
+    "llama_tied_saved_embedding": lambda: saved(["embed_tokens"], tie_word_embeddings=True),
+    "llama_tied_saved_both": lambda: saved(["embed_tokens", "lm_head"], tie_word_embeddings=True),
+    "llama_resized_saved_both": lambda: saved(["embed_tokens", "lm_head"], more=3),
     "llama_full_tied": lambda: llama(tie_word_embeddings=True),
     "qwen2_lora": lambda: lora(Qwen2ForCausalLM(Qwen2Config(**SMALL))),
     "qwen2_full": lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
@@ -367,3 +378,27 @@ def test_refuses_what_has_no_exact_rule(
     model = make()
     with pytest.raises(DataflexError, match=message):
         gradients(model, examples)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: lora(llama(), use_dora=True), "DoRA"),
+        (lambda: mixtral(), "MixtralExperts"),
+        (unused, r"extra\.weight is trainable, but its module did not run"),
+        (opt, "OPTLearnedPositionalEmbedding.*one tensor in"),
+        (lambda: lora(opt(), target_modules=["fc1"]), "they cannot be told apart"),
+    ],
+)
+def test_one_row_shows_that_a_parameter_has_no_rule(
+    make: Callable[[], Any], message: str, examples: list[dict[str, list[int]]]
+) -> None:
+    with pytest.raises(DataflexError, match=message):
+        FeatureEngine(make(), pad_token_id=0).require_rules(examples)
+
+
+@pytest.mark.parametrize("name", ["llama_tied_saved_both", "gpt2_full", "mixtral_lora"])
+def test_what_has_rules_is_not_refused(name: str, examples: list[dict[str, list[int]]]) -> None:
+    model = build(name)
+    FeatureEngine(model, pad_token_id=0).require_rules(examples)
+    assert all(parameter.grad is None for parameter in model.parameters())

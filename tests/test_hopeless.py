@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from dataflex.errors import CoverageError
+from dataflex.config import load
+from dataflex.errors import ConfigError, CoverageError, DataflexError
 from dataflex.features.spec import LossSpec
 from dataflex.pipelines.director import RoundDirector
+from dataflex.pipelines.select import select
 from dataflex.schedule import Schedule
 from dataflex.selectors.base import Need
 from tests.held import pool
@@ -42,3 +46,31 @@ def test_more_rows_than_there_are() -> None:
     director({}, [Need(LossSpec(), "train")], steps=2)._refuse_hopeless()
     with pytest.raises(CoverageError, match=r"an update needs 12 rows \(3 steps of 4\), found 10"):
         director({}, [Need(LossSpec(), "train")], steps=3)._refuse_hopeless()
+
+
+def test_a_parameter_without_a_rule_is_found_before_the_first_step(workspace):
+    """DoRA out of an adapter's own configuration, of which the run file says nothing."""
+    model = AutoModelForCausalLM.from_pretrained(workspace.tiny.model)
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(workspace.folder / "adapter")
+    path = workspace.write("dora", adapter_name_or_path=str(workspace.folder / "adapter"))
+    with pytest.raises(DataflexError, match=r"lora_magnitude_vector.*DoRA has no exact per-example rule"):
+        workspace.run("train", path)
+    assert not list((workspace.folder / "out" / "dora").glob("checkpoint-*"))
+    assert not (workspace.folder / "out" / "dora" / "rounds").exists()
+
+
+def test_whole_modules_beside_lora_are_selected_by(workspace):
+    """As `resize_vocab` sets them itself for new tokens."""
+    keys = {"additional_target": "embed_tokens,lm_head", "resize_vocab": True, "add_tokens": "<a>,<b>"}
+    summary = workspace.run("train", workspace.write("saved", update_times=1, **keys))
+    assert [update["computed"] > 0 for update in summary["updates"]] == [True]
+
+
+def test_select_is_refused_before_the_features_whose_result_it_could_not_write(workspace):
+    for output in (workspace.folder, workspace.folder / "run.txt"):
+        with pytest.raises(ConfigError, match="--output"):
+            select(load(workspace.write("select")), 5, output)
+    (workspace.folder / "file").touch()
+    with pytest.raises(ConfigError, match=r"expected a file that can be written; .*file is no folder"):
+        select(load(workspace.write("select")), 5, workspace.folder / "file" / "chosen.json")

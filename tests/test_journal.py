@@ -71,6 +71,21 @@ def test_a_damaged_round_is_never_used(tmp_path: Path) -> None:
             journal.read(ROUND, KEYS, 2)
 
 
+def test_a_damaged_pool_is_named(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write_pool(1, np.zeros(3), np.zeros(3, np.int32))
+    path = tmp_path / "pool-00001.parquet"
+    whole = path.read_bytes()
+    journal.write(decided(), KEYS)
+    for damaged in (b"", whole[:20], whole[:-1], bytes(len(whole)), journal.path(2).read_bytes()):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptionError, match="pool-00001"):
+            journal.read_pool(1)
+    journal.path(2).write_bytes(whole)  # a pool in a round's place
+    with pytest.raises(CorruptionError, match="round-00002"):
+        journal.read(ROUND, KEYS, 2)
+
+
 def test_the_pool_keeps_what_cannot_be_chosen_apart(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.read_pool(1) is None

@@ -21,7 +21,7 @@ from dataflex.features.evaluation import evaluation
 from dataflex.features.gradient import Parameter, trainable_parameters
 from dataflex.features.loss import token_losses
 from dataflex.features.projection import Projector, build_projector
-from dataflex.features.sketch import Direction, Sketches, Target
+from dataflex.features.sketch import DidNotRun, Direction, Sketches, Target
 from dataflex.features.spec import (
     EmbeddingSpec,
     FeatureSpec,
@@ -79,6 +79,24 @@ class FeatureEngine:
     def parameters(self) -> list[Parameter]:
         """The trainable parameters whose gradients are taken."""
         return trainable_parameters(self.model)
+
+    def require_rules(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Hold every trainable parameter against the rules for per-example gradients, by taking one; nothing is kept.
+
+        Args:
+            examples: of the data; run only if a row of two tokens does not reach every module, as of many experts.
+
+        Raises:
+            DataflexError: a parameter has no exact rule; it is named.
+        """
+        spec = GradientSpec(projection=Projection(dim=16))
+        if any(hasattr(p, "ds_id") for p in self.model.parameters()):  # ZeRO-3: nothing runs before its engine does
+            trainable_parameters(self.model)
+            return
+        try:
+            self.compute([], [spec])
+        except DidNotRun:
+            self.compute(examples, [spec])
 
     def compute(
         self, examples: Sequence[Mapping[str, Any]], specs: Sequence[FeatureSpec], min_batches: int = 0

@@ -21,6 +21,10 @@ BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of G held at a time, over all rows of the batch: 4 MB float32 on a CPU, about its cache; 256 MB on a GPU."""
 
 
+class DidNotRun(DataflexError):
+    """The module of a trainable parameter did not run, so its gradient would be missing unnoticed."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One gradient asked for: a direction (None is the gradient itself) and where it is projected to."""
@@ -62,11 +66,11 @@ class Sketches:
         """Run the backward pass; return (B, K) per target.
 
         Raises:
-            DataflexError: a trainable parameter's module did not run, so its gradient would be missing unnoticed.
+            DidNotRun: a trainable parameter's module did not run.
         """
         for parameter in self._parameters:
             if not self._expected(parameter):
-                raise DataflexError(
+                raise DidNotRun(
                     f"{parameter.name} is trainable, but its module did not run on this data, so no gradient can be "
                     "read from it; freeze it"
                 )

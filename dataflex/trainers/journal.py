@@ -82,14 +82,13 @@ class Journal:
         path = self.path(round.number)
         if not path.is_file():
             return None
+        table = _read(path, _SCHEMA.names)
         try:
-            table = pq.read_table(path, page_checksum_verification=True)
-            about = json.loads((table.schema.metadata or {})[b"dataflex"])
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise CorruptionError(
-                f"{path}: not readable as a round of a run ({error}); restore it or start anew"
-            ) from error
-        if (found := about.pop("round")) != _fields(round):
+            about = dict(json.loads((table.schema.metadata or {})[b"dataflex"]))
+            found = about.pop("round")
+        except (KeyError, ValueError, TypeError) as error:
+            raise _unreadable(path, error) from error
+        if found != _fields(round):
             raise MismatchError(
                 f"{path}: found round {found}, this run's schedule has {_fields(round)}; resume with the steps the "
                 "run was begun with, or start anew with another output_dir"
@@ -121,11 +120,15 @@ class Journal:
         self._put(self._pool(number), pa.table(columns))
 
     def read_pool(self, number: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return scores (N,) with -inf for null, and updates (N,) of a recorded pool, or None."""
+        """Return scores (N,) with -inf for null, and updates (N,) of a recorded pool, or None.
+
+        Raises:
+            CorruptionError: the file cannot be read.
+        """
         path = self._pool(number)
         if not path.is_file():
             return None
-        table = pq.read_table(path, page_checksum_verification=True)
+        table = _read(path, ("score", "updated"))
         scores = table["score"].fill_null(-np.inf).to_numpy().astype(np.float64)
         return scores, table["updated"].to_numpy()
 
@@ -158,6 +161,22 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Read a file of the journal that has certain columns.
+
+    Raises:
+        CorruptionError: it cannot be read, or lacks one of them.
+    """
+    try:
+        return pq.read_table(path, columns=list(columns), page_checksum_verification=True).select(list(columns))
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptionError:
+    return CorruptionError(f"{path}: not readable as a round of a run ({error}); restore it or start anew")
 
 
 def _fields(round: Round) -> dict[str, object]:
