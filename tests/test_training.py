@@ -374,6 +374,7 @@ def test_static_training_is_llamafactory_untouched(workspace: Any) -> None:
     assert not (out / "rounds").exists()
 
 
+@pytest.mark.slow
 def test_static_training_resumes_from_the_newest_checkpoint_that_is_whole(
     workspace: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
