@@ -49,8 +49,8 @@ def domains_of(rows: Any, names: Sequence[str], unit: Any) -> tuple[list[np.ndar
     members = [np.flatnonzero((rows.dataset == number) & (rows.supervised > 0)) for number in numbers]
     if empty := [name for name, found in zip(names, members, strict=True) if not len(found)]:
         raise ConfigError(
-            f"dataset: found no row with a supervised token in {', '.join(empty)}; check the data, template and "
-            "cutoff_len, or leave it out"
+            f"dataset: found no row with a supervised token in {', '.join(empty)}; check the data, template, "
+            "cutoff_len and dataflex.exclude_targets, or leave it out"
         )
     counts = np.array([len(found) for found in members], np.int64)
     tokens = np.array([rows.supervised[found].sum() for found in members], np.int64)

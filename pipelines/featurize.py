@@ -63,7 +63,7 @@ def run_until_update(settings: Any, director: RoundDirector) -> None:
     arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
     arguments.pop("max_steps", None)
     try:
-        workflow.run(arguments, director, is_training=False)
+        workflow.run(arguments, director, is_training=False, exclude_targets=settings.dataflex.exclude_targets)
     finally:
         if distributed.is_main():
             shutil.rmtree(scratch, ignore_errors=True)

@@ -33,6 +33,9 @@ from dataflex.user_code import code_digest
 
 log = logging.getLogger(__name__)
 
+_LISTED = 10
+"""Dropped records that are named; the rest is counted."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -235,8 +238,26 @@ def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:
     truncated = "an unknown number" if rows.truncated is None else int(rows.truncated.sum())
     said = "%d rows of %s: %s dropped, %s truncated by cutoff_len, %d without supervised tokens; targets: %s"
     log.info(said, len(rows), sources, dropped, truncated, len(rows) - eligible, sets)
+    for name, some in (("training set", rows), *targets.items()):
+        if some.dropped:
+            log.warning("%s: LLaMA-Factory dropped %s", name, _listed(some))
     if not eligible:
         raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
     for name, target in targets.items():
         if shared := int(np.isin(rows.keys, target.keys).sum()):
-            log.warning("target set %s: %d training rows are identical to rows of it", name, shared)
+            log.warning(
+                "target set %s: %d training rows are identical to rows of it; dataflex.exclude_targets: true leaves "
+                "them out",
+                name, shared,
+            )  # fmt: skip
+
+
+def _listed(rows: Rows) -> str:
+    """Say which records were dropped: the numbers of the first ten, counted from 0 in their dataset."""
+    dropped = sorted(rows.dropped or ())
+    shown: dict[str, list[str]] = {}
+    for dataset, record in dropped[:_LISTED]:
+        shown.setdefault(rows.names[dataset], []).append(str(record))
+    records = "; ".join(f"{name} {', '.join(numbers)}" for name, numbers in shown.items())
+    more = f" and {len(dropped) - _LISTED} more" if len(dropped) > _LISTED else ""
+    return f"{len(dropped)} records, which have no prompt or no response in the expected form: {records}{more}"

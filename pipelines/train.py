@@ -30,4 +30,5 @@ def train(settings: Any) -> None:
         made(settings) if made else None,
         settings.keys.early_stopping_min_delta,
         settings.dataflex.checkpoint_on_signal,
+        exclude_targets=settings.dataflex.exclude_targets,
     )

@@ -121,6 +121,16 @@ class Combinations:
         why = "Target rows would be prompts without labels, which have no loss and no gradient"
         self._refuse_if_set("predict_with_generate", why)
 
+    def check_exclusion(self, train_type: str) -> None:
+        """Refuse to leave target rows out where there are none, or where LLaMA-Factory trains untouched."""
+        at = "dataflex.exclude_targets"
+        if train_type == "static":
+            why = "With train_type: static LLaMA-Factory trains untouched, on every row"
+            self._problems.add(self._origin, at, "it with a dynamic train_type", True, why=why)
+        elif self._values.get("eval_dataset") is None and not self._values.get("val_size"):
+            why = "The rows of eval_dataset, or those that val_size splits off, are what is left out"
+            self._problems.add(self._origin, at, "it beside eval_dataset or val_size", True, why=why)
+
     def check_features(self) -> None:
         """Refuse models that features cannot be computed of."""
         self._refuse_if_set("use_unsloth", "It replaces the model's forward pass, which features are computed by")

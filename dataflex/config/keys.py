@@ -158,6 +158,9 @@ class DataflexKeys(Parameters):
         8192, ge=1, description="tokens per feature batch, padding included; lower it if memory runs out"
     )
     fragment_rows: int = Field(2048, ge=1, description="rows per commit: what a crash can cost each process")
+    exclude_targets: bool = Field(
+        False, description="leave training rows out that are identical to a row of a target set, as the model is fed it"
+    )
     nonfinite_limit: float = Field(
         0.01,
         ge=0,

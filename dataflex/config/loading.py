@@ -235,6 +235,8 @@ class _Loading:
         """Hold the keys against each other, as far as the run makes use of them."""
         check = Combinations(llamafactory, self.origin, self.problems)
         check.check_signals()
+        if section.exclude_targets:
+            check.check_exclusion(flat.train_type)
         is_dynamic = flat.train_type != "static"
         needs = tuple(need for each in (found, weighter) if each for need in each.needs)
         specs = [*(need.spec for need in needs), *(found.asked if found else ()), *section.features]

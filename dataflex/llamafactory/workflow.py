@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dataflex import distributed
 from dataflex.errors import ConfigError
+from dataflex.llamafactory.exclusion import without_targets
 from dataflex.llamafactory.faults import explained
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
@@ -42,6 +44,7 @@ def run(
     early_stopping_min_delta: float = 0.0,
     checkpoint_on_signal: bool = True,
     is_training: bool = True,
+    exclude_targets: bool = False,
 ) -> None:
     """Train as `llamafactory-cli train` does, with our trainer where there is a director.
 
@@ -53,6 +56,7 @@ def run(
         early_stopping_min_delta: with `early_stopping_steps`, what counts as an improvement.
         checkpoint_on_signal: whether a training that a signal stops leaves a checkpoint.
         is_training: whether the run is a training, and not one that only computes features.
+        exclude_targets: whether training rows that are identical to target rows are left out.
 
     Raises:
         ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
@@ -82,7 +86,8 @@ def run(
             with _begun_at(resumption), judged(arguments):
                 tuner.run_exp(arguments, callbacks)
             return
-        with _substituted(str(arguments["stage"]), director, resumption, stopping), contextlib.suppress(Stopped):
+        load = functools.partial(_loaded, exclude_targets)
+        with _substituted(str(arguments["stage"]), director, load, resumption, stopping), contextlib.suppress(Stopped):
             tuner.run_exp(arguments, callbacks)
 
 
@@ -112,8 +117,15 @@ def _refuser(error: ValueError) -> str | None:
     return module if module.partition(".")[0] in ("llamafactory", "transformers", "peft") else None
 
 
+def _loaded(exclude_targets: bool, *args: Any, **kwargs: Any) -> RowSets:
+    sets = load_rows(*args, **kwargs)
+    return without_targets(sets) if exclude_targets else sets
+
+
 @contextlib.contextmanager
-def _substituted(stage: str, director: Director, resumption: Resumption, stopping: Stopping) -> Iterator[None]:
+def _substituted(
+    stage: str, director: Director, load: Callable[..., RowSets], resumption: Resumption, stopping: Stopping
+) -> Iterator[None]:
     """Put our trainer and our `get_dataset` in place inside the stage's workflow module, and nowhere else."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
     base = getattr(workflow, TRAINERS[stage])
@@ -123,7 +135,7 @@ def _substituted(stage: str, director: Director, resumption: Resumption, stoppin
     def get_dataset(
         template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, **kwargs: Any
     ) -> Any:
-        sets = load_rows(template, model_args, data_args, training_args, stage, **kwargs)
+        sets = load(template, model_args, data_args, training_args, stage, **kwargs)
         judge_rows(sets.train, sets.targets.items(), data_args, is_packed=stage == "pt" and bool(data_args.packing))
         if not sets.raw:
             judge_tokens(sets.train.examples, kwargs["tokenizer"], stage, data_args.train_on_prompt)
