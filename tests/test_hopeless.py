@@ -74,3 +74,8 @@ def test_select_is_refused_before_the_features_whose_result_it_could_not_write(w
     (workspace.folder / "file").touch()
     with pytest.raises(ConfigError, match=r"expected a file that can be written; .*file is no folder"):
         select(load(workspace.write("select")), 5, workspace.folder / "file" / "chosen.json")
+
+
+def test_what_llamafactory_lacks_is_told_in_a_line(workspace):
+    with pytest.raises(ConfigError, match=r"^transformers refuses the run file: .*swanlab.* \(raised in .*\)$"):
+        workspace.run("train", workspace.write("tracked", use_swanlab=True))

@@ -98,17 +98,20 @@ def _kept_by(director: Director | None) -> Callable[[], int]:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turn a ValueError with which LLaMA-Factory or what it stands on refuses an argument into an error for people."""
+    """Turn that with which LLaMA-Factory or what it stands on refuses an argument into an error for people.
+
+    It is a ValueError; an ImportError where a package is missing; an OSError without a number where a model is.
+    """
     try:
         yield
-    except ValueError as error:
-        if (module := _refuser(error)) is None:
+    except (ValueError, ImportError, OSError) as error:
+        if (module := _refuser(error)) is None or getattr(error, "errno", None) is not None:
             raise
-        package = module.partition(".")[0]
-        raise ConfigError(f"{package} refuses the run file: {error} (raised in {module})") from error
+        package, text = module.partition(".")[0], " ".join(str(error).split())
+        raise ConfigError(f"{package} refuses the run file: {text} (raised in {module})") from error
 
 
-def _refuser(error: ValueError) -> str | None:
+def _refuser(error: Exception) -> str | None:
     """Return the module that raised an error, if it is one that reads the run file's arguments."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
