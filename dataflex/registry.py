@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import importlib.util
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,124 +19,225 @@ from dataflex.errors import ConfigError
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
-log = logging.getLogger(__name__)
+_RAISED = (
+    ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
+    AssertionError, RuntimeError, OSError,
+)  # fmt: skip
+"""What the code of a plugin may raise while it is imported; errors of ours and interrupts pass."""
+
+
+_IMPORTING: list[str] = []
+"""Modules of the plugins that are being imported, the innermost last: what is registered meanwhile is theirs."""
+_IN_USE: set[str] = set()
+"""Modules of the plugins of the run file that was read last."""
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """A class that was registered by decorator; `plugin` is the one whose import did it, None for any other import."""
+
+    cls: type
+    plugin: str | None
+
+    @property
+    def place(self) -> str:
+        return f"{self.cls.__module__}:{self.cls.__qualname__}"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Where the class is written: a file is one plugin, under whatever name it was imported."""
+        module = sys.modules.get(self.cls.__module__)
+        return str(getattr(module, "__file__", None) or self.cls.__module__), self.cls.__qualname__
 
 
 class Registry(Generic[T]):
     """Classes of one kind by name; a class is imported when it is asked for, and no other with it.
 
+    One rule says which class a name stands for: `module:Class` and `file.py:Class` that one; any other name the class
+    that a plugin registers or an entry point announces under it, if there is one; else the built-in one.
+
     Args:
         kind: what is registered, for error texts.
         group: entry-point group in which other distributions announce theirs.
-        builtins: name -> "module:Class"; no entry point can take these names.
+        builtins: name -> "module:Class".
+        verbs: methods of which a class of this kind has at least one.
     """
 
-    def __init__(self, kind: str, group: str, builtins: Mapping[str, str]):
+    def __init__(self, kind: str, group: str, builtins: Mapping[str, str], verbs: Sequence[str] = ()):
         self.kind = kind
         self.group = group
-        self._places = dict(builtins)
-        self._classes: dict[str, type[T]] = {}
+        self.builtins = dict(builtins)
+        self.verbs = tuple(verbs)
+        self._registered: dict[str, list[_Registered]] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
-        """Return a class decorator that registers under `name`.
+        """Return a class decorator that registers under `name`, a built-in's or not.
 
         Raises:
-            ConfigError: another class has the name; both places are named.
+            ConfigError: another class of the same plugin has the name; both places are named.
         """
 
         def add(cls: C) -> C:
-            place = f"{cls.__module__}:{cls.__qualname__}"
-            known = self._places.get(name, place)
-            if known != place:
-                raise ConfigError(
-                    f"{self.kind} {name!r}: found in {place} and in {known}; expected one; rename one of them"
-                )
-            self._places[name], self._classes[name] = place, cls
+            ours = _Registered(cls, _IMPORTING[-1] if _IMPORTING else None)
+            others = self._registered.setdefault(name, [])
+            for i, other in enumerate(others):
+                if other.source == ours.source:  # a module imported twice registers the same class again
+                    others[i] = ours
+                    return cls
+                if other.plugin == ours.plugin:
+                    raise self._ambiguous(name, [other.place, ours.place])
+            others.append(ours)
             return cls
 
         return add
 
     def places(self) -> dict[str, str]:
         """Return every name known now, entry points included, with its "module:Class"; nothing is imported."""
-        found = dict(self._places)
-        for name, place in self._entry_points():
-            if found.setdefault(name, place) != place:
-                log.warning(
-                    "%s %r: entry point %s is ignored, the name is taken by %s", self.kind, name, place, found[name]
-                )
-        return found
+        names = [*self._registered, *(name for name, _ in self._entry_points())]
+        users = {name: next(iter(self._users(name, _IN_USE)), "") for name in names}
+        return self.builtins | {name: place for name, place in users.items() if place}
 
     def load(self, name: str, plugins: Iterable[str] = ()) -> type[T]:
-        """Return the class called `name`; `plugins` are imported if it is not known without them.
+        """Return the class that `name` stands for, with these plugins beside those of the run file.
 
         Raises:
-            ConfigError: there is none, or its module cannot be imported.
+            ConfigError: there is none, or several, it is of another kind, or its module cannot be imported.
         """
-        if name not in self._places and ":" not in name:
-            for plugin in plugins:
-                import_plugin(plugin)
-        if name in self._classes:
-            return self._classes[name]
-        place = name if ":" in name else self._places.get(name) or self.places().get(name)
-        if place is None:
+        seen = _IN_USE | {import_plugin(plugin).__name__ for plugin in plugins}
+        if ":" in name:
+            return self._import(name, name)
+        users = self._users(name, seen)
+        if len(users) > 1:
+            raise self._ambiguous(name, users)
+        for place, cls in users.items():
+            return self._checked(name, place, cls) if cls is not None else self._import(name, place)
+        if name not in self.builtins:
             names = sorted(self.places())
             raise ConfigError(
                 f"found {name!r}; expected a {self.kind} ({', '.join(names)}) or module:Class"
                 f"{did_you_mean(name, names)}. A class of your own needs its module in dataflex.plugins"
             )
-        self._classes[name] = self._import(name, place)
-        return self._classes[name]
+        return self._import(name, self.builtins[name])
+
+    def override(self, name: str, cls: type) -> str | None:
+        """Return a line that says which built-in class `cls` takes the place of under this name, or None."""
+        place = f"{cls.__module__}:{cls.__qualname__}"
+        if self.builtins.get(name, place) == place:
+            return None
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None) or "?"
+        return f"{self.kind} {name!r} is {place} ({file}), in place of the built-in {self.builtins[name]}"
+
+    def _users(self, name: str, plugins: set[str]) -> dict[str, type | None]:
+        """Return the places of what is registered or announced under a name, with the class where it is imported."""
+        found: dict[str, type | None] = {
+            each.place: each.cls
+            for each in self._registered.get(name, ())
+            if each.plugin is None or each.plugin in plugins or each.cls.__module__ in plugins
+        }
+        for announced, place in self._entry_points():
+            if announced == name:
+                found.setdefault(place, None)
+        return found
+
+    def _ambiguous(self, name: str, places: Iterable[str]) -> ConfigError:
+        return ConfigError(
+            f"{self.kind} {name!r}: found in {' and in '.join(places)}; expected one; rename one of them, or name the "
+            "class itself, as module:Class"
+        )
 
     def _import(self, name: str, place: str) -> type[T]:
         module_name, _, path = place.rpartition(":")
+        if not module_name or not path:
+            raise ConfigError(f"found {name!r}; expected a {self.kind} by its name, as module:Class or file.py:Class")
         found: Any = import_plugin(module_name)
         for part in path.split("."):
             if not hasattr(found, part):
                 near = did_you_mean(part, [key for key in vars(found) if not key.startswith("_")])
                 raise ConfigError(f"{self.kind} {name!r}: found no {path} in {module_name}; expected a class{near}")
             found = getattr(found, part)
+        return self._checked(name, place, found)
+
+    def _checked(self, name: str, place: str, found: Any) -> type[T]:
         if not isinstance(found, type):
             raise ConfigError(f"{self.kind} {name!r}: found {type(found).__name__} at {place}; expected a class")
+        if self.verbs and not any(callable(getattr(found, verb, None)) for verb in self.verbs):
+            raise ConfigError(
+                f"{self.kind} {name!r}: found a class without {' or '.join(self.verbs)} at {place}; expected a "
+                f"{self.kind}, which has such a method"
+            )
+        if missing := sorted(getattr(found, "__abstractmethods__", ())):
+            raise ConfigError(f"{self.kind} {name!r}: {place} does not define {', '.join(missing)}; expected it to")
         return found
 
     def _entry_points(self) -> list[tuple[str, str]]:
-        from importlib.metadata import entry_points  # 40 ms, needed only for unknown names and listings
+        from importlib.metadata import entry_points  # 40 ms, which `--help` is spared
 
         return [(point.name, point.value.replace(" ", "")) for point in entry_points(group=self.group)]
+
+
+def use_plugins(names: Iterable[str]) -> None:
+    """Import the plugins of a run file; what those of an earlier one registered does not count any more.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    modules = {import_plugin(name).__name__ for name in names}
+    _IN_USE.clear()
+    _IN_USE.update(modules)
 
 
 def import_plugin(name: str) -> Any:
     """Import a module by dotted name, or a file by a path ending in .py; a file is imported once.
 
     Raises:
-        ConfigError: there is no such module or file, it is no Python, or one that it needs is missing.
+        ConfigError: there is no such module or file, or running it raises an error.
     """
+    if name.endswith(".py"):
+        return _import_file(name)
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"found {name!r}; expected the dotted name of a module, or a path to a .py file")
+    with _importing(name, name):
+        return importlib.import_module(name)
+
+
+def _import_file(name: str) -> Any:
+    path = os.path.expanduser(name)
+    if not os.path.isfile(path):
+        path = os.path.abspath(path)
+        raise ConfigError(f"found no file {path}; expected a Python file (named in dataflex.plugins or component_name)")
+    path = os.path.realpath(path)
+    module_name = f"dataflex_plugin_{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
     try:
-        if not name.endswith(".py"):
-            if not all(part.isidentifier() for part in name.split(".")):
-                raise ConfigError(f"found {name!r}; expected the dotted name of a module, or a path to a .py file")
-            return importlib.import_module(name)
-        path = Path(os.path.expanduser(name)).resolve()
-        module_name = f"dataflex_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-        if module_name in sys.modules:
-            return sys.modules[module_name]
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None or not path.is_file():
-            raise ConfigError(
-                f"found no file {path}; expected a Python file (named in dataflex.plugins or component_name)"
-            )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
+        with _importing(name, module_name):
             spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-        return module
-    except (ImportError, SyntaxError) as error:
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _importing(name: str, module_name: str) -> Iterator[None]:
+    """Count what is registered meanwhile as this plugin's, and say in a line what its own code raises."""
+    _IMPORTING.append(module_name)
+    try:
+        yield
+    except _RAISED as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if isinstance(error, ImportError | SyntaxError) else f" ({last.filename}, line {last.lineno})"
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise ConfigError(
-            f"importing {name} failed: {error}; expected an importable module or a path to a .py file"
+            f"importing {name} failed: {kind}{error}{where}; expected an importable module or a path to a .py file"
         ) from error
+    finally:
+        _IMPORTING.pop()
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
@@ -162,6 +265,7 @@ SELECTORS: Registry[Any] = Registry(
         "influence_distillation": "dataflex.selectors.propagated:InfluenceDistillation",
         "composed": "dataflex.selectors.composed:Composed",
     },
+    ("select",),
 )
 
 MIXERS: Registry[Any] = Registry(
@@ -179,6 +283,7 @@ MIXERS: Registry[Any] = Registry(
         "doremi": "dataflex.mixers.doremi:Doremi",
         "dynamic_moe": "dataflex.mixers.dynamic_moe:DynamicMoe",
     },
+    ("mix",),
 )
 
 WEIGHTERS: Registry[Any] = Registry(
@@ -189,6 +294,7 @@ WEIGHTERS: Registry[Any] = Registry(
         "adapt": "dataflex.weighters.adapt:Adapt",
         "feature": "dataflex.weighters.feature:ByFeature",
     },
+    ("weights", "get_weighted_loss", "training_step"),
 )
 
 register_selector = SELECTORS.register

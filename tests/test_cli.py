@@ -356,6 +356,7 @@ def test_two_processes_are_started_with_the_same_arguments(tmp_path):
         "    sys.exit()\n"
         "class Probe:\n"
         "    def __init__(self, dataset): ...\n"
+        "    def select(self): ...\n"
     )
     (folder / "rün.yaml").write_text(RUN)
     arguments = ["train", "a folder/rün.yaml", "component_name=a folder/probe.py:Probe", "seed=1"]

@@ -65,6 +65,7 @@ from dataflex import register_selector
 @register_selector("plugin_under_test")
 class Plain:
     def __init__(self, dataset, accelerator, data_collator, cache_dir, depth, width=3): ...
+    def select(self, model, step_id, num_samples, **kwargs): ...
 """
 
 
@@ -338,7 +339,10 @@ def test_default_components_file_is_read_if_there_is_one():
             ["early_stopping_min_delta: found -0.1; expected greater than or equal to 0"],
         ),
         ("component_name: 3", ["component_name: found 3; expected text"]),
-        ("component_name: ':'", ["component_name: found ''; expected the dotted name of a module, or a path to a .py"]),
+        (
+            "component_name: ':'",
+            ["component_name: found ':'; expected a selector by its name, as module:Class or file.py:Class"],
+        ),
         ("component_name: .x:Y", ["component_name: found '.x'; expected the dotted name of a module"]),
         ("component_name: ./wrong.py:X", ["component_name: importing ./wrong.py failed: ", "(wrong.py, line 1)"]),
         ("update_times: 1000000000000", ["update_times: found 1000000000000; expected less than or equal to 10000000"]),

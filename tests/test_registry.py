@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import collections
 import importlib.metadata
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +56,21 @@ def test_one_name_for_two_classes_names_both(registry):
 
     assert "First" in str(caught.value)
     assert "Second" in str(caught.value)
-    with pytest.raises(ConfigError, match="collections:OrderedDict"):
-        registry.register("builtin")(First)
     registry.register("mine")(First)  # a module imported twice registers the same class again
+    assert registry.load("mine") is First
+
+
+def test_a_builtin_name_is_the_users_class_and_a_line_says_so(registry):
+    @registry.register("builtin")
+    class Mine: ...
+
+    assert registry.load("builtin") is Mine
+    place = f"{__name__}:{Mine.__qualname__}"
+    assert registry.places()["builtin"] == place
+    said = registry.override("builtin", Mine)
+    assert said == f"thing 'builtin' is {place} ({__file__}), in place of the built-in collections:OrderedDict"
+    assert registry.override("mine", Mine) is None
+    assert registry.override("builtin", collections.OrderedDict) is None
 
 
 def test_module_and_class_is_a_name(registry):
@@ -71,12 +83,22 @@ def test_module_and_class_is_a_name(registry):
         registry.load("collections:abc")
 
 
-def test_entry_points_add_but_do_not_shadow(registry, installed, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert registry.places()["builtin"] == "collections:OrderedDict"
-    assert "entry point collections:deque is ignored, the name is taken by collections:OrderedDict" in caplog.text
+def test_entry_points_follow_the_same_rule(registry, installed):
+    assert registry.places() == {
+        "builtin": "collections:deque",
+        "broken": "no_such_module:X",
+        "theirs": "collections:Counter",
+    }
     assert registry.load("theirs").__name__ == "Counter"
-    assert registry.load("builtin").__name__ == "OrderedDict"
+    assert registry.load("builtin").__name__ == "deque"
+
+    @registry.register("builtin")
+    class Mine: ...
+
+    with pytest.raises(ConfigError, match=r"found in .*Mine and in collections:deque; expected one"):
+        registry.load("builtin")
+    registry.register("theirs")(collections.Counter)  # an entry point's module may register the class as well
+    assert registry.load("theirs") is collections.Counter
 
 
 def test_unknown_name_suggests_and_lists(registry):
@@ -87,7 +109,7 @@ def test_unknown_name_suggests_and_lists(registry):
     )
 
 
-def test_plugins_are_imported_only_when_needed(registry, tmp_path, monkeypatch):
+def test_what_a_plugin_registers_is_for_those_who_name_it(registry, tmp_path, monkeypatch):
     plugin = tmp_path / "my plugin.py"
     plugin.write_text(
         "from test_registry_target import REGISTRY\nREGISTRY.register('theirs')(type('Theirs', (), {}))\n"

@@ -89,7 +89,7 @@ def component(
     inline = inline or {}
     below, below_origin = _from_file(asked, document, file, bool(inline), problems)
     try:
-        cls = asked.registry.load(asked.name, plugins)
+        cls = asked.registry.load(_located(asked.name, document.origin.file), plugins)
     except ConfigError as error:
         problems.say(document.origin, asked.name_at, str(error))
         return None
@@ -118,6 +118,15 @@ def component(
         return None
     policies = getattr(made, "refreshes", Component.refreshes)
     return Component(asked.name, cls, params, needs, tuple(getattr(made, "asked", ())), policies)
+
+
+def _located(name: str, run_file: Path) -> str:
+    """Return `file.py:Class` with the file's own path, found as those of plugins are; any other name as it is."""
+    file, _, path = name.rpartition(":")
+    if not file.endswith(".py") or os.path.isfile(os.path.expanduser(file)):
+        return name
+    found = find_file(file, run_file)
+    return f"{found}:{path}" if found else name
 
 
 def find_file(path: str, run_file: Path) -> Path | None:

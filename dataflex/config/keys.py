@@ -149,7 +149,7 @@ class DataflexKeys(Parameters):
         (), description="features that featurize computes beside the method's own"
     )
     plugins: tuple[str, ...] = Field(
-        (), description="modules, or paths of .py files, imported to look up a component that is not built in"
+        (), description="modules, or paths of .py files, always imported; what they register wins over what is built in"
     )
     storage: Literal["float32", "float16", "int8"] = Field(
         "float16", description="type that stored vectors are rounded to; float16 halves float32 at an error of 0.05 %"

@@ -22,8 +22,9 @@ from dataflex.config.packages import check_trackers, missing_packages
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
+from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE, GradientSpec
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS
+from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, import_plugin, use_plugins
 from dataflex.schedule import Schedule
 
 
@@ -176,6 +177,12 @@ class _Loading:
                 self.problems.add(self.origin, f"dataflex.plugins.{i}", expected, name)
             else:
                 plugins.append(str(file.resolve()) if file else name)
+                try:
+                    import_plugin(plugins[-1])
+                except ConfigError as error:
+                    self.problems.say(self.origin, f"dataflex.plugins.{i}", str(error))
+                    plugins.pop()
+        use_plugins(plugins)
         return section.model_copy(update={"plugins": tuple(plugins)})
 
     def _valid(self, model: type[BaseModel], values: dict[str, Any], prefix: str) -> Any:
@@ -196,7 +203,10 @@ class _Loading:
 
         def found(asked: Asked) -> Component | None:
             file = flat.components_cfg_file
-            return component(asked, self.document, file, section.plugins, output_dir, self.problems)
+            made = component(asked, self.document, file, section.plugins, output_dir, self.problems)
+            if made is not None and (said := asked.registry.override(asked.name, made.cls)):
+                self.notes.append(said)
+            return made
 
         kinds = {"dynamic_select": SELECTORS, "dynamic_mix": MIXERS, "dynamic_weight": WEIGHTERS}
         registry = kinds.get(flat.train_type)

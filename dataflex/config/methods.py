@@ -24,6 +24,8 @@ def methods() -> list[dict[str, Any]]:
     every = [(registry, *item) for registry in KINDS for item in sorted(registry.places().items())]
     for registry, name, place in every:
         entry: dict[str, Any] = {"name": name, "kind": registry.kind, "class": place}
+        if place != registry.builtins.get(name, place):
+            entry["in_place_of"] = registry.builtins[name]
         try:
             cls = registry.load(name)
         except ConfigError as error:
@@ -38,7 +40,8 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     """Return `methods()` as lines for people."""
     lines = []
     for entry in found:
-        lines.append(f"{entry['name']}  ({entry['kind']}, {entry['class']})")
+        instead = f", in place of the built-in {entry['in_place_of']}" if "in_place_of" in entry else ""
+        lines.append(f"{entry['name']}  ({entry['kind']}, {entry['class']}{instead})")
         lines.append(f"    {entry.get('error') or entry['description']}")
         for param in entry.get("params", []):
             default = "required" if param["required"] else f"default {json.dumps(param['default'])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ class RewardParams(Parameters):
     """Base of the parameters of a reward."""
 
 
+log = logging.getLogger(__name__)
+
 REWARDS: Registry[Any] = Registry(
     "reward",
     "dataflex.rewards",
@@ -46,6 +49,7 @@ REWARDS: Registry[Any] = Registry(
         "judge": "dataflex.rewards.judge:Judge",
         "function": "dataflex.rewards.function:Function",
     },
+    ("score",),
 )
 
 register_reward = REWARDS.register
@@ -63,6 +67,8 @@ def build_reward(name: str, params: Mapping[str, Any], plugins: Iterable[str] = 
         ConfigError: there is none of that name, a parameter is wrong, or a package that it needs is missing.
     """
     cls = REWARDS.load(name, plugins)
+    if said := REWARDS.override(name, cls):
+        log.info("%s", said)
     try:
         checked = cls.Params(**params)
     except ValidationError as error:
