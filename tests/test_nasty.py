@@ -290,6 +290,18 @@ def test_the_command_says_it_and_verbose_shows_how_it_arose(
         assert ("Traceback" in caplog.text) == bool(flag)  # pytest takes the log
 
 
+def test_a_training_of_llamafactorys_own_says_it_as_well(workspace: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(lines(GOOD) + "\nnull\n")
+    (tmp_path / "y.jsonl").write_text(lines(GOOD, {**GOOD, "output": 5}))
+    names = ("x", "y")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({n: {"file_name": f"{n}.jsonl"} for n in names}))
+    method = dict.fromkeys(("component_name", "warmup_step", "update_step", "update_times", "dataflex", "eval_dataset"))
+    for name in names:
+        path = workspace.write(name, dataset=name, dataset_dir=str(tmp_path), train_type="static", **method)
+        with pytest.raises(DataflexError, match=rf"dataset {name} \({tmp_path}/{name}\.jsonl\): line 2: found"):
+            workspace.run("train", path)
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors"])
 def test_a_damaged_model_is_named(workspace: Any, tiny: Any, tmp_path: Path, file: str) -> None:
     model = shutil.copytree(tiny.model, tmp_path / "model")

@@ -17,8 +17,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dataflex import distributed
 from dataflex.errors import ConfigError
+from dataflex.llamafactory import tokenized
 from dataflex.llamafactory.exclusion import without_targets
 from dataflex.llamafactory.faults import explained
+from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
 from dataflex.trainers.checkpoints import mark_complete, require_whole
@@ -83,7 +85,7 @@ def run(
         if director is None:
             if arguments.get("stage") not in _CHANGED:
                 callbacks.insert(0, _Marks())  # what is stopped at a save is marked
-            with _begun_at(resumption), judged(arguments):
+            with _begun_at(resumption), _worded(str(arguments["stage"])), judged(arguments):
                 tuner.run_exp(arguments, callbacks)
             return
         load = functools.partial(_loaded, exclude_targets)
@@ -157,6 +159,35 @@ def _substituted(
 
     with (
         patch.object(workflow, TRAINERS[stage], Joined),
+        patch.object(workflow, "get_dataset", get_dataset),
+        patch.object(workflow, "load_tokenizer", _in_words(workflow.load_tokenizer, "the tokenizer of ")),
+        patch.object(workflow, "load_model", _in_words(workflow.load_model, "")),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _worded(stage: str) -> Iterator[None]:
+    """Say in words what a training that is LLaMA-Factory's own cannot load."""
+    workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
+    get = workflow.get_dataset
+
+    def get_dataset(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> Any:
+        path = data_args.tokenized_path
+        names = dict.fromkeys([*(data_args.dataset or []), *(data_args.eval_dataset or [])])
+        is_made = path is not None and tokenized.is_there(path)
+        places = [] if is_made else [place_of(name, data_args.dataset_dir) for name in names]
+        for place in places:
+            place.check()
+
+        def look() -> str | None:
+            faults = ((place, place.fault()) for place in places)
+            return next((f"{place}: {text}" for place, text in faults if text), None)
+
+        with explained(f"tokenized_path {path}" if is_made else f"datasets {', '.join(map(str, places))}", look):
+            return get(template, model_args, data_args, *args, **kwargs)
+
+    with (
         patch.object(workflow, "get_dataset", get_dataset),
         patch.object(workflow, "load_tokenizer", _in_words(workflow.load_tokenizer, "the tokenizer of ")),
         patch.object(workflow, "load_model", _in_words(workflow.load_model, "")),
