@@ -236,7 +236,7 @@ def test_default_components_file_is_read_if_there_is_one():
         ("dataflex: {refresh: {fraction: 0.2}}", ["dataflex.refresh.fraction: ", "did you mean 'refresh_fraction'?"]),
         (
             "dataflex: {params: {proj_dims: 2}}",
-            ["dataflex.params.proj_dims: ", "one of similarity, ", "'proj_dim'?"],
+            ["dataflex.params.proj_dims: ", "one of gradient_type, ", "'proj_dim'?"],
         ),
         ("true: 1", ["run.yaml: True: found true; expected text as a key (quote it)"]),
         # values of LLaMA-Factory's keys

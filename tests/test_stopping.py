@@ -37,7 +37,8 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Signal:
     """Send this process a signal before a method does its work, the first time that a condition holds."""
 
     def send(owner: type, method: str, when: Callable[[Any], bool]) -> None:
-        real, sent = getattr(owner, method), []
+        real = getattr(owner, method)
+        sent: list[bool] = []
 
         def first(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not sent and when(self):
