@@ -39,7 +39,9 @@ app.add_typer(mix_app, name="mix")
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file: LLaMA-Factory's keys and DataFlex's.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Win over the file; dotted keys reach into mappings."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Each takes the place of the file's value; dotted keys reach into mappings."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Root = Annotated[str | None, typer.Option(help="Path or URL; default: as for a run file that names no store.")]
