@@ -49,6 +49,7 @@ ByRun = Annotated[bool, typer.Option("--by-run", help="By the runs that refer to
 Runs = Annotated[list[str] | None, typer.Option("--run", metavar="RUN", help="Output folder or id; repeatable.")]
 Unreferenced = Annotated[bool, typer.Option("--unreferenced", help="What no run refers to.")]
 Leftovers = Annotated[bool, typer.Option("--leftovers", help="Files of crashes that no reader opens.")]
+Older = Annotated[bool, typer.Option("--older-engine", help="What an older version computed and no run refers to.")]
 Finished = Annotated[bool, typer.Option("--include-finished", help="The runs named may be finished ones.")]
 Grace = Annotated[float, typer.Option(metavar="HOURS", help="What is younger is taken to be in use.")]
 Delete = Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")]
@@ -285,24 +286,26 @@ def collect_garbage(
     run: Runs = None,
     unreferenced: Unreferenced = False,
     leftovers: Leftovers = False,
+    older_engine: Older = False,
     include_finished: Finished = False,
     grace: Grace = 24.0,
     delete: Delete = False,
     root: Root = None,
     as_json: Json = False,
 ) -> None:
-    """Remove stores, kept states and unused files: what --run, --unreferenced and --leftovers name.
+    """Remove stores, kept states and unused files: what --run, --unreferenced, --older-engine and --leftovers name.
 
     Without --delete it only says what would go. What a finished run refers to stays unless the run is named and
     --include-finished is given; what a running one refers to stays always.
     """
+    from dataflex.features.spec import ENGINE_VERSION
     from dataflex.stores.gc import Scope, plan
     from dataflex.stores.listing import lines_of_removal
     from dataflex.stores.removal import carry_out
 
     files = _files(root)
-    scope = Scope(tuple(run or ()), unreferenced, leftovers, include_finished, grace)
-    items = plan(files, scope)
+    scope = Scope(tuple(run or ()), unreferenced, leftovers, include_finished, older_engine, grace)
+    items = plan(files, scope, ENGINE_VERSION)
     if delete:
         items = carry_out(files, items, scope)
     about = [{"kind": i.kind, "name": i.name, "bytes": i.bytes, "goes": i.goes, "why": i.why} for i in items]

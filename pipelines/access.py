@@ -15,7 +15,15 @@ import numpy as np
 
 from dataflex import distributed, stop
 from dataflex.errors import CoverageError
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec, LossSpec, PolicyGradientSpec, TokenLossSpec
+from dataflex.features.spec import (
+    ENGINE_VERSION,
+    EmbeddingSpec,
+    FeatureSpec,
+    GradientSpec,
+    LossSpec,
+    PolicyGradientSpec,
+    TokenLossSpec,
+)
 from dataflex.fingerprint import keys_digest
 from dataflex.pipelines.fragments import NonfiniteLimit, Tally, Work
 from dataflex.pipelines.policy import PolicySource
@@ -25,6 +33,7 @@ from dataflex.pipelines.state import ModelState
 from dataflex.pipelines.views import Snapshot
 from dataflex.rows import Rows, Status
 from dataflex.stores.base import Layout
+from dataflex.stores.engine import older
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot, folder_name
 from dataflex.stores.runs import Kind, RunRecord
@@ -55,6 +64,7 @@ class FeatureAccess:
         self._encoders: dict[str, EncoderSource] = {}
         self._policy: PolicySource | None = None
         self._has_loss = False
+        self._has_looked_back = False
         self._complete_at: dict[tuple[Any, ...], list[ParquetStore]] = {}
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
@@ -179,6 +189,7 @@ class FeatureAccess:
         recipe = self.recipe(spec)
         self.note("store", folder_name(spec.kind, recipe))
         if self.root.find(spec.kind, recipe) is None:
+            self._say_what_is_older()
             nearest = self.root.nearest(spec.kind, recipe)
             said = f"no {spec.kind} store under {self.url} yet"
             if nearest is not None:
@@ -192,6 +203,18 @@ class FeatureAccess:
         if isinstance(spec, PolicyGradientSpec):
             scalars |= {"reward": "float64", "scored": "int32"}
         return self.root.open(spec.kind, recipe, Layout(scalars, self._source(spec).width(spec), self._storage(spec)))
+
+    def _say_what_is_older(self) -> None:
+        """Say once, where something has to be computed, that values of an older engine are there and not used."""
+        if self._has_looked_back or not distributed.is_main():
+            return
+        self._has_looked_back = True
+        if found := older(self.root.files, ENGINE_VERSION):
+            said = (
+                "%d stores and kept states under %s are of an older engine than this one (%d) and are not reused; "
+                "`dataflex store gc --older-engine` names them"
+            )
+            log.info(said, len(found), self.url, ENGINE_VERSION)
 
     def _storage(self, spec: FeatureSpec) -> str:
         """Return the type that vectors are kept in; token losses are not kept in eight bits."""

@@ -14,7 +14,15 @@ from dataflex.errors import ConfigError
 from dataflex.features.encoder import TextEncoder, encoder_identity
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.excerpt import excerpt
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, TokenLossSpec
+from dataflex.features.spec import (
+    ENGINE_VERSION,
+    EmbeddingSpec,
+    FeatureSpec,
+    FeatureValues,
+    GradientSpec,
+    LossSpec,
+    TokenLossSpec,
+)
 from dataflex.fingerprint import text_key
 from dataflex.pipelines.folder import model_folder
 from dataflex.pipelines.state import ModelState
@@ -194,8 +202,8 @@ class EncoderSource:
         return np.frombuffer(b"".join(text_key(*rows.text(row)) for row in range(len(rows))), dtype=KEY_DTYPE)
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
-        """Return the feature and the encoder's files; what the encoder is called does not matter."""
-        return {"feature": spec.recipe(), "encoder": self._identity}
+        """Return the feature, the encoder's files and our engine; what the encoder is called does not matter."""
+        return {"feature": spec.recipe(), "encoder": self._identity, "numerics": {"engine": ENGINE_VERSION}}
 
     def width(self, spec: FeatureSpec) -> int:
         """Return D."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dataflex.errors import ConfigError, MismatchError
+from dataflex.stores.engine import older
 from dataflex.stores.files import Files, Stored
 from dataflex.stores.root import NAME, REMOVING
 from dataflex.stores.runs import KnownRun, Used, read_runs
@@ -28,6 +29,7 @@ class Scope:
         runs: what these runs, and no others, refer to: output folders or ids.
         unreferenced: stores and states that no run refers to.
         leftovers: files that no reader ever opens, and removals that were broken off.
+        older_engine: of those, what an older version of the feature engine computed; what runs refer to is named too.
         include_finished: whether the named runs may be finished ones.
         grace_hours: what is younger, and a run that wrote a record more recently, is taken to be in use.
     """
@@ -36,6 +38,7 @@ class Scope:
     unreferenced: bool = False
     leftovers: bool = False
     include_finished: bool = False
+    older_engine: bool = False
     grace_hours: float = GRACE_HOURS
 
     def check(self) -> None:
@@ -44,10 +47,11 @@ class Scope:
         Raises:
             ConfigError: it does.
         """
-        if not (self.runs or self.unreferenced or self.leftovers):
+        if not (self.runs or self.unreferenced or self.leftovers or self.older_engine):
             raise ConfigError(
                 "found no scope; say what may go: --run ID-OR-OUTPUT_DIR (what that run and no other refers to), "
-                "--unreferenced (what no run refers to), --leftovers (unused files of crashes), or several of them"
+                "--unreferenced (what no run refers to), --older-engine (that of it which an older version computed), "
+                "--leftovers (unused files of crashes), or several of them"
             )
         if self.include_finished and not self.runs:
             raise ConfigError("--include-finished: found no --run; expected the finished runs by name")
@@ -84,8 +88,13 @@ class Item:
         return sum(file.bytes for file in self.files)
 
 
-def plan(files: Files, scope: Scope) -> list[Item]:
+def plan(files: Files, scope: Scope, engine: int = 0) -> list[Item]:
     """Say what a scope would remove and what it spares, runs last; writes nothing.
+
+    Args:
+        files: the root's.
+        scope: what may be removed.
+        engine: version of the feature engine; what an older one computed is named as such.
 
     Raises:
         ConfigError: the scope is empty or contradicts itself.
@@ -99,16 +108,18 @@ def plan(files: Files, scope: Scope) -> list[Item]:
             known = ", ".join(f"{run.id[:8]} ({run.output_dir})" for run in runs) or "none"
             raise MismatchError(f"no run {name} is recorded under {files.url}; found {known}")
     named, spared = named_runs(runs, scope)
+    aged = older(files, engine) if engine else {}
     found = [
         *(_of_runs(listing, named, users(runs, scope), scope) if named else ()),
         *(_unreferenced(listing, users(runs, Scope()), scope) if scope.unreferenced else ()),
+        *(_older(listing, users(runs, scope), aged, scope) if scope.older_engine else ()),
         *(leftovers(files, listing, users(runs, Scope()), scope) if scope.leftovers else ()),
         *(Item("run", run.id, f"record of {run.output_dir or 'an unknown folder'}", run.files) for run in named),
     ]
     once: dict[tuple[str, str, str], Item] = {}
     for item in found:
         once.setdefault((item.kind, item.name, item.why if item.kind == "leftovers" else ""), item)
-    return [*once.values(), *spared]
+    return [*(_told(item, aged, engine) for item in once.values()), *spared]
 
 
 def named_runs(runs: list[KnownRun], scope: Scope) -> tuple[list[KnownRun], list[Item]]:
@@ -182,6 +193,25 @@ def _unreferenced(
         name = folder.removeprefix("states/")
         if (is_store or folder != name) and is_there(folder, listed) and (kind, name) not in protected:
             yield _aged(kind, name, "no run refers to it", listed, scope.young_since)
+
+
+def _older(
+    listing: dict[str, list[Stored]], protected: dict[Used, list[KnownRun]], aged: dict[Used, int], scope: Scope
+) -> Iterator[Item]:
+    for kind, name in sorted(aged):
+        if others := protected.get((kind, name)):
+            why = f"run {others[0].id[:8]} ({others[0].output_dir}) refers to it; name it with --run"
+            yield Item(kind, name, why, goes=False)
+        elif listed := listing.get(name if kind == "store" else f"states/{name}"):
+            yield _aged(kind, name, "no run refers to it", listed, scope.young_since)
+
+
+def _told(item: Item, aged: dict[Used, int], engine: int) -> Item:
+    """Return an item that says so if an older version of the engine computed it."""
+    version = aged.get((item.kind, item.name)) if item.kind in ("store", "state") else None  # type: ignore[arg-type]
+    if version is None:
+        return item
+    return replace(item, why=f"{item.why}; computed by engine {version}, which this one ({engine}) does not reuse")
 
 
 def _aged(

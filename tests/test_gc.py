@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -405,6 +405,31 @@ def test_a_store_written_to_by_nobody_known_stays(tmp_path: Path) -> None:
     store.append("f7", values(7))
     assert staying(carry_out(files, planned, Scope(unreferenced=True))) == {store.folder: "it was written to just now"}
     assert StoreRoot(tmp_path).stores()[0].rows == 15
+
+
+def test_what_an_older_engine_computed_is_named_as_such(files: Files, tmp_path: Path) -> None:
+    """Whichever scope names it; what a run refers to stays, and rewards, of which no engine is part, are not older."""
+    recipes: dict[str, dict[str, Any]] = {
+        "old": {"numerics": {"engine": 1}},
+        "held": {"numerics": {"engine": 1}, "r": 2},
+        "encoder": {"encoder": {"files": "ab"}},
+        "new": {"numerics": {"engine": 2}},
+        "reward": {"feature": {"kind": "reward"}},
+    }
+    names = {name: StoreRoot(files).open("gradient", recipe, LAYOUT).folder for name, recipe in recipes.items()}
+    for lineage, engine in (("old-state", 1), ("new-state", 2)):
+        (tmp_path / lineage).mkdir()
+        (tmp_path / lineage / "weights").write_bytes(b"w")
+        StoreRoot(files).states.put(lineage, tmp_path / lineage, {"parent": {"numerics": {"engine": engine}}})
+    record(files, "a", ("store", names["held"]))
+    items = plan(files, Scope(older_engine=True, grace_hours=0), engine=2)
+    assert going(items) == {("store", names["old"]), ("store", names["encoder"]), ("state", "old-state")}
+    assert staying(items).keys() == {names["held"]}
+    assert all("computed by engine 1, which this one (2) does not reuse" in item.why for item in items)
+    told = {item.name: item.why for item in plan(files, Scope(unreferenced=True, grace_hours=0), engine=2)}
+    assert {name for name, why in told.items() if "engine 1" in why} == {names["old"], names["encoder"], "old-state"}
+    assert told.keys() >= {names["new"], names["reward"], "new-state"}
+    assert plan(files, Scope(older_engine=True, grace_hours=0), engine=1) == []
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from dataflex.params import Parameters
 
-ENGINE_VERSION = 1
+ENGINE_VERSION = 2
 """Version of our own numerics; part of every recipe. Raise it when values change."""
 
 BASE = "base"
