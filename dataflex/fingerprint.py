@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from dataflex.source import named_classes, with_relative_imports
 
 IGNORE_INDEX = -100
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -29,6 +33,20 @@ def canonical(value: Any) -> bytes:
 def digest(value: Any) -> str:
     """Return 32 hexadecimal digits (128 bits) that name plain data by its canonical JSON."""
     return hashlib.blake2b(canonical(value), digest_size=16, person=b"dataflex-json-v1").hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """Return a value as plain data for `canonical`: what JSON does not know becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [plain(part) for part in value]
+        return sorted(parts, key=str) if isinstance(value, set | frozenset) else parts
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # some configurations have limits without end
+    if isinstance(value, Enum):
+        return plain(value.value)
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
 
 
 def row_key(
@@ -78,9 +96,10 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def model_digest(folder: str | os.PathLike[str]) -> str:
-    """Name a model folder by its configuration and weight files, whatever the folder is called.
+    """Name a model folder by its configuration, its weight files and its code, whatever the folder is called.
 
-    The tokenizer is left out: it acts on the tokens, which are in the row keys.
+    The code is what the configuration's `auto_map` names in this folder, with what that imports relatively. The
+    tokenizer is left out: it acts on the tokens, which are in the row keys.
 
     Raises:
         FileNotFoundError: the folder holds no weight file.
@@ -95,8 +114,17 @@ def model_digest(folder: str | os.PathLike[str]) -> str:
     with ThreadPoolExecutor(max_workers=4) as pool:
         sums = list(pool.map(file_digest, weights))
     parts: dict[str, Any] = {p.name: s for p, s in zip(weights, sums, strict=True)}
-    parts |= {p.name: _without_paths(json.loads(p.read_text("utf-8"))) for p in configs}
-    return digest(parts)
+    written = {p.name: json.loads(p.read_text("utf-8")) for p in configs}
+    parts |= {name: plain(_without_paths(config)) for name, config in written.items()}
+    own = [root / f"{module}.py" for repository, module in named_classes(written.get("config.json")) if not repository]
+    return digest(parts | source_digests(root, own))
+
+
+def source_digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Return the SHA-256 of Python files and of what they import relatively, by their paths seen from a folder."""
+    return {
+        os.path.relpath(file, folder).replace(os.sep, "/"): file_digest(file) for file in with_relative_imports(files)
+    }
 
 
 def _is_weight(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.config.arguments import settings_in_identity, values
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
-from dataflex.features.spec import BASE, PolicyGradientSpec
-from dataflex.fingerprint import digest, file_digest, keys_digest
+from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
+from dataflex.fingerprint import digest, file_digest, keys_digest, plain
 from dataflex.pipelines.access import FeatureAccess
 from dataflex.pipelines.state import ModelState
 from dataflex.rewards import build_reward, reward_identity
@@ -126,7 +126,8 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     """Put a run together; `runtime` goes to the constructor of a documented method that asks for it. Collective.
 
     Raises:
-        ConfigError: no training row has a supervised token; the code of the method stands in no file.
+        ConfigError: no training row has a supervised token; gradients are asked for of a quantised base; the code of
+            the method stands in no file.
         CorruptionError: a checkpoint that features are asked of is damaged.
         MismatchError: it was trained on another base.
     """
@@ -138,7 +139,8 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     weighter = build(settings.weighter, settings.weighter_params, trainer)
     if stage == "train" and distributed.is_main():
         _say_what_is_idle(settings, trainer, method, weighter)
-    root, named = StoreRoot(settings.store_root), digest(_identity(settings, trainer, method))
+    identity = _identity(settings, trainer, state, method)
+    root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
     run = Run(
         settings=settings,
@@ -153,6 +155,9 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         weighter=weighter,
         identity=named,
     )
+    specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
+    if any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in specs):
+        state.refuse_quantised()
     for folder in dict.fromkeys(need.state for need in run.needs):
         if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update
             run.state.require_whole(folder)
@@ -162,25 +167,25 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     return run
 
 
-def _identity(settings: Any, trainer: Any, method: Any) -> dict[str, Any]:
-    """Return everything that a decision depends on but the model, as plain data."""
-    params, sets = settings.params, trainer.row_sets
-    plain = (
-        params.model_dump(mode="json") if hasattr(params, "model_dump") else json.loads(json.dumps(params, default=str))
-    )
+def _identity(settings: Any, trainer: Any, state: ModelState, method: Any) -> dict[str, Any]:
+    """Return everything that a decision depends on but the trained weights, as plain data."""
+    sets = trainer.row_sets
+    params, beside = (plain(_dumped(given)) for given in (settings.params, settings.weighter_params))
     needs = method.needs() if hasattr(method, "needs") else ()
     rewards = [each for need in needs if isinstance(need.spec, PolicyGradientSpec) for each in need.spec.reward]
     plugins = settings.dataflex.plugins
     return {
         "component": settings.component_name or "",
         "code": [code_digest(settings.component), code_digest(settings.weighter)],
-        "params": plain,
-        "files": {text: file_digest(text) for text in _texts(plain) if os.path.isfile(text)},
+        "params": params,
+        "weighter": beside,
+        "files": {text: file_digest(text) for text in _texts([params, beside]) if os.path.isfile(text)},
         "rewards": [reward_identity(build_reward(each.type, each.params(), plugins)) for each in rewards],
-        "refresh": settings.dataflex.refresh.model_dump(mode="json"),
+        "settings": settings_in_identity(settings.keys, settings.dataflex),
+        "schedule": values(("schedule", "order"), trainer.args, trainer.finetuning_args),
+        "base": state.loaded,
         "rows": keys_digest(sets.train.keys),
         "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
-        "storage": settings.dataflex.storage,
         "global batch": trainer.global_batch,
         **training_arguments(trainer),
     }
@@ -193,6 +198,11 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list):
         for each in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(each)
+
+
+def _dumped(params: Any) -> Any:
+    """Return a component's parameters as data, whether they are a model or, of a documented one, a mapping."""
+    return params.model_dump(mode="json") if hasattr(params, "model_dump") else params
 
 
 def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,27 +12,22 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex import distributed
-from dataflex.errors import ConfigError, CoverageError, DataflexError
+from dataflex.config.arguments import values
+from dataflex.config.combinations import QUANTISED
+from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.features.adam import Moments
 from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
-from dataflex.fingerprint import model_digest, tensors_digest
+from dataflex.fingerprint import model_digest, plain, source_digests, tensors_digest
 from dataflex.pipelines import checkpoint, frozen
 from dataflex.pipelines.folder import model_folder
 from dataflex.pipelines.moments import checkpoint_moments, live_moments
+from dataflex.source import named_classes
 from dataflex.trainers.checkpoints import is_marked, require_whole
 
 log = logging.getLogger(__name__)
 
-_MODEL_OPTIONS = (
-    "rope_scaling", "shift_attn", "mixture_of_depths", "use_unsloth", "upcast_layernorm", "upcast_lmhead_output",
-    "quantization_bit", "quantization_method", "quantization_type", "double_quantization", "enable_liger_kernel",
-    "moe_aux_loss_coef", "trust_remote_code", "use_v1_kernels",
-)  # fmt: skip
-_DRAWN = (
-    "train_from_scratch", "resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config", "pissa_init",
-    "pissa_iter",
-)  # fmt: skip
-"""Options under which frozen weights come from a random draw, and not from the files alone."""
+_NO_VALUE = ("_name_or_path", "transformers_version", "use_cache", "auto_map")
+"""Of a model's configuration; the code that `auto_map` names is in the digest of the model."""
 
 
 class ModelState:
@@ -50,9 +46,12 @@ class ModelState:
         self.is_zero3 = is_deepspeed_zero3_enabled()
         if trainer.is_fsdp_enabled:
             raise ConfigError("fsdp: per-example features of a sharded model are not supported; use DDP or DeepSpeed")
-        base = distributed.broadcast(self._base_identity() if distributed.is_main() else None)
-        assert base is not None
-        self._base: dict[str, Any] = base
+        named = (self._base_identity(), self._reference_identity()) if distributed.is_main() else None
+        found = distributed.broadcast(named)
+        assert found is not None
+        self.loaded: dict[str, Any] = found[0]
+        """The base as it was loaded: its frozen weights, code, configuration and options."""
+        self._reference: list[Any] = found[1]
         self._checkpoint: str | None = None
         self._whole: set[str] = set()
         self._compared: set[str] = set()
@@ -72,9 +71,7 @@ class ModelState:
     @property
     def base(self) -> dict[str, Any]:
         """What the frozen weights are, whatever they are computed with: files, merged adapters, random draws."""
-        options = self._base["options"]
-        drawn = {name: options[name] for name in (*_DRAWN, "seed") if name in options}
-        return {"weights": self._base["weights"], "merged": self._base["merged"], "drawn": drawn}
+        return {name: self.loaded[name] for name in ("weights", "merged", "drawn")}
 
     def require_runnable(self) -> None:
         """Refuse to compute features of a base model that is not at hand.
@@ -185,7 +182,7 @@ class ModelState:
         is_gradient = isinstance(spec, GradientSpec)
         recipe: dict[str, Any] = {
             "feature": spec.recipe(),
-            "model": {"base": self._base, "adapter": self._weights(forward_only=not is_gradient)},
+            "model": {"base": self.loaded, "adapter": self._weights(forward_only=not is_gradient)},
             "numerics": self._numerics(),
         }
         if is_gradient and self._checkpoint == BASE:
@@ -197,9 +194,24 @@ class ModelState:
             recipe["optimizer"] = {"adam": self._known[key]}
         return recipe
 
+    def refuse_quantised(self) -> None:
+        """Refuse gradients of a model whose base is quantised, by the run file or since it was saved.
+
+        Raises:
+            ConfigError: it is.
+        """
+        found = getattr(self.model.config, "quantization_config", None)
+        if found is not None:
+            how = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
+            raise ConfigError(
+                f"model_name_or_path: found a base quantised as {how}; expected weights in half or full precision. "
+                f"{QUANTISED}"
+            )
+
     def origin(self) -> dict[str, Any]:
         """Return what a lineage begins with: base, trainable weights, numerics. Collective under ZeRO-3."""
-        return {"base": self._base, "weights": self._weights(forward_only=False), "numerics": self._numerics()}
+        begun = {"base": self.loaded, "weights": self._weights(forward_only=False), "numerics": self._numerics()}
+        return begun | ({"reference": self._reference} if self._reference else {})
 
     def trainable(self) -> list[tuple[str, Any]]:
         """Return the trainable parameters by name, in the model's order."""
@@ -242,15 +254,34 @@ class ModelState:
         adapters = list(args.adapter_name_or_path or [])
         if not tuning.create_new_adapter:
             adapters = adapters[:-1]  # the last one goes on being trained: it is among the trainable weights
-        options = {name: getattr(args, name, None) for name in _MODEL_OPTIONS}
-        drawn = {name: getattr(args, name, None) or getattr(tuning, name, None) for name in _DRAWN}
-        if drawn["pissa_init"] or any(value for name, value in drawn.items() if not name.startswith("pissa")):
-            options |= drawn | {"seed": self.trainer.args.seed + 1}  # 0 would be left out below
+        drawn = self._drawn()
+        folder = model_folder(args.model_name_or_path, **hub)
+        config = self.model.config.to_dict()
         return {
-            "weights": model_digest(model_folder(args.model_name_or_path, **hub)),
+            "weights": model_digest(folder),
+            "code": _code_elsewhere(folder, args.cache_dir) if args.trust_remote_code else {},
             "merged": [model_digest(model_folder(path, subfolder=args.adapter_folder, **hub)) for path in adapters],
-            "options": {name: _plain(value) for name, value in options.items() if value},
+            "configuration": plain({name: value for name, value in config.items() if name not in _NO_VALUE}),
+            "drawn": drawn | ({"seed": self.trainer.args.seed} if drawn else {}),
+            "options": values(("model",), args, tuning, self.trainer.args),
         }
+
+    def _drawn(self) -> dict[str, Any]:
+        """Return the arguments under which frozen weights come from a random draw; none where files alone tell them."""
+        found = values(("drawn", "drawn file"), self.trainer.model_arguments, self.trainer.finetuning_args)
+        quiet = {"pissa_iter"} if not found.get("pissa_init") else set()  # those that act beside another alone
+        if not (found.keys() - quiet - {"init_special_tokens"}):
+            return {}
+        return {name: value for name, value in found.items() if name not in quiet}
+
+    def _reference_identity(self) -> list[Any]:
+        """Name the models that the training loss compares with; there are some under ASFT alone."""
+        args, tuning = self.trainer.model_arguments, self.trainer.finetuning_args
+        if not tuning.use_asft_loss or tuning.ref_model is None:
+            return []  # without a name, ASFT compares with the base
+        adapters = [path.strip() for path in (tuning.ref_model_adapters or "").split(",") if path.strip()]
+        folders = [model_folder(path, cache_dir=args.cache_dir) for path in (tuning.ref_model, *adapters)]
+        return [*map(model_digest, folders), tuning.ref_model_quantization_bit]
 
     def _scaling(self) -> dict[str, Any]:
         """Return what scales the adapter's weights, which the weights do not tell."""
@@ -258,7 +289,7 @@ class ModelState:
         if not configs:
             return {}
         config = configs[self.model.active_adapter]
-        return {name: _plain(getattr(config, name)) for name in checkpoint.SCALING if getattr(config, name, None)}
+        return {name: plain(getattr(config, name)) for name in checkpoint.SCALING if getattr(config, name, None)}
 
     def _numerics(self) -> dict[str, Any]:
         args = self.trainer.args
@@ -285,10 +316,31 @@ class ModelState:
 
 def _is_inert(tensors: list[tuple[str, Any]]) -> bool:
     """Say whether only LoRA is trained and every B is zero: the model computes what its base does."""
-    if not tensors or not all("lora_" in name for name, _ in tensors):
+    factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    if not tensors or not all(any(factor in name for factor in factors) for name, _ in tensors):
         return False
     return not any(bool(p.detach().any()) for name, p in tensors if "lora_B" in name or "lora_embedding_B" in name)
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | type(None) | dict) else str(value)
+def _code_elsewhere(folder: Path, cache_dir: str | None) -> dict[str, dict[str, str]]:
+    """Digest, by repository, the code that a model's configuration names in other repositories than its own.
+
+    Raises:
+        MismatchError: it is not at hand.
+    """
+    from transformers.utils.hub import cached_file
+
+    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
+    found: dict[str, dict[str, str]] = {}
+    for repository, module in sorted(set(named_classes(config))):
+        if not repository:
+            continue
+        name, where = f"{module}.py", {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
+        path = Path(repository) / name if Path(repository).is_dir() else cached_file(repository, name, **where)
+        if path is None or not Path(path).is_file():
+            raise MismatchError(
+                f"{folder}/config.json: auto_map names {module}.py of {repository}, which is not at hand; expected its "
+                "code, which values depend on. Copy it into the model's folder and name it there"
+            )
+        found.setdefault(repository, {}).update(source_digests(Path(path).parent, [Path(path)]))
+    return found

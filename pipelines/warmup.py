@@ -13,7 +13,7 @@ import numpy as np
 from dataflex import distributed
 from dataflex.draws import stream
 from dataflex.errors import MismatchError
-from dataflex.fingerprint import digest
+from dataflex.fingerprint import difference, digest
 from dataflex.pipelines.run import Run
 from dataflex.schedule import Round
 from dataflex.selectors.base import Selector
@@ -90,8 +90,7 @@ class WarmState:
     def _explain(self, kept: list[dict[str, Any]]) -> None:
         """Say what keeps the nearest kept state from being this run's."""
         assert self._story is not None
-        story = self._story
-        differences = [[name for name in story if story[name] != other.get(name)] for other in kept]
+        differences = [_differences(self._story, other) for other in kept]
         if nearest := min(differences, key=len, default=None):
             log.info("no kept state fits, warming up anew; the nearest differs in %s", ", ".join(nearest))
 
@@ -131,6 +130,12 @@ class WarmState:
                 log.info("kept the state at the end of the warm-up as %s", self.lineage[:8])
             shutil.rmtree(scratch)
         distributed.barrier()
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Name what two states differ in: parts of their stories, the arguments one by one."""
+    parts = [name for name in ours if name != "arguments" and ours[name] != theirs.get(name)]
+    return parts + difference(ours["arguments"], theirs.get("arguments", {}))
 
 
 def restore_rounds(run: Run, checkpoint: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dataflex.config.llamafactory_keys import template_names
@@ -16,6 +18,11 @@ _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu
 _OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 _OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
 _TRUE = ("true", "y", "1")
+_DEQUANTISED = ("mxfp4", "fp8")
+"""What LLaMA-Factory turns back into half precision when it loads a model that was saved so."""
+
+
+QUANTISED = "Exact gradients over a quantised base are not verified in this version"
 
 
 class Combinations:
@@ -96,12 +103,14 @@ class Combinations:
     def check_losses(self) -> None:
         """Refuse what leaves no losses of single examples, or another loss than theirs."""
         why = "Its fused loss hides the logits, so there is no loss of single examples"
-        self._refuse_if_set("enable_liger_kernel", why)
+        for key in ("enable_liger_kernel", "use_liger_kernel"):
+            self._refuse_if_set(key, why)
         self._refuse_if_set("use_unsloth", "It replaces the loss, so there is none of single examples")
         for key in _OTHER_LOSSES:
             self._refuse_if_set(key, "It is another loss than the one that is watched and weighted, the cross-entropy")
         why = "A packed row is several examples to the model, and one to the method"
         self._refuse_if_set("neat_packing", why)
+        self._refuse_padding_in_losses()
 
     def check_evaluation(self) -> None:
         """Require rows to evaluate on, if the run is to evaluate."""
@@ -135,6 +144,15 @@ class Combinations:
         """Refuse models that features cannot be computed of."""
         self._refuse_if_set("use_unsloth", "It replaces the model's forward pass, which features are computed by")
         self._refuse_if_set("mixture_of_depths", "Which tokens a layer sees depends on the other rows of the batch")
+        why = "It quantises the model by texts that are drawn at random, so no name tells what the model is"
+        self._refuse_if_set("export_quantization_bit", why)
+        self._refuse_padding_in_losses()
+
+    def _refuse_padding_in_losses(self) -> None:
+        # In stage pt LLaMA-Factory's collator never trains on padding, whatever this says.
+        if self._values.get("ignore_pad_token_for_loss") is False and self._values.get("stage", "sft") == "sft":
+            why = "Training on padding makes an example's loss depend on the length of the others in its batch"
+            self._refuse("ignore_pad_token_for_loss", "true", why)
 
     def check_base(self) -> None:
         """Refuse adapters without which the model is not its base."""
@@ -153,8 +171,11 @@ class Combinations:
         if kind not in ("lora", "full", "freeze"):
             self._refuse("finetuning_type", "lora, full or freeze", "There are no exact gradients of other adapters")
         self._refuse_if_set("use_dora", "There is no exact per-example gradient of DoRA's magnitudes")
-        why = "Exact gradients over a quantised base are not verified in this version"
-        self._refuse_if_set("quantization_bit", why)
+        for key in ("quantization_bit", "fp8"):
+            self._refuse_if_set(key, QUANTISED)
+        if method := quantised_as_saved(self._values.get("model_name_or_path")):
+            text = f"found a base saved quantised ({method}); expected its weights in half or full precision"
+            self._problems.say(self._origin, "model_name_or_path", text, QUANTISED)
         if any(spec.direction == "adam" and spec.projection.type == "factorized" for spec in specs):
             text = "found factorized with Adam's direction; expected another projection, or gradient_type: sgd"
             why = "Adam's step is no outer product of two factors"
@@ -186,3 +207,17 @@ class Combinations:
     def _refuse_if_set(self, key: str, why: str) -> None:
         if self._values.get(key):
             self._refuse(key, "it left out", why)
+
+
+def quantised_as_saved(folder: Any) -> str | None:
+    """Return how a local model was quantised before it was saved; None if it was not, or is dequantised when loaded."""
+    path = Path(folder) / "config.json" if isinstance(folder, str) else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return None  # whoever loads it will say so
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    method = found.get("quant_method", "quantization_config") if isinstance(found, dict) else None
+    return None if method in _DEQUANTISED else method

@@ -23,7 +23,7 @@ from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
 from dataflex.errors import ConfigError
-from dataflex.features.spec import BASE, GradientSpec
+from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
 from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, import_plugin, use_plugins
 from dataflex.schedule import Schedule
 
@@ -254,7 +254,9 @@ class _Loading:
             expected = f"{' or '.join(found.refreshes)} with these parameters"
             why = "What the method compares must be of one state of the model"
             self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
+        policies = [spec for spec in specs if isinstance(spec, PolicyGradientSpec)]
         gradients = [spec for spec in specs if isinstance(spec, GradientSpec)]
+        gradients += [GradientSpec(projection=spec.projection) for spec in policies]
         if not is_dynamic and not specs:
             if llamafactory.get("model_name_or_path") is None:
                 self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")

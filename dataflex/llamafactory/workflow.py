@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -32,6 +33,8 @@ from dataflex.trainers.stopping import Stopping
 from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
 
 log = logging.getLogger(__name__)
+
+_REFUSERS = ("llamafactory", "transformers", "peft", "huggingface_hub")
 
 
 _FOLDERS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
@@ -102,11 +105,11 @@ def _kept_by(director: Director | None) -> Callable[[], int]:
 def _explained() -> Iterator[None]:
     """Turn that with which LLaMA-Factory or what it stands on refuses an argument into an error for people.
 
-    It is a ValueError; an ImportError where a package is missing; an OSError without a number where a model is.
+    It is a ValueError, or that of a strict configuration; an ImportError where a package is missing; an OSError without a number where a model is.
     """
     try:
         yield
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
         if (module := _refuser(error)) is None or getattr(error, "errno", None) is not None:
             raise
         package, text = module.partition(".")[0], " ".join(str(error).split())
@@ -119,7 +122,7 @@ def _refuser(error: Exception) -> str | None:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
-    return module if module.partition(".")[0] in ("llamafactory", "transformers", "peft") else None
+    return module if module.partition(".")[0] in _REFUSERS else None
 
 
 def _loaded(exclude_targets: bool, *args: Any, **kwargs: Any) -> RowSets:
