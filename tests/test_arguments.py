@@ -174,8 +174,10 @@ def test_what_enters_is_another_name_when_it_is_changed(workspace: Any, tmp_path
             one = names()
             with changed(tuned, "ref_model", str(tmp_path / "model")):
                 assert names()[1] != one[1]
-    with changed(config, "quantization_config", {"quant_method": "gptq"}), pytest.raises(ConfigError, match="as gptq"):
+    config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ConfigError, match="as gptq"):
         names()
+    del config.quantization_config
     own = {"component_name": "random", "update_times": 5, "dataflex": {"storage": "int8"}}
     for name, value in own.items():
         other = load(workspace.write("run", lora_dropout=0.0, **{name: value}))
