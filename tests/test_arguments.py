@@ -178,7 +178,8 @@ def test_what_enters_is_another_name_when_it_is_changed(workspace: Any, tmp_path
     with pytest.raises(ConfigError, match="as gptq"):
         names()
     del config.quantization_config
-    own = {"component_name": "random", "update_times": 5, "dataflex": {"storage": "int8"}}
+    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 64}
+    own: dict[str, Any] = {"update_times": 5, "warmup_step": 4, "dataflex": {**section, "storage": "int8"}}
     for name, value in own.items():
         other = load(workspace.write("run", lora_dropout=0.0, **{name: value}))
         assert open_run(other, trainer, "train").identity != before[2], name
