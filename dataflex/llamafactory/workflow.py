@@ -105,7 +105,8 @@ def _kept_by(director: Director | None) -> Callable[[], int]:
 def _explained() -> Iterator[None]:
     """Turn that with which LLaMA-Factory or what it stands on refuses an argument into an error for people.
 
-    It is a ValueError, or that of a strict configuration; an ImportError where a package is missing; an OSError without a number where a model is.
+    It is a ValueError, or that of a strict configuration; an ImportError where a package is missing; an OSError without
+    a number where a model is.
     """
     try:
         yield
