@@ -126,6 +126,12 @@ def test_a_checkpoint_lacking_any_file_is_incomplete(tmp_path: Path) -> None:
         assert Path(name).name in str(incomplete_reason(folder))
 
 
+def test_a_mark_that_was_never_finished_does_not_spoil_the_next(tmp_path: Path) -> None:
+    (tmp_path / "again" / "dataflex").mkdir(parents=True)
+    (tmp_path / "again" / "dataflex" / ".complete.json").write_text("{")
+    assert incomplete_reason(make_checkpoint(tmp_path / "again")) is None
+
+
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert newest_complete(tmp_path) == (None, [])
     for step in (3, 20, 100):

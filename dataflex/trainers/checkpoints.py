@@ -27,14 +27,14 @@ def mark_complete(checkpoint: str | os.PathLike[str], info: dict[str, Any]) -> N
     """Declare a checkpoint complete; call it on one process after every one has written its files."""
     root = Path(checkpoint)
     (root / FOLDER).mkdir(exist_ok=True)
-    paths = [path for path in sorted(root.rglob("*")) if path.is_file() and path != root / FOLDER / _MARK]
+    temporary = root / FOLDER / f".{_MARK}"  # one that a kill has left would be listed, and then be renamed
+    paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p not in (root / FOLDER / _MARK, temporary)]
     sums = _sums(root, [path.relative_to(root).as_posix() for path in paths])
     files = {
         name: {"bytes": path.stat().st_size, "sha256": found}
         for path, (name, found) in zip(paths, sums.items(), strict=True)
     }
     mark = {"version": _VERSION, "files": files, **info}
-    temporary = root / FOLDER / f".{_MARK}"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump({**mark, "digest": digest(mark)}, file, indent=1)
         file.flush()
