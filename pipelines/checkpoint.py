@@ -99,7 +99,7 @@ def check(folder: Path, model: Any, scaling: dict[str, Any]) -> None:
     """
     is_adapter = (folder / ADAPTER).is_file()
     if is_adapter:
-        _check_scaling(folder / "adapter_config.json", scaling)
+        _check_scaling(folder, scaling)
     held, wrong, unknown, known = by_name(model), [], [], set()
     for key, stored in tensors(folder):
         live = held.get(key)
@@ -131,8 +131,24 @@ def _trainable(model: Any) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _check_scaling(config: Path, scaling: dict[str, Any]) -> None:
-    theirs = json.loads(config.read_text("utf-8"))
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """Return what PEFT noted of an adapter.
+
+    Raises:
+        MismatchError: it cannot be read.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"found {type(found).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise MismatchError(f"{path}: cannot be read ({error}); expected the JSON object of an adapter") from error
+    return found
+
+
+def _check_scaling(folder: Path, scaling: dict[str, Any]) -> None:
+    theirs, config = adapter_config(folder), folder / "adapter_config.json"
     for name in SCALING:
         if (theirs.get(name) or None) != (scaling.get(name) or None):  # an option that is off may be left out
             raise MismatchError(f"{config}: {name} is {theirs.get(name)}, this run has {scaling.get(name)}")

@@ -6,7 +6,6 @@ trained with they would be a model that nobody has trained.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import difference, model_digest
-from dataflex.pipelines.checkpoint import ADAPTER, by_name, tensors
+from dataflex.pipelines.checkpoint import ADAPTER, adapter_config, by_name, tensors
 from dataflex.pipelines.folder import model_folder
 from dataflex.trainers.checkpoints import recorded
 
@@ -77,8 +76,8 @@ def _of_adapter(folder: Path, base: Mapping[str, Any], args: Any) -> dict[str, A
     """Return the base that PEFT noted, by content; None if it is not here."""
     if not (folder / ADAPTER).is_file():
         return None
-    named = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-    if not named:
+    named = adapter_config(folder).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
         return None
     if named == args.model_name_or_path or Path(named).resolve() == Path(args.model_name_or_path).resolve():
         return {"weights": base["weights"]}

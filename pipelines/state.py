@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from dataflex import distributed
 from dataflex.config.arguments import values
 from dataflex.config.combinations import QUANTISED
-from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.features.adam import Moments
 from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
 from dataflex.fingerprint import model_digest, plain, source_digests, tensors_digest
@@ -167,15 +167,9 @@ class ModelState:
     @staticmethod
     def _on_each_node(check: Callable[[], None]) -> None:
         """Run a check on one process of each node; what it refuses is refused on every process. Collective."""
-        fault: DataflexError | None = None
-        if distributed.local_rank() == 0:
-            try:
+        with distributed.together():
+            if distributed.local_rank() == 0:
                 check()
-            except DataflexError as error:
-                fault = error
-        for found in distributed.gather(fault):
-            if found is not None:  # on every process, so that none waits for another
-                raise found
 
     def recipe(self, spec: Any) -> dict[str, Any]:
         """Return everything but the row that determines a feature's values. Collective under DeepSpeed."""

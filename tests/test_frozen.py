@@ -49,6 +49,14 @@ def change(file: Path, name: str, value: Any) -> None:
     save_file({key: tensor for key, tensor in weights.items() if tensor is not None}, file, {"format": "pt"})
 
 
+@pytest.mark.parametrize("text", ["{", "[]", None])
+def test_a_broken_adapter_config_is_named(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(MismatchError, match=r"adapter_config\.json: cannot be read"):
+        checkpoint.adapter_config(tmp_path)
+
+
 def test_trained_weights_are_put_in_and_taken_out(model: Any, saved: Path) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert frozen.covers(saved, model)  # the tied output layer, which the file has not, is no other weight
