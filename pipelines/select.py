@@ -24,6 +24,8 @@ from dataflex.selectors.base import Selection
 
 log = logging.getLogger(__name__)
 
+_NO_RECORDS = "tokenized_path: the raw records of a tokenized dataset are unknown; remove the key"
+
 
 def select(settings: Any, num: int, output: Path) -> None:
     """Choose `num` rows with the run's method and write them; missing features are computed first.
@@ -48,6 +50,9 @@ def select(settings: Any, num: int, output: Path) -> None:
         raise ConfigError(
             "packing: a packed block is not one record, so it cannot be written as one; set packing: false"
         )
+    tokenized = str(arguments.get("tokenized_path") or "")
+    if os.path.isdir(tokenized) and os.listdir(tokenized):  # LLaMA-Factory's own rule for a dataset that is there
+        raise ConfigError(_NO_RECORDS)
     run_until_update(settings, SelectDirector(settings, num, output))
 
 
@@ -66,7 +71,7 @@ class SelectDirector(FeaturizeDirector):
         """Refuse, before anything is computed, more rows than there are."""
         start = super().begin(trainer, checkpoint)
         if not trainer.row_sets.raw:
-            raise ConfigError("tokenized_path: the raw records of a tokenized dataset are unknown; remove the key")
+            raise ConfigError(_NO_RECORDS)
         if getattr(self.run.method, "chooses_distinct", False) and self.num > len(self.run.eligible):
             raise CoverageError(
                 f"--num: found {self.num}; expected at most {len(self.run.eligible)}, the rows with labels"

@@ -74,6 +74,10 @@ def test_select_is_refused_before_the_features_whose_result_it_could_not_write(w
     (workspace.folder / "file").touch()
     with pytest.raises(ConfigError, match=r"expected a file that can be written; .*file is no folder"):
         select(load(workspace.write("select")), 5, workspace.folder / "file" / "chosen.json")
+    (tokens := workspace.folder / "tokens").mkdir()
+    (tokens / "dataset_dict.json").touch()
+    with pytest.raises(ConfigError, match="tokenized_path: the raw records"):
+        select(load(workspace.write("select", tokenized_path=str(tokens))), 5, workspace.folder / "chosen.json")
 
 
 def test_what_llamafactory_lacks_is_told_in_a_line(workspace):
