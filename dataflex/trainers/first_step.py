@@ -38,10 +38,8 @@ class FirstStepJudged(Trainer):
     def judge_loss(self, mean: float, where: str) -> None:
         """Warn, once in a run, if a mean loss in nats per supervised token is that of a model that guesses."""
         config: Any = self.model.config  # type: ignore[union-attr]
-        found = (
-            None if self.is_new or self._is_warned else loss_warning(mean, config.get_text_config().vocab_size, where)
-        )
-        if found is None:
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None)  # a model's own code may call it otherwise
+        if self.is_new or self._is_warned or not vocabulary or (found := loss_warning(mean, vocabulary, where)) is None:
             return
         self._is_warned = True
         if distributed.is_main():
