@@ -30,6 +30,7 @@ def test_it_is_short_and_its_links_and_commands_exist() -> None:
     verbs |= {str(group.name) for group in app.registered_groups}
     assert set(re.findall(r"^dataflex (\w+)", TEXT, re.MULTILINE)) <= verbs
     assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)([^)]+)\)", TEXT))
+    assert {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\(([^)]+)\)", TEXT))
     tree = re.findall(r"^ *([a-z_]+(?:/[a-z_]+)*/|[a-z_]+\.py) ", TEXT.split("## Where things are")[1], re.MULTILINE)
     assert len(tree) > 10
     assert all((ROOT / name).exists() or (ROOT / "dataflex" / name).exists() for name in tree)
