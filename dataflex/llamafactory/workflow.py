@@ -105,12 +105,11 @@ def _kept_by(director: Director | None) -> Callable[[], int]:
 def _explained() -> Iterator[None]:
     """Turn that with which LLaMA-Factory or what it stands on refuses an argument into an error for people.
 
-    It is a ValueError, or that of a strict configuration; an ImportError where a package is missing; an OSError without
-    a number where a model is.
+    It is a ValueError; an ImportError where a package is missing; an OSError without a number where a model is.
     """
     try:
         yield
-    except (ValueError, ImportError, OSError, StrictDataclassError) as error:
+    except (ValueError, ImportError, OSError) as error:
         if (module := _refuser(error)) is None or getattr(error, "errno", None) is not None:
             raise
         package, text = module.partition(".")[0], " ".join(str(error).split())
@@ -203,10 +202,20 @@ def _in_words(load: Callable[..., Any], what: str) -> Callable[..., Any]:
     """Return a function that loads something of a model, and says in words what cannot be loaded."""
 
     def loaded(*args: Any, **kwargs: Any) -> Any:
-        model = next(a.model_name_or_path for a in args if hasattr(a, "model_name_or_path"))
+        given = next(a for a in args if hasattr(a, "model_name_or_path"))
+        model = given.model_name_or_path
         with explained(f"model_name_or_path: {what}{model} cannot be loaded", refusal=ConfigError):
             try:
                 return load(*args, **kwargs)
+            except StrictDataclassError as error:
+                if given.rope_scaling is None:
+                    raise
+                # LLaMA-Factory makes the model's length a float, which configurations of some versions do not take.
+                raise ConfigError(
+                    f"rope_scaling: found {given.rope_scaling}, which the installed Transformers does not let "
+                    f"LLaMA-Factory set ({' '.join(str(error).split())}); expected it left out. Write rope_parameters "
+                    f"into {model}/config.json instead"
+                ) from error
             except ValueError as error:
                 if _refuser(error) is None:
                     raise
