@@ -117,7 +117,7 @@ def _answer(number: int, frame: FrameType | None) -> None:
     is_first, sent = _now.by is None, signal.Signals(number)
     if is_first:
         _now.by = sent
-        _announce()
+        announce()
     if _now.is_leaving:
         return
     if not _now.held or (_now.is_late and _now.is_droppable):
@@ -137,8 +137,8 @@ def _become_late(asked: _Asked, sent: signal.Signals) -> None:
         signal.pthread_kill(threading.main_thread().ident or 0, sent)  # so that a system call ends, too
 
 
-def _announce() -> None:
-    """Tell the other processes, which look between pieces of work that need no one else."""
+def announce() -> None:
+    """Have the other processes stop behind the piece of work that they do; they look between those that need no one."""
     if (store := distributed.store()) is not None:
         with contextlib.suppress(RuntimeError):  # where the process that holds it is gone, no one is left to be told
             store.set("dataflex/stop", "1")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed, stop
-from dataflex.errors import CoverageError
+from dataflex.errors import CoverageError, DataflexError
 from dataflex.features.spec import (
     ENGINE_VERSION,
     EmbeddingSpec,
@@ -166,7 +166,15 @@ class FeatureAccess:
                 self._section.fragment_rows,
                 limit,
             )
-            work.run(self.tally, self.progress)
+            if source.is_collective:  # ranks meet in every layer: where one fails, the launcher has to end the others
+                work.run(self.tally, self.progress)
+                continue
+            with distributed.together():
+                try:
+                    work.run(self.tally, self.progress)
+                except DataflexError:
+                    stop.announce()  # the others need not go through all of their share first
+                    raise
 
     def _judge_loss(self, rows: Rows, checkpoint: str | None) -> None:
         """Have the mean loss of a pass looked at. Collective.

@@ -281,6 +281,34 @@ def test_a_checkpoint_counts_if_it_is_whole_on_every_node(tmp_path: Path) -> Non
     assert [process.communicate(timeout=200)[0].strip() for process in processes] == ["run/checkpoint-2"] * 2
 
 
+FAILING = """
+import time
+import torch.distributed as dist
+from dataflex import distributed, stop
+from dataflex.errors import CorruptionError
+
+dist.init_process_group("gloo")
+try:
+    with distributed.together():
+        if dist.get_rank() == 1:
+            stop.announce()
+            raise CorruptionError("bad")
+        while not stop.is_asked():
+            time.sleep(0.05)
+except CorruptionError as error:
+    print(f"{error} {error.everywhere};", end="")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_one_process_refuses_ends_the_others_in_the_middle_of_their_work(tmp_path: Path) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    done = subprocess.run([*TORCHRUN, str(tmp_path / "failing.py")], env=environment(), capture_output=True, text=True)
+    assert done.stdout.split(";") == ["bad True", "bad True", ""], done.stderr
+
+
 SEVERAL = """
 import sys
 from dataflex import distributed
