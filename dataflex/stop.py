@@ -156,9 +156,9 @@ def _from_parent_alone(_: object) -> None:
     """
     if not _is_listening:
         return
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # first: what comes before the next line would end it
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_await, args=(os.getppid(),), daemon=True).start()
 
 

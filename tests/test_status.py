@@ -128,8 +128,15 @@ def test_a_worker_hears_its_parent_alone(tmp_path: Path) -> None:
     """A launcher signals the whole process group, loaders' workers too, which their parent still needs."""
     with stop.listening(), stop.held():
         fork = multiprocessing.get_context("fork")
-        worker = fork.Process(target=time.sleep, args=(60,), daemon=True)
+        is_up = fork.Event()
+
+        def work() -> None:
+            is_up.set()
+            time.sleep(60)
+
+        worker = fork.Process(target=work, daemon=True)
         worker.start()
+        assert is_up.wait(60)
         for number in ("TERM", "USR1"):
             subprocess.run(["bash", "-c", f"kill -{number} {worker.pid}"], check=True)
         worker.join(1)
