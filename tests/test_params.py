@@ -63,7 +63,10 @@ def test_no_field_takes_nan_or_infinity() -> None:
 def test_parameters_of_a_class_without_a_model_are_finite(tmp_path: Any) -> None:
     """They are part of a run's identity, which is JSON."""
     path = tmp_path / "mine.py"
-    path.write_text("class Mine:\n    def __init__(self, weights, cache_dir=None):\n        self.weights = weights\n")
+    path.write_text(
+        "class Mine:\n    def __init__(self, weights, cache_dir=None):\n        self.weights = weights\n"
+        "    def select(self, model, step_id, num_samples, **kwargs): ...\n"
+    )
     run_file = tmp_path / "run.yaml"
     run_file.write_text(
         f"train_type: dynamic_select\ncomponent_name: '{path}:Mine'\ndataflex: {{params: {{weights: [1.0, .inf]}}}}\n"
