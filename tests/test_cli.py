@@ -197,19 +197,19 @@ def test_a_reader_that_has_enough_is_no_fault():
         ),
     ],
 )
-def test_what_the_machine_lacks_is_told_in_two_lines(capsys, raised, said):
-    Path("broken.py").write_text(f"import os\n{raised}\n")
-    code, _, err = run(capsys, "validate", "run.yaml", "component_name=./broken.py:X")
+def test_what_the_machine_lacks_is_told_in_two_lines(capsys, monkeypatch, raised, said):
+    monkeypatch.setattr("dataflex.cli._settings", lambda *_: exec(raised, {"os": os}))
+    code, _, err = run(capsys, "validate", "run.yaml")
     assert code == 1
     assert err.startswith(said)
     assert len(err.splitlines()) == 2
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(capsys):
-    for name, raised in (("type", "1 + 'x'"), ("runtime", "raise RuntimeError('ours')"), ("os", "raise OSError('?')")):
-        Path(f"{name}.py").write_text(raised)
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    for raised in ("1 + 'x'", "raise RuntimeError('ours')", "raise OSError('?')"):
+        monkeypatch.setattr("dataflex.cli._settings", lambda *_, code=raised: exec(code))
         with pytest.raises((TypeError, RuntimeError, OSError)):
-            main(["validate", "run.yaml", f"component_name=./{name}.py:X"])
+            main(["validate", "run.yaml"])
 
 
 def test_a_store_that_cannot_be_reached_stops_a_run_before_anything_is_loaded(capsys):
