@@ -336,6 +336,11 @@ def test_default_components_file_is_read_if_there_is_one():
             "early_stopping_min_delta: -0.1",
             ["early_stopping_min_delta: found -0.1; expected greater than or equal to 0"],
         ),
+        ("component_name: ''", ["component_name: found ", "expected a selector, such as less or random"]),
+        ("dataset: ''", ["dataset: found ''; expected names registered in dataset_info.json"]),
+        ("model_name_or_path: ''", ["model_name_or_path: found ''; expected a model folder"]),
+        ("template: ''", ["template: found ''; expected the name of a chat template"]),
+        ("eval_dataset: []", ["eval_dataset: found nothing; expected registered names, or a val_size above 0"]),
         ("component_name: 3", ["component_name: found 3; expected text"]),
         (
             "component_name: ':'",

@@ -50,10 +50,10 @@ class Combinations:
         if stage == "sft":
             wanted["template"] = "the name of a chat template of LLaMA-Factory"
         for key, expected in wanted.items():
-            if self._values.get(key) is None and not self._problems.has(key):
-                self._problems.add(self._origin, key, expected)
+            if not self._values.get(key) and not self._problems.has(key):  # an empty text names nothing either
+                self._problems.add(self._origin, key, expected, self._values.get(key, NOTHING))
         template, templates = self._values.get("template"), template_names()
-        if template is not None and templates and template not in templates:
+        if template and templates and template not in templates:
             expected = "the name of a chat template of LLaMA-Factory"
             self._problems.add(self._origin, "template", expected, template, known=templates)
         if self._values.get("fp16") and self._values.get("bf16"):
@@ -115,17 +115,17 @@ class Combinations:
     def check_evaluation(self) -> None:
         """Require rows to evaluate on, if the run is to evaluate."""
         strategy = self._values.get("eval_strategy", "no")
-        if strategy != "no" and self._values.get("eval_dataset") is None and not self._values.get("val_size"):
+        if strategy != "no" and not self._values.get("eval_dataset") and not self._values.get("val_size"):
             why = f"eval_strategy is {strategy}"
             self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
 
     def check_targets(self) -> None:
         """Require rows that training rows are held against."""
         has_split = bool(self._values.get("val_size"))
-        if self._values.get("eval_dataset") is None and not has_split:
+        if not self._values.get("eval_dataset") and not has_split:
             why = "The method holds training rows against these"
             self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
-        if self._values.get("eval_dataset") is not None and has_split:
+        if self._values.get("eval_dataset") and has_split:
             self._refuse("val_size", "nothing beside eval_dataset", "LLaMA-Factory takes one of the two")
         why = "Target rows would be prompts without labels, which have no loss and no gradient"
         self._refuse_if_set("predict_with_generate", why)
@@ -136,7 +136,7 @@ class Combinations:
         if train_type == "static":
             why = "With train_type: static LLaMA-Factory trains untouched, on every row"
             self._problems.add(self._origin, at, "it with a dynamic train_type", True, why=why)
-        elif self._values.get("eval_dataset") is None and not self._values.get("val_size"):
+        elif not self._values.get("eval_dataset") and not self._values.get("val_size"):
             why = "The rows of eval_dataset, or those that val_size splits off, are what is left out"
             self._problems.add(self._origin, at, "it beside eval_dataset or val_size", True, why=why)
 

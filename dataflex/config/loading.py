@@ -219,7 +219,7 @@ class _Loading:
         if registry is MIXERS:
             asked = mixer_asked(flat, asked, self.notes)
         if not asked.name:
-            if self.document.values.get("component_name") is None:
+            if self.document.values.get("component_name") in (None, ""):
                 named = {"selector": "less or random", "mixer": "odm or static", "weighter": "loss"}[registry.kind]
                 self.problems.add(self.origin, "component_name", f"a {registry.kind}, such as {named}, or module:Class")
             return None, None
@@ -258,7 +258,7 @@ class _Loading:
         gradients = [spec for spec in specs if isinstance(spec, GradientSpec)]
         gradients += [GradientSpec(projection=spec.projection) for spec in policies]
         if not is_dynamic and not specs:
-            if llamafactory.get("model_name_or_path") is None:
+            if not llamafactory.get("model_name_or_path"):
                 self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")
             return
         check.check_present(stage)

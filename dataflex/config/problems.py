@@ -42,6 +42,8 @@ class Origin:
         if not self.overridden.isdisjoint(above):
             return "command line"
         line = next((self.lines[each] for each in above if path and each in self.lines), None)
+        if line is None and any(each.startswith(f"{path}.") for each in self.overridden):
+            return "command line"  # the mapping that a dotted key reaches into is written nowhere else
         return f"{self.file}:{line}" if line else str(self.file)
 
 
