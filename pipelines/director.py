@@ -50,6 +50,7 @@ class RoundDirector:
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
             self.warm.lineage = None  # what came before the checkpoint may have been trained otherwise
+            self.run.say_what_has_changed(checkpoint)
             warmup.restore_rounds(self.run, Path(checkpoint))
             return checkpoint
         if distributed.is_main():
@@ -128,8 +129,7 @@ class RoundDirector:
                 moments.save(Path(checkpoint) / MOMENTS_FILE)
             numbers = [r.number for r in trainer.rounds if r.first_step < trainer.state.global_step]
             self.run.journal.copy_to(Path(checkpoint) / FOLDER / "rounds", numbers)
-        about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
-        return {"global_step": trainer.state.global_step, "moments": said, **about}
+        return {"global_step": trainer.state.global_step, "moments": said, **self.run.mark()}
 
     @property
     def steps_kept(self) -> int:

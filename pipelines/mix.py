@@ -80,6 +80,7 @@ class MixDirector:
         self.record = MixRecord(Path(trainer.args.output_dir))
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
+            self.run.say_what_has_changed(checkpoint)
             self._restore(Path(checkpoint))
         else:
             self.record.begin()
@@ -288,8 +289,7 @@ class MixDirector:
         }
         if trainer.args.should_save:
             self.record.save(Path(checkpoint), state)
-        about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
-        return {"global_step": step, **about}
+        return {"global_step": step, **self.run.mark()}
 
     @property
     def _identity(self) -> dict[str, Any]:

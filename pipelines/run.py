@@ -18,7 +18,7 @@ from dataflex.config.idle import idle_note, known_steps
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
-from dataflex.fingerprint import digest, file_digest, keys_digest, plain
+from dataflex.fingerprint import difference, digest, file_digest, keys_digest, plain
 from dataflex.pipelines.access import FeatureAccess
 from dataflex.pipelines.state import ModelState
 from dataflex.rewards import build_reward, reward_identity
@@ -26,12 +26,16 @@ from dataflex.rows import Rows
 from dataflex.schedule import Round, Schedule
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
+from dataflex.trainers.checkpoints import recorded
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.lineage import training_arguments
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.user_code import code_digest
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 5
+"""Settings that a warning names; the rest is counted."""
 
 _LISTED = 10
 """Dropped records that are named; the rest is counted."""
@@ -53,6 +57,7 @@ class Run:
         method: the selector, mixer or weighter, or None.
         weighter: the one beside a mixer, or None.
         identity: digest of everything a decision depends on but the model: a round is replayed only under its own.
+        about: what `identity` is the digest of, in clear.
     """
 
     settings: Any
@@ -66,6 +71,7 @@ class Run:
     method: Any
     weighter: Any
     identity: str
+    about: Mapping[str, Any]
 
     @property
     def needs(self) -> Sequence[Need]:
@@ -85,6 +91,29 @@ class Run:
     def update_number(self, round: Round) -> int:
         """Return how many updates come before a round."""
         return sum(r.number < round.number for r in self.updates)
+
+    def mark(self) -> dict[str, Any]:
+        """Return what the mark of a checkpoint says of the run."""
+        resumable = not self.trainer.args.save_only_model
+        return {"base": self.state.base, "run": self.about, "is_resumable": resumable}
+
+    def say_what_has_changed(self, checkpoint: str) -> None:
+        """Warn of other settings than those of the run that wrote a checkpoint, which this one goes on from.
+
+        They are not refused, as a run may be prolonged; but what a checkpoint has in itself does not follow them.
+        """
+        before = recorded(checkpoint).get("run") if distributed.is_main() else None
+        changed = difference(self.about, before) if before is not None else []
+        if not changed:
+            return
+        shown = "; ".join(changed[:_SHOWN]) + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+        log.warning(
+            "%s was written under other settings (there → here): %s\n"
+            "What is decided from here on follows the new ones; learning rates, optimizer and the rounds begun "
+            "stay as they are in the checkpoint\n"
+            "To train under the new settings from the beginning, name another output_dir",
+            checkpoint, shown,
+        )  # fmt: skip
 
     def check(self, rows: np.ndarray, count: int) -> None:
         """Hold a selector's answer against what was asked.
@@ -154,6 +183,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         method=method,
         weighter=weighter,
         identity=named,
+        about=identity,
     )
     specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
     if any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in specs):

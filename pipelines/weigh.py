@@ -50,6 +50,7 @@ class WeightDirector:
             trainer.documented_from = acts_from
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
+            self.run.say_what_has_changed(checkpoint)
             self._restore(Path(checkpoint) / _STATE_FILE)
         return checkpoint
 
@@ -84,8 +85,7 @@ class WeightDirector:
             code = code_digest(self.settings.component)
             kept = {"weighter": self.settings.component_name, "code": code, "state": state}
             path.write_text(json.dumps(kept) + "\n", "utf-8")
-        about = {"base": self.run.state.base, "is_resumable": not trainer.args.save_only_model}
-        return {"global_step": trainer.state.global_step, **about}
+        return {"global_step": trainer.state.global_step, **self.run.mark()}
 
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write the run's summary."""

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,3 +203,24 @@ def test_a_sample_is_evenly_spaced() -> None:
     assert sample(list(range(3))) == [0, 1, 2]
     assert sample([]) == []
     assert sample(list(range(1000))) == list(range(0, 1000, 10))
+
+
+@pytest.mark.parametrize(
+    ("logs", "said"), [({"loss": 1.0, "grad_norm": math.nan}, 1), ({"loss": math.inf}, 1), ({"loss": 2.0}, 0)]
+)
+def test_a_training_that_has_lost_its_weights_says_so_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, logs: dict[str, float], said: int
+) -> None:
+    """Transformers logs a loss that is no number as 0, and the run would end as if all was well."""
+    from transformers import Trainer
+
+    from dataflex.trainers.first_step import FirstStepJudged
+
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(Trainer, "log", lambda self, logs: logged.append(logs))
+    trainer = FirstStepJudged.__new__(FirstStepJudged)
+    trainer.args, trainer.state = SimpleNamespace(fp16=False), SimpleNamespace(global_step=7)
+    for _ in range(2):
+        trainer.log(dict(logs))
+    assert caplog.text.count("step 7: ") == said
+    assert logged == [logs, logs]

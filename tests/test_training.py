@@ -281,8 +281,10 @@ def test_less_trains_in_every_setting(workspace: Any, keys: dict[str, Any]) -> N
     assert len(set(scores.tolist())) > 1
 
 
-def test_what_was_resumed_otherwise_is_neither_kept_nor_replayed(workspace: Any) -> None:
-    """A run resumed with other arguments keeps no state, and decides the rounds not begun anew."""
+def test_what_was_resumed_otherwise_is_neither_kept_nor_replayed(
+    workspace: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run resumed with other arguments says so, keeps no state, and decides the rounds not begun anew."""
     path = workspace.write("run", update_times=1)
     workspace.run("train", path)
     out, states = workspace.folder / "out" / "run", workspace.folder / "store" / "states"
@@ -294,7 +296,13 @@ def test_what_was_resumed_otherwise_is_neither_kept_nor_replayed(workspace: Any)
         return dict(workspace.run("train", path, *overrides))
 
     assert resumed()["updates"] == []  # the update was in the journal
-    assert len(resumed("neftune_noise_alpha=5")["updates"]) == 1
+    assert "under other settings" not in caplog.text
+    assert len(resumed("neftune_noise_alpha=5", "seed=43")["updates"]) == 1
+    (said,) = [r.getMessage() for r in caplog.records if "under other settings" in r.getMessage()]
+    assert said.count("\n") == 2
+    assert "checkpoint-2 was written under other settings (there → here): " in said
+    assert "neftune_noise_alpha: (none) → 5" in said
+    assert "seed: 42 → 43" in said
     assert not list(states.glob("*/manifest*"))
     with pytest.raises(MismatchError, match="global batch of 8"):
         resumed("per_device_train_batch_size=4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class FirstStepJudged(Trainer):
     """
 
     is_new = False
-    _is_warned = False
+    _is_warned = _is_lost = False
     _first: torch.Tensor | float = 0.0
     _parts = 0
 
@@ -34,6 +35,21 @@ class FirstStepJudged(Trainer):
                 means = distributed.gather(float(self._first))
                 self.judge_loss(sum(means) / len(means), "the first step")
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, and warn once if a loss or a gradient is no number: Transformers shows such a loss as 0.
+
+        Under fp16 the first gradients are infinite until the loss is scaled right, and such steps are left out.
+        """
+        lost = [name for name in ("loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
+        if lost and not self.args.fp16 and not self._is_lost and distributed.is_main():
+            log.warning(
+                "step %d: %s is %s, so the weights are of no use from here on. Begin anew with a lower learning rate, "
+                "and look at the dtype and the data",
+                self.state.global_step, lost[0], logs[lost[0]],
+            )  # fmt: skip
+        self._is_lost = self._is_lost or bool(lost)
+        super().log(logs, *args, **kwargs)
 
     def judge_loss(self, mean: float, where: str) -> None:
         """Warn, once in a run, if a mean loss in nats per supervised token is that of a model that guesses."""

@@ -111,4 +111,4 @@ class Resumption:
         if distributed.local_rank() != 0 or (reason := incomplete_reason(named)) is None:
             return
         kind = CorruptionError if is_marked(named) and "save_only_model" not in reason else MismatchError
-        raise kind(f"resume_from_checkpoint: {named} is incomplete: {reason}. Name a complete checkpoint.")
+        raise kind(f"resume_from_checkpoint: {named} cannot be resumed from: {reason}. Name a whole one.")
