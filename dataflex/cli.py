@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app(args=arguments, prog_name="dataflex")
         finally:
             _flush()
-    except (DataflexError, Interrupted, OSError, MemoryError, RuntimeError) as error:
+    except (Exception, Interrupted) as error:  # libraries in Rust raise a bare Exception for a full disk
         if (what := told(error)) is None:
             raise
         if isinstance(error, Interrupted):
@@ -81,8 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         log.debug("where it was raised:", exc_info=error)
         text, exit_code = what
         if distributed.is_main() or not getattr(error, "everywhere", False):
+            _leave_bars()
             print(f"dataflex: {text}", file=sys.stderr)
         sys.exit(exit_code)
+
+
+def _leave_bars() -> None:
+    """Give what is printed next a line of its own, below the progress bars that are still drawn."""
+    if tqdm := sys.modules.get("tqdm.std"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
 
 
 def _flush() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 
 from dataflex.errors import DataflexError, Interrupted
@@ -24,6 +25,13 @@ _ADVICE = {
 }
 
 
+_UNREACHABLE = (
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT,
+)  # fmt: skip
+_OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
+"""How tokenizers and safetensors tell of a disk, in exceptions that are no OSError."""
+
+
 def told(error: BaseException) -> tuple[str, int] | None:
     """Return what to print and the exit code; None for a fault of the program."""
     if isinstance(error, DataflexError | Interrupted):
@@ -33,6 +41,12 @@ def told(error: BaseException) -> tuple[str, int] | None:
         least = str(error).partition("\n")[0].partition(". GPU")[0]
         advice = "lower per_device_train_batch_size, cutoff_len or dataflex.token_budget, or fewer rows and steps"
         return f"{where} ran out{': ' + least if least else ''}\n  {advice}; what was committed stays", 1
+    if not isinstance(error, OSError) and (found := _OF_RUST.search(str(error))):
+        number = int(found[1] or found[2])
+        error = OSError(number, os.strerror(number))
+    if isinstance(error, OSError) and error.errno in _UNREACHABLE:
+        advice = "see that the server runs and that its address is right (dataflex.store, model, datasets)"
+        return f"a server does not answer: {os.strerror(error.errno)}\n  {advice}; what was committed stays", 75
     if isinstance(error, OSError) and error.errno is not None:
         files = [str(name) for name in (error.filename, error.filename2) if name is not None]
         reason = error.strerror or os.strerror(error.errno)

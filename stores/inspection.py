@@ -94,7 +94,9 @@ def refuse(parts: Sequence[Part], after_repair: bool = False) -> None:
     faults = [str(p) for part in parts for p in part.faults if not (after_repair and p.is_mendable)]
     unread = [f"{part.name}: {part.unread}" for part in parts if part.unread]
     if faults:
-        raise CorruptionError("\n  ".join([f"{len(faults)} faults:", *faults, *unread]))
+        raise CorruptionError(
+            "\n  ".join([f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'}:", *faults, *unread])
+        )
     if unread:
         raise MismatchError("\n  ".join([f"{len(unread)} not looked into:", *unread]))
 

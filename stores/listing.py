@@ -102,7 +102,8 @@ def lines_of_inspection(parts: Sequence[Part]) -> list[str]:
     count = {kind: sum(part.kind == kind for part in parts) for kind in ("store", "state", "run", "unknown")}
     seen = sum(part.bytes for part in parts if part.kind != "unknown")
     kinds = f"{count['store']} stores, {count['state']} kept states and {count['run']} records of runs"
-    total = f"{kinds}, {seen:,} bytes; {sum(len(part.faults) for part in parts)} faults"
+    faults = sum(len(part.faults) for part in parts)
+    total = f"{kinds}, {seen:,} bytes; {faults} {'fault' if faults == 1 else 'faults'}"
     return [
         *lines,
         f"looked at {total}; {count['unknown']} unknown things left alone" if parts else "nothing there yet",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dataflex.cli import main
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataflexError
 from dataflex.launch import command_line, environment, free_port
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.base import Layout, Values
@@ -192,6 +192,14 @@ def test_a_reader_that_has_enough_is_no_fault():
             "dataflex: gone: there: No such file or directory\n  it was removed",
         ),
         (
+            "raise Exception('No space left on device (os error 28)')",
+            "dataflex: No space left on device\n  make room, or write elsewhere",
+        ),
+        (
+            "raise ValueError('Error while serializing: IoError(Os { code: 28, kind: StorageFull })')",
+            "dataflex: No space left on device\n  make room, or write elsewhere",
+        ),
+        (
             "b'x' * (1 << 62)",
             "dataflex: memory ran out\n  lower per_device_train_batch_size, cutoff_len or",
         ),
@@ -203,6 +211,28 @@ def test_what_the_machine_lacks_is_told_in_two_lines(capsys, monkeypatch, raised
     assert code == 1
     assert err.startswith(said)
     assert len(err.splitlines()) == 2
+
+
+def test_a_server_that_does_not_answer_is_worth_another_try(capsys, monkeypatch):
+    raised = "import socket; socket.create_connection(('127.0.0.1', 1))"
+    monkeypatch.setattr("dataflex.cli._settings", lambda *_: exec(raised))
+    code, _, err = run(capsys, "validate", "run.yaml")
+    assert code == 75
+    assert err.startswith("dataflex: a server does not answer: Connection refused\n  see that the server runs")
+
+
+def test_an_error_stands_below_the_progress_bars(capsys, monkeypatch):
+    from tqdm import tqdm
+
+    def drawn(*_):
+        bars.append(tqdm(total=3, mininterval=0))
+        raise DataflexError("ours")
+
+    bars: list[Any] = []
+    monkeypatch.setattr("dataflex.cli._settings", drawn)
+    code, _, err = run(capsys, "validate", "run.yaml")
+    assert code == 1
+    assert err.endswith("\ndataflex: ours\n")
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

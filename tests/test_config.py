@@ -336,6 +336,13 @@ def test_default_components_file_is_read_if_there_is_one():
             "early_stopping_min_delta: -0.1",
             ["early_stopping_min_delta: found -0.1; expected greater than or equal to 0"],
         ),
+        ("dataset: 'pool,,pool'", ["dataset: found 'pool,,pool'; expected a name between any two commas"]),
+        ("dataflex: {store: ''}", ["dataflex.store: found ''; expected "]),
+        (
+            "dataflex: {params: {proj_dim: 10000000}}",
+            ["dataflex.params.proj_dim: found 10000000; expected less than or equal to 2097152"],
+        ),
+        ("dataflex: {params: {proj_dim: 4, sparsity: 5}}", ["expected sparsity of at most proj_dim, 4"]),
         ("component_name: ''", ["component_name: found ", "expected a selector, such as less or random"]),
         ("dataset: ''", ["dataset: found ''; expected names registered in dataset_info.json"]),
         ("model_name_or_path: ''", ["model_name_or_path: found ''; expected a model folder"]),

@@ -73,6 +73,10 @@ def _object(file: Path, problems: Problems) -> None:
 def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
     """Hold the names of datasets against dataset_info.json, and its entries against the files."""
     directory = values.get("dataset_dir", "data")
+    for key in ("dataset", "eval_dataset"):
+        given = values.get(key)
+        if isinstance(given, str) and given and not all(part.strip() for part in given.split(",")):
+            problems.add(origin, key, "a name between any two commas", given)
     wanted = [(key, name) for key in ("dataset", "eval_dataset") for name in names(values.get(key))]
     if not wanted or not isinstance(directory, str) or directory == "ONLINE" or directory.startswith("REMOTE:"):
         return

@@ -124,6 +124,7 @@ class DataflexKeys(Parameters):
 
     store: str | None = Field(
         None,
+        min_length=1,
         description="root of the stores, a path or an fsspec URL; default: DATAFLEX_HOME, else dataflex/ under Hugging "
         "Face's assets cache if that is configured, else the user's cache folder",
     )

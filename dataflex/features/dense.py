@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from dataflex.features.entries import CHUNK, stream, upper, words
-from dataflex.features.spec import Projection
-
-MAX_COLUMNS = 1 << 21
-"""Room for columns in a counter; so a parameter may have 2^42 elements."""
+from dataflex.features.spec import MAX_COLUMNS, Projection
 
 
 class Dense:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from dataflex.errors import ConfigError
-from dataflex.features.dense import MAX_COLUMNS, Dense
+from dataflex.features.dense import Dense
 from dataflex.features.factorized import Factorized
 from dataflex.features.sjlt import Sjlt
-from dataflex.features.spec import Projection
+from dataflex.features.spec import MAX_COLUMNS, Projection
 from dataflex.features.srht import Srht
 
 

@@ -14,6 +14,9 @@ from dataflex.params import Parameters
 ENGINE_VERSION = 2
 """Version of our own numerics; part of every recipe. Raise it when values change."""
 
+MAX_COLUMNS = 1 << 21
+"""Most numbers kept per gradient: the room for columns in a counter, so that a parameter may have 2^42 elements."""
+
 BASE = "base"
 """The state of a model before any training: the adapter that is trained is left out."""
 

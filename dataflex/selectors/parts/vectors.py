@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from dataflex.errors import ConfigError
 from dataflex.features.spec import (
     BASE,
+    MAX_COLUMNS,
     EmbeddingSpec,
     GeneratorSpec,
     GradientSpec,
@@ -36,12 +37,20 @@ class GradientFields(Part):
         description="pytorch: as torch.optim.AdamW; less_reference: epsilon inside the root, no bias correction; "
         "precond_only: without the momentum that all rows share",
     )
-    proj_dim: int = Field(8192, ge=1, description="numbers kept per gradient; cosine error is about 1/sqrt(proj_dim)")
+    proj_dim: int = Field(
+        8192, ge=1, le=MAX_COLUMNS, description="numbers kept per gradient; cosine error is about 1/sqrt(proj_dim)"
+    )
     seed: int = Field(0, ge=0, description="seed of the random projection")
     projection: Literal["sjlt", "rademacher", "normal", "srht", "factorized", "identity"] = Field(
         "sjlt", description="random projection; see dataflex.features.spec.Projection"
     )
     sparsity: int = Field(1, ge=1, description="sjlt: non-zeros per coordinate")
+
+    @model_validator(mode="after")
+    def _sparsity_fits(self) -> GradientFields:
+        if self.sparsity > self.proj_dim:
+            raise ValueError(f"sparsity of at most proj_dim, {self.proj_dim}")
+        return self
 
     @property
     def train_spec(self) -> GradientSpec:
