@@ -13,7 +13,6 @@ from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE, EmbeddingSpec, FeatureSpec
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.director import RoundDirector
-from dataflex.pipelines.reference import check_reference
 from dataflex.pipelines.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
@@ -77,7 +76,6 @@ class FeaturizeDirector(RoundDirector):
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Leave the warm-up out where no feature is of the live model after it."""
         start = super().begin(trainer, checkpoint)
-        check_reference(self.run)
         if not self.run.live_needs:
             trainer.rounds[:] = [Round(0, "update", 0, 1, 0, 1)]
             return None

@@ -6,7 +6,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.loss import token_losses
 from dataflex.features.spec import TokenLossSpec
-from dataflex.pipelines.run import Run
 from dataflex.rows import Status
 from dataflex.trainers.micro_batch import MicroBatch
+
+if TYPE_CHECKING:  # a run checks its reference when it is put together
+    from dataflex.pipelines.run import Run
 
 
 def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:

@@ -20,6 +20,7 @@ from dataflex.features.need import Need
 from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import difference, digest, file_digest, keys_digest, plain
 from dataflex.pipelines.access import FeatureAccess
+from dataflex.pipelines.reference import check_reference
 from dataflex.pipelines.state import ModelState
 from dataflex.rewards import build_reward, reward_identity
 from dataflex.rows import Rows
@@ -188,6 +189,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
     if any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in specs):
         state.refuse_quantised()
+    check_reference(run)  # its tokenizer first: of another one, the weights would be of another shape too
     for folder in dict.fromkeys(need.state for need in run.needs):
         if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update
             run.state.require_whole(folder)

@@ -633,6 +633,10 @@ def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
                 os.seteuid(0)
     with pytest.raises(ConfigError, match="found the folder"):
         refuse_unwritable("--output", tmp_path)
+    with pytest.raises(ConfigError, match="found the device /dev/null"):
+        refuse_unwritable("--output", Path("/dev/null"))
+    (tmp_path / "chosen.json").write_text("[]")
+    refuse_unwritable("--output", tmp_path / "chosen.json")  # the same choice made again replaces it
     assert "bytes" in str(why_unwritable("x" * 300))
 
 

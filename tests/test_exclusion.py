@@ -46,6 +46,7 @@ def test_no_target_row_is_trained_on_or_chosen(workspace: Any, caplog: pytest.Lo
     assert ": pool 61\n" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic_weight", "dynamic_mix"])
 def test_for_mixers_and_weighters_alike(workspace: Any, kind: str) -> None:
     keys: dict[str, Any] = {"train_type": kind, "update_step": None, "update_times": None, "warmup_step": None, **BOTH}
@@ -58,6 +59,7 @@ def test_for_mixers_and_weighters_alike(workspace: Any, kind: str) -> None:
             workspace.run("train", path)
 
 
+@pytest.mark.slow
 def test_where_nothing_is_left_out_nothing_changes(workspace: Any) -> None:
     keys: dict[str, Any] = {"warmup_step": 1, "update_step": 1, "update_times": 1}
     params = {"proj_dim": 64}

@@ -311,6 +311,7 @@ def test_a_damaged_model_is_named(workspace: Any, tiny: Any, tmp_path: Path, fil
         workspace.run("train", path)
 
 
+@pytest.mark.slow
 def test_what_loads_can_be_trained_on(workspace: Any, tmp_path: Path) -> None:
     names = [file for file in LOADS if not file.startswith("pt_")]
     for file in names:

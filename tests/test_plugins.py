@@ -271,6 +271,7 @@ def test_validate_says_whose_class_is_used_and_imports_no_torch_itself(tmp_path:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_documented_components_train(workspace: Any) -> None:
     """One of each kind, as a user writes them down."""

@@ -76,6 +76,7 @@ def test_a_sound_run_is_told_nothing(workspace: Any, folders: Any, caplog: pytes
         assert said(caplog) == {}
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_blanks_is_found(workspace: Any, folders: Any, caplog: pytest.LogCaptureFixture) -> None:
     """As the tokenizer of a real model once was; by embeddings alone, by LLaMA-Factory's own training, by tokens."""
     keys: dict[str, Any] = {"model_name_or_path": str(folders["blankless"]), "cutoff_len": 40}
@@ -92,6 +93,7 @@ def test_a_tokenizer_without_blanks_is_found(workspace: Any, folders: Any, caplo
     assert list(said(caplog)) == ["unknown token", "mean supervised loss"]
 
 
+@pytest.mark.slow
 def test_a_model_that_guesses_is_said_once_and_a_new_one_may(
     workspace: Any, tiny: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -36,11 +36,12 @@ def refuse_unwritable(option: str, file: Path) -> None:
     """Refuse a file that cannot be written, before the work whose result it is to hold.
 
     Raises:
-        ConfigError: it is a folder, or its folder cannot be written to.
+        ConfigError: it is a folder or a device, or its folder cannot be written to.
     """
-    if file.is_dir():
-        raise ConfigError(f"{option}: found the folder {file}; expected a file to write")
-    if why := why_unwritable(file.parent) or (os.path.lexists(file) and why_unwritable(file)) or None:
+    if file.exists() and not file.is_file():
+        kind = "folder" if file.is_dir() else "device"
+        raise ConfigError(f"{option}: found the {kind} {file}; expected a file to write")
+    if why := why_unwritable(file.parent):  # a file that is there is replaced, which asks its folder alone
         raise ConfigError(f"{option}: found {file}; expected a file that can be written; {why}")
 
 
