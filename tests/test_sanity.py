@@ -220,7 +220,7 @@ def test_a_training_that_has_lost_its_weights_says_so_once(
 
     logged: list[dict[str, float]] = []
     monkeypatch.setattr(Trainer, "log", lambda self, logs: logged.append(logs))
-    trainer = FirstStepJudged.__new__(FirstStepJudged)
+    trainer: Any = FirstStepJudged.__new__(FirstStepJudged)
     trainer.args, trainer.state = SimpleNamespace(fp16=False), SimpleNamespace(global_step=7)
     for _ in range(2):
         trainer.log(dict(logs))
