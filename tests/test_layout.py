@@ -134,7 +134,8 @@ def test_ruff_sees_syntax_newer_than_the_oldest_python() -> None:
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
 def test_constraints_resolve_for_every_python(version: str) -> None:
     """With wheels alone for what people install; needs the package index, or what uv keeps of it."""
-    tool = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    if (tool := shutil.which("uv")) is None:
+        pytest.skip("there is no uv to resolve with; `make` brings one")
     command = [tool, "pip", "compile", "pyproject.toml", "--constraint", "constraints.txt", "--python-version", version]
     for extras in (["--extra", "cpu", "--only-binary", ":all:"], ["--extra", "dev"], ["--extra", "gpu"]):
         ran = subprocess.run([*command, *extras, "--quiet"], cwd=ROOT, capture_output=True, text=True)
