@@ -36,7 +36,7 @@ def told(error: BaseException) -> tuple[str, int] | None:
     """Return what to print and the exit code; None for a fault of the program."""
     if isinstance(error, DataflexError | Interrupted):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError) or _is_of_a_device(error):
+    if is_of_memory(error):
         where = "the device's memory" if _is_of_a_device(error) else "memory"
         least = str(error).partition("\n")[0].partition(". GPU")[0]
         advice = "lower per_device_train_batch_size, cutoff_len or dataflex.token_budget, or fewer rows and steps"
@@ -53,6 +53,11 @@ def told(error: BaseException) -> tuple[str, int] | None:
         advice = _ADVICE.get(error.errno, "see to it, and run the same command again")
         return f"{': '.join([*files, reason])}\n  {advice}; what was committed stays", 1
     return None
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Say whether memory ran out, of this machine or of a device."""
+    return isinstance(error, MemoryError) or _is_of_a_device(error)
 
 
 def _is_of_a_device(error: BaseException) -> bool:

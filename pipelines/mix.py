@@ -18,8 +18,8 @@ from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
 from dataflex.pipelines.domains import MixtureManager, domains_of
+from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.mix_record import MixRecord, by_name, in_order, named
-from dataflex.pipelines.plain import plain
 from dataflex.pipelines.reference import reference_losses
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.signals import freeze_routers, signals
@@ -284,8 +284,8 @@ class MixDirector:
             "proportions": named(names, self._proportions),
             "stream": self._at_round,
             "pending": by_name(names, self._pending.state()),
-            "mixer": by_name(names, plain(self.mixer.state(), "mixer state")) if self.is_native else {},
-            "weighter": plain(weighter.state(), "weighter state") if weighter is not None else {},
+            "mixer": by_name(names, kept_by_json(self.mixer.state(), "mixer state")) if self.is_native else {},
+            "weighter": kept_by_json(weighter.state(), "weighter state") if weighter is not None else {},
         }
         if trainer.args.should_save:
             self.record.save(Path(checkpoint), state)

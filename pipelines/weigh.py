@@ -13,7 +13,7 @@ from torch import Tensor
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.anchors import Anchors
-from dataflex.pipelines.plain import plain
+from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.trainers.checkpoints import FOLDER
@@ -79,7 +79,8 @@ class WeightDirector:
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the weighter's state to a checkpoint."""
         if trainer.args.should_save:
-            state = plain(self.weighter.state(), "weighter state") if isinstance(self.weighter, NativeWeighter) else {}
+            is_native = isinstance(self.weighter, NativeWeighter)
+            state = kept_by_json(self.weighter.state(), "weighter state") if is_native else {}
             path = Path(checkpoint) / _STATE_FILE
             path.parent.mkdir(exist_ok=True)
             code = code_digest(self.settings.component)

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataflex.errors import DataflexError
+from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.mix_record import by_name, in_order
-from dataflex.pipelines.plain import plain
 
 NAMES = ("target_words", "target_records", "target_arithmetic")
 VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)
@@ -31,7 +31,7 @@ STATES = st.recursive(
 @example({"as it was": {"as it was": 1}}, ["as it was"])
 def test_every_plain_state_comes_back_as_it_was(state: Any, names: list[str]) -> None:
     """Also one that a mixer itself keeps by the names of the domains."""
-    found = in_order(names, json.loads(json.dumps(by_name(names, plain(state, "state")))))
+    found = in_order(names, json.loads(json.dumps(by_name(names, kept_by_json(state, "state")))))
     assert found == state
     assert repr(found) == repr(state)  # 1 is no True, and keys keep their order
 
@@ -47,4 +47,4 @@ def test_every_plain_state_comes_back_as_it_was(state: Any, names: list[str]) ->
 )
 def test_what_json_would_change_is_refused(state: Any, said: str) -> None:
     with pytest.raises(DataflexError, match=said):
-        plain(state, "mixer state")
+        kept_by_json(state, "mixer state")

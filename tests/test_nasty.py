@@ -241,6 +241,22 @@ def test_an_error_of_our_own_stays_what_it_is(
         load(tmp_path, "x")
 
 
+@pytest.mark.parametrize("kind", ["MemoryError", "OutOfMemoryError"])
+def test_memory_that_runs_out_is_not_the_fault_of_data(kind: str) -> None:
+    """It stays what it is, so that the command says what to lower; no record is tried again."""
+    import builtins
+
+    import torch
+
+    from dataflex.llamafactory.faults import at_record, explained
+
+    error = getattr(torch if kind == "OutOfMemoryError" else builtins, kind)
+    tried: list[int] = []
+    with pytest.raises(error), explained("dataset x"), at_record([1, 2], tried.append, str):
+        raise error("no room")
+    assert not tried
+
+
 BAD_ENTRIES: dict[str, tuple[Any, str]] = {
     "text": ("one.json", "a mapping"),
     "null": (None, "a mapping"),

@@ -40,6 +40,12 @@ def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
 
 def launch(command: list[str], **env: str) -> None:
     """Run a command that starts processes of its own; what it said is shown if it fails."""
+    status, said = ended(command, **env)
+    assert status == 0, said[-4000:]
+
+
+def ended(command: list[str], **env: str) -> tuple[int, str]:
+    """Run a command that starts processes of its own; return its exit status and what it said."""
     with tempfile.TemporaryFile("w+") as log:
         # A session of its own, so that a launcher that hangs can be ended together with its workers.
         process = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log, start_new_session=True)
@@ -51,7 +57,7 @@ def launch(command: list[str], **env: str) -> None:
         finally:
             log.seek(0)
             said = log.read()
-    assert status == 0, said[-4000:]
+    return status, said
 
 
 def sharding(workspace: Any, stage: int) -> str:
@@ -199,19 +205,8 @@ def signalled(space: Any, name: str, where: str, step: int, rank: int) -> tuple[
     path = space.write(name, save_strategy="no", dataflex=section, **keys)
     script = space.folder / "stopped.py"
     script.write_text(STOPPED)
-    asked = environment(STOP_AT=where, STOP_STEP=str(step), STOP_RANK=str(rank), **TWO)
-    with tempfile.TemporaryFile("w+") as log:
-        command = [*TORCHRUN, str(script), "train", str(path)]
-        process = subprocess.Popen(command, env=asked, stdout=log, stderr=log, start_new_session=True)
-        try:
-            code = process.wait(400)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            log.seek(0)
-            said = log.read()
-    return code, said
+    command = [*TORCHRUN, str(script), "train", str(path)]
+    return ended(command, STOP_AT=where, STOP_STEP=str(step), STOP_RANK=str(rank), **TWO)
 
 
 @pytest.fixture(scope="module")

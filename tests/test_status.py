@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,19 +125,25 @@ def test_work_that_may_be_dropped_is_dropped_when_a_signal_is_old(monkeypatch: p
         assert time.monotonic() < begun + 50
 
 
+def forked() -> Any:
+    """Start a process as a loader does, and wait until it is up: Python forgets a signal that comes while it forks."""
+    fork = multiprocessing.get_context("fork")
+    is_up = fork.Event()
+
+    def work() -> None:
+        is_up.set()
+        time.sleep(60)
+
+    worker = fork.Process(target=work, daemon=True)
+    worker.start()
+    assert is_up.wait(60)
+    return worker
+
+
 def test_a_worker_hears_its_parent_alone(tmp_path: Path) -> None:
     """A launcher signals the whole process group, loaders' workers too, which their parent still needs."""
     with stop.listening(), stop.held():
-        fork = multiprocessing.get_context("fork")
-        is_up = fork.Event()
-
-        def work() -> None:
-            is_up.set()
-            time.sleep(60)
-
-        worker = fork.Process(target=work, daemon=True)
-        worker.start()
-        assert is_up.wait(60)
+        worker = forked()
         for number in ("TERM", "USR1"):
             subprocess.run(["bash", "-c", f"kill -{number} {worker.pid}"], check=True)
         worker.join(1)
@@ -157,16 +164,7 @@ def test_a_signal_interrupts_through_handlers_of_exceptions(tmp_path: Path, numb
 
 def test_a_forked_worker_dies_as_ever(tmp_path: Path) -> None:
     with reported("train", tmp_path):
-        fork = multiprocessing.get_context("fork")
-        is_up = fork.Event()  # Python forgets a signal that comes while it forks
-
-        def work() -> None:
-            is_up.set()
-            time.sleep(60)
-
-        worker = fork.Process(target=work, daemon=True)
-        worker.start()
-        assert is_up.wait(20)
+        worker = forked()
         worker.terminate()
         worker.join(20)
         assert worker.exitcode == -signal.SIGTERM

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from dataflex.errors import DataflexError, UnavailableError
+from dataflex.faults import is_of_memory
 
 _LONGEST = 300  # characters of a library's text, and of what is shown of a record
 
@@ -39,7 +40,7 @@ def explained(
             raise
         # Converters, decoders, tokenizers and worker processes raise whatever they meet, a bare Exception among it.
         except Exception as error:
-            if is_ours(error):
+            if is_ours(error) or is_of_memory(error):  # more memory is wanted, not other data
                 raise
             kind_of_error = UnavailableError if _is_unreachable(error) else refusal
             raise kind_of_error(f"{place}: {look() or in_words(error)}") from error
@@ -62,7 +63,7 @@ def at_record(records: Iterable[Any], work: Callable[[Any], Any], about: Callabl
     except DataflexError:
         raise
     except Exception as error:  # as above
-        if is_ours(error):
+        if is_ours(error) or is_of_memory(error):
             raise
         for record in records:
             try:
@@ -76,11 +77,15 @@ def at_record(records: Iterable[Any], work: Callable[[Any], Any], about: Callabl
 
 def is_ours(error: BaseException) -> bool:
     """Say whether this package's own code raised an error, which is a fault of ours and not of the data."""
+    return raised_in(error).partition(".")[0] == "dataflex"
+
+
+def raised_in(error: BaseException) -> str:
+    """Return the module whose code raised an error, "" where that is not known."""
     trace: TracebackType | None = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
-    return module.partition(".")[0] == "dataflex"
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
 
 
 def in_words(error: BaseException) -> str:

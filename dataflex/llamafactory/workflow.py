@@ -20,7 +20,7 @@ from dataflex import distributed
 from dataflex.errors import ConfigError
 from dataflex.llamafactory import tokenized
 from dataflex.llamafactory.exclusion import without_targets
-from dataflex.llamafactory.faults import explained
+from dataflex.llamafactory.faults import explained, raised_in
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
@@ -35,8 +35,6 @@ from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
 log = logging.getLogger(__name__)
 
 _REFUSERS = ("llamafactory", "transformers", "peft", "huggingface_hub")
-
-
 _FOLDERS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
 """Keys that may name a checkpoint."""
 _CHANGED = ("rm", "ppo")
@@ -118,10 +116,7 @@ def _explained() -> Iterator[None]:
 
 def _refuser(error: Exception) -> str | None:
     """Return the module that raised an error, if it is one that reads the run file's arguments."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    module = str(trace.tb_frame.f_globals.get("__name__", "")) if trace is not None else ""
+    module = raised_in(error)
     return module if module.partition(".")[0] in _REFUSERS else None
 
 
@@ -219,8 +214,8 @@ def _in_words(load: Callable[..., Any], what: str) -> Callable[..., Any]:
             except ValueError as error:
                 if _refuser(error) is None:
                     raise
-                refused = error
-        raise refused  # an argument, and `_explained` says who refuses it
+                argument = error
+        raise argument  # outside, so that `_explained` says who refuses it
 
     return loaded
 

@@ -7,7 +7,7 @@ from typing import Any
 from dataflex.errors import DataflexError
 
 
-def plain(value: Any, owner: str) -> Any:
+def kept_by_json(value: Any, owner: str) -> Any:
     """Return a state, if reading its JSON gives exactly the same.
 
     A tuple would come back as a list, a number that is a key as text, and a run that is resumed would go on otherwise
@@ -24,10 +24,10 @@ def plain(value: Any, owner: str) -> Any:
         for key, item in value.items():
             if type(key) is not str:
                 raise DataflexError(f"{owner}: found the key {key!r}; expected text as keys, which JSON keeps")
-            plain(item, f"{owner}.{key}")
+            kept_by_json(item, f"{owner}.{key}")
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            plain(item, f"{owner}.{number}")
+            kept_by_json(item, f"{owner}.{number}")
     elif value is not None and type(value) not in (str, int, float, bool):
         raise DataflexError(
             f"{owner}: found {type(value).__name__}; expected dicts, lists, text, numbers, true, false or None, which "
