@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import socket
 import sys
 
 from dataflex.errors import DataflexError, Interrupted
@@ -28,6 +29,8 @@ _ADVICE = {
 _UNREACHABLE = (
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT,
 )  # fmt: skip
+_NO_SERVER = re.compile(r"\w*Connect\w*Error|\w*Timeout(Error)?")
+"""What HTTP libraries and object stores call a server that does not answer; their classes have no other in common."""
 _OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 """How tokenizers and safetensors tell of a disk, in exceptions that are no OSError."""
 
@@ -44,9 +47,12 @@ def told(error: BaseException) -> tuple[str, int] | None:
     if not isinstance(error, OSError) and (found := _OF_RUST.search(str(error))):
         number = int(found[1] or found[2])
         error = OSError(number, os.strerror(number))
-    if isinstance(error, OSError) and error.errno in _UNREACHABLE:
+    if is_unreachable(error):
+        said = (
+            os.strerror(error.errno) if getattr(error, "errno", None) in _UNREACHABLE else " ".join(str(error).split())
+        )
         advice = "see that the server runs and that its address is right (dataflex.store, model, datasets)"
-        return f"a server does not answer: {os.strerror(error.errno)}\n  {advice}; what was committed stays", 75
+        return f"a server does not answer: {said[:300]}\n  {advice}; what was committed stays", 75
     if isinstance(error, OSError) and error.errno is not None:
         files = [str(name) for name in (error.filename, error.filename2) if name is not None]
         reason = error.strerror or os.strerror(error.errno)
@@ -58,6 +64,19 @@ def told(error: BaseException) -> tuple[str, int] | None:
 def is_of_memory(error: BaseException) -> bool:
     """Say whether memory ran out, of this machine or of a device."""
     return isinstance(error, MemoryError) or _is_of_a_device(error)
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Say whether an error, or one that it came from, is a server's that does not answer. Offline mode is none."""
+    while error is not None:
+        is_of_network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
+        is_of_network |= isinstance(error, OSError) and error.errno in _UNREACHABLE
+        is_of_network |= any(_NO_SERVER.fullmatch(cls.__name__) for cls in type(error).__mro__)
+        is_of_this_machine = isinstance(error, BrokenPipeError) or "ffline" in f"{type(error).__name__} {error}"
+        if is_of_network and not is_of_this_machine:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_of_a_device(error: BaseException) -> bool:

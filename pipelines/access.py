@@ -67,6 +67,20 @@ class FeatureAccess:
         self._has_looked_back = False
         self._complete_at: dict[tuple[Any, ...], list[ParquetStore]] = {}
 
+    def reach(self, must_write: bool) -> None:
+        """Refuse stores that a later step could not read or write. Collective.
+
+        Args:
+            must_write: whether the run is bound to compute features, whatever the stores have.
+
+        Raises:
+            DataflexError: they cannot be read; or cannot be written to, and features have to be computed.
+        """
+        with distributed.together():
+            is_empty = not self.root.files.names("")
+            if distributed.is_main() and self._section.on_missing == "compute" and (must_write or is_empty):
+                self.record.begin()
+
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
         return {**self._source(spec).recipe(spec), "storage": self._storage(spec)}

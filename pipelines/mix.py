@@ -84,6 +84,7 @@ class MixDirector:
             self._restore(Path(checkpoint))
         else:
             self.record.begin()
+        self._states()  # what no checkpoint could keep is refused before the first step
         return checkpoint
 
     def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
@@ -274,7 +275,7 @@ class MixDirector:
         step = trainer.state.global_step
         self._count(step)
         assert self._round is not None
-        weighter, names = self.run.weighter, self.domains.names
+        names = self.domains.names
         state = {
             **self._identity,
             "step": step,
@@ -284,12 +285,23 @@ class MixDirector:
             "proportions": named(names, self._proportions),
             "stream": self._at_round,
             "pending": by_name(names, self._pending.state()),
-            "mixer": by_name(names, kept_by_json(self.mixer.state(), "mixer state")) if self.is_native else {},
-            "weighter": kept_by_json(weighter.state(), "weighter state") if weighter is not None else {},
+            **self._states(),
         }
         if trainer.args.should_save:
             self.record.save(Path(checkpoint), state)
         return {"global_step": step, **self.run.mark()}
+
+    def _states(self) -> dict[str, Any]:
+        """Return what mixer and weighter keep.
+
+        Raises:
+            DataflexError: JSON would change it.
+        """
+        weighter, is_native = self.run.weighter, self.is_native
+        return {
+            "mixer": by_name(self.domains.names, kept_by_json(self.mixer.state(), "mixer state")) if is_native else {},
+            "weighter": kept_by_json(weighter.state(), "weighter state") if weighter is not None else {},
+        }
 
     @property
     def _identity(self) -> dict[str, Any]:

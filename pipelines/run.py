@@ -187,6 +187,8 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         about=identity,
     )
     specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
+    if specs:
+        run.access.reach(bool(run.live_needs) and settings.dataflex.must_write(settings.schedule))
     if any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in specs):
         state.refuse_quantised()
     check_reference(run)  # its tokenizer first: of another one, the weights would be of another shape too

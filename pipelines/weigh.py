@@ -52,7 +52,14 @@ class WeightDirector:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
             self.run.say_what_has_changed(checkpoint)
             self._restore(Path(checkpoint) / _STATE_FILE)
+        self._state()  # what no checkpoint could keep is refused before the first step
         return checkpoint
+
+    def _state(self) -> dict[str, Any]:
+        if not isinstance(self.weighter, NativeWeighter):
+            return {}
+        state: dict[str, Any] = kept_by_json(self.weighter.state(), "weighter state")
+        return state
 
     def _restore(self, path: Path) -> None:
         """Take up the state that `saved` wrote.
@@ -79,12 +86,10 @@ class WeightDirector:
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the weighter's state to a checkpoint."""
         if trainer.args.should_save:
-            is_native = isinstance(self.weighter, NativeWeighter)
-            state = kept_by_json(self.weighter.state(), "weighter state") if is_native else {}
             path = Path(checkpoint) / _STATE_FILE
             path.parent.mkdir(exist_ok=True)
             code = code_digest(self.settings.component)
-            kept = {"weighter": self.settings.component_name, "code": code, "state": state}
+            kept = {"weighter": self.settings.component_name, "code": code, "state": self._state()}
             path.write_text(json.dumps(kept) + "\n", "utf-8")
         return {"global_step": trainer.state.global_step, **self.run.mark()}
 

@@ -233,6 +233,12 @@ class LocalFiles(Files):
         path.unlink(missing_ok=True)
 
 
+_NO_FOLDER = (
+    errno.EACCES, errno.EEXIST, errno.EMLINK, errno.ENOENT, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EPERM, errno.EROFS,
+)  # fmt: skip
+"""How a file system says that nothing can be kept where a store would be; some, as /proc, say that it is not there."""
+
+
 def _raise_unless_gone(error: OSError) -> None:
     """Keep `os.walk` from passing over a folder that it may not read, as if nothing were there."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -248,7 +254,7 @@ def _explained(error: OSError, path: Path, size: int) -> DataflexError | None:
             f"no space for {path}: {error.strerror} after {size} bytes, {free} bytes free on the file system; "
             "make room or raise the quota and run again: what is committed stays"
         )
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+    if error.errno in _NO_FOLDER:
         return DataflexError(
             f"cannot write {path}: {error.strerror}; a store needs a folder that can be written and a file system with "
             "hard links"

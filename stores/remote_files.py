@@ -12,8 +12,11 @@ from typing import Any, BinaryIO
 import fsspec
 import pyarrow as pa
 
-from dataflex.errors import DataflexError
+from dataflex.errors import ConfigError, DataflexError, UnavailableError
+from dataflex.faults import is_unreachable
 from dataflex.stores.files import Files, Stored
+
+_LONGEST = 300  # characters of a library's text
 
 _MODIFIED = ("LastModified", "last_modified", "mtime")
 """What object stores call the time of writing in their listings: S3, Azure, Google Cloud."""
@@ -23,8 +26,9 @@ class RemoteFiles(Files):
     """Files on an object store or anything else that fsspec knows, where a file written is there at once and whole."""
 
     def __init__(self, url: str):
-        self.fs, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
         self.url = url.rstrip("/")
+        with self._told():
+            self.fs, self._root = fsspec.core.url_to_fs(self.url)
         self._is_probed = False
 
     def create(self, path: str, data: bytes) -> bool:
@@ -40,31 +44,35 @@ class RemoteFiles(Files):
         with tempfile.NamedTemporaryFile() as file:
             yield file  # type: ignore[misc]
             file.flush()
-            self.fs.put_file(file.name, f"{self._root}/{path}")
+            with self._told(writes=True):
+                self.fs.put_file(file.name, f"{self._root}/{path}")
 
     def exists(self) -> bool:
         """Say whether anything lies below the URL, or whether it is a bucket."""
-        self.fs.invalidate_cache()
-        return bool(self.fs.exists(self._root))
+        with self._told():
+            self.fs.invalidate_cache()
+            return bool(self.fs.exists(self._root))
 
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access."""
-        return pa.PythonFile(self.fs.open(f"{self._root}/{path}", "rb"), mode="r")
+        with self._told():
+            return pa.PythonFile(self.fs.open(f"{self._root}/{path}", "rb"), mode="r")
 
     def names(self, folder: str) -> list[str]:
         """List the names in a folder, sorted."""
-        self.fs.invalidate_cache(f"{self._root}/{folder}")
         try:
-            return sorted(
-                entry.rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(f"{self._root}/{folder}", detail=False)
-            )
+            with self._told():
+                self.fs.invalidate_cache(f"{self._root}/{folder}")
+                found = self.fs.ls(f"{self._root}/{folder}", detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
 
     def stored(self, folder: str) -> list[Stored]:
         """List every file below a folder, sorted by path."""
-        self.fs.invalidate_cache()
-        found = dict(self.fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True))
+        with self._told():
+            self.fs.invalidate_cache()
+            found = dict(self.fs.find(f"{self._root}/{folder}".rstrip("/"), detail=True))
         listed = [(path.removeprefix(f"{self._root}/"), about) for path, about in found.items()]
         return sorted(
             (Stored(path, int(about["size"]), self._modified(path, about)) for path, about in listed),
@@ -73,7 +81,7 @@ class RemoteFiles(Files):
 
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), self._told():
             self.fs.rm_file(f"{self._root}/{path}")
 
     def prune(self, folder: str) -> None:
@@ -92,7 +100,8 @@ class RemoteFiles(Files):
 
     def _create(self, path: str, data: bytes) -> bool:
         try:
-            self.fs.pipe_file(f"{self._root}/{path}", data, mode="create")
+            with self._told(writes=True):
+                self.fs.pipe_file(f"{self._root}/{path}", data, mode="create")
         except FileExistsError:
             return False
         return True
@@ -108,3 +117,30 @@ class RemoteFiles(Files):
                 f"{self.url} ({type(self.fs).__name__}) cannot create a file only if it is not there yet, which "
                 "commits need; use a local or shared folder, or an object store with conditional writes (S3, GCS)"
             )
+
+    @contextmanager
+    def _told(self, writes: bool = False) -> Iterator[None]:
+        """Say in words what the server or its client library refuses; that a file is there or not is for the caller.
+
+        Raises:
+            ConfigError: the URL, what is there, or the right to use it is wrong.
+            UnavailableError: the server does not answer.
+        """
+        try:
+            yield
+        except (DataflexError, MemoryError, FileExistsError, NotADirectoryError):
+            raise
+        # Each backend has its own client library, whose errors have no class in common.
+        except Exception as error:
+            if isinstance(error, FileNotFoundError) and not writes:
+                raise
+            said = " ".join(str(error).split())[:_LONGEST] or "no reason given"
+            where = f"{self.url}: {type(error).__name__}: {said}"
+            if is_unreachable(error):
+                raise UnavailableError(
+                    f"{where}\n  see that the server runs and that the address is right; what was committed stays"
+                ) from error
+            raise ConfigError(
+                f"{where}\n  expected a bucket or folder that can be {'written to' if writes else 'read'}; check the "
+                "URL (dataflex.store), its options and your credentials"
+            ) from error

@@ -17,7 +17,7 @@ from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import claim, find_record
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.states import StateStore
-from dataflex.stores.urls import refuse_unreachable
+from dataflex.stores.urls import LOCAL, refuse_unreachable
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("dataflex", "llamafactory", "numpy", "peft", "pyarrow", "torch", "transformers")
@@ -35,9 +35,10 @@ def open_files(root: str | os.PathLike[str]) -> Files:
     """
     url = os.fspath(root)
     refuse_unreachable(url)
-    if url.startswith("file://"):
-        return LocalFiles(url.removeprefix("file://"))
-    return RemoteFiles(url) if "://" in url else LocalFiles(url)
+    protocol, separator, path = url.partition("://")
+    if separator and protocol not in LOCAL:
+        return RemoteFiles(url)
+    return LocalFiles(path if separator else url)
 
 
 def existing_files(root: str | os.PathLike[str], named_by: str | None) -> Files:

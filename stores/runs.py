@@ -50,20 +50,28 @@ class RunRecord:
         self.files = files
         self.about = {"output_dir": os.path.abspath(output_dir), "stage": stage, "identity": identity}
         self.id = digest(self.about)
-        self._method = method
-        self._launch = uuid.uuid4().hex
+        self._begun = (f"begun.{uuid.uuid4().hex}", {**self.about, "method": method})
         self._written: set[str] = set()
         self._is_refused = False
 
+    def begin(self) -> None:
+        """Record that this launch has begun, where one that cannot write is to end.
+
+        Raises:
+            DataflexError: the root cannot be written to.
+        """
+        claim(self.files, f"{FOLDER}/{self.id}", *self._begun)
+        self._written.add(self._begun[0])
+
     def uses(self, kind: Kind, name: str) -> None:
         """Record a store or a kept state, durably, before it is opened; once for each."""
-        self._write(f"begun.{self._launch}", {**self.about, "method": self._method})
+        self._write(*self._begun)
         self._write(f"{kind}.{name}", {kind: name})
 
     def finish(self) -> None:
         """Record that this launch came to its end."""
         if self._written:
-            self._write(f"finished.{self._launch}", {})
+            self._write(self._begun[0].replace("begun", "finished"), {})
 
     def _write(self, stem: str, body: dict[str, Any]) -> None:
         if stem in self._written or self._is_refused:

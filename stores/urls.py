@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataflex.errors import ConfigError
 
+LOCAL = ("file", "local")
+"""Protocols that name a path of this machine."""
+
 
 def malformed(root: str) -> str | None:
     """Return what is wrong with a URL; None for a path, and for a URL that some package may know."""
@@ -12,7 +15,7 @@ def malformed(root: str) -> str | None:
         return None
     if not where.strip("/"):
         return f"found {root!r}; expected a URL with a bucket or folder, as {protocol or 's3'}://bucket/folder"
-    if protocol != "file" and _is_unknown(protocol):
+    if protocol not in LOCAL and _is_unknown(protocol):
         return f"found {root!r}; expected a path, or a URL that fsspec knows, as s3://bucket/folder"
     return None
 
@@ -20,7 +23,7 @@ def malformed(root: str) -> str | None:
 def missing_package(root: str) -> str | None:
     """Return what has to be installed to reach a URL that is well-formed, or None."""
     protocol, separator, _ = root.partition("://")
-    if not separator or protocol == "file":
+    if not separator or protocol in LOCAL:
         return None
     import fsspec
 

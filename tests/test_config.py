@@ -311,6 +311,9 @@ def test_default_components_file_is_read_if_there_is_one():
             ["output_dir: found '/dev/null'; expected a folder that can be written to; /dev/null"],
         ),
         ("output_dir: model/config.json/x", ["model/config.json is no folder"]),
+        ("tokenized_path: /dev/null", ["tokenized_path: found '/dev/null'; expected a folder that can be written to;"]),
+        ("cache_dir: /dev/null/x", ["cache_dir: found '/dev/null/x'; expected a folder that can be written to; /dev/"]),
+        ("logging_dir: model/config.json", ["logging_dir: found 'model/config.json'; expected a folder that can be"]),
         ("output_dir: ''", ["output_dir: found ''; expected a folder for the run's output"]),
         (
             "dataflex: {store: 'nosuch://x'}",
@@ -638,6 +641,12 @@ def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "chosen.json").write_text("[]")
     refuse_unwritable("--output", tmp_path / "chosen.json")  # the same choice made again replaces it
     assert "bytes" in str(why_unwritable("x" * 300))
+
+
+def test_datasets_named_twice_are_said():
+    notes = load(write("dataset: pool, pool")).notes
+    assert "dataset: names pool 2 times; each of its rows is there as often" in notes
+    assert not any("times" in note for note in load(write("dataset: pool")).notes)
 
 
 def test_all_problems_come_at_once():

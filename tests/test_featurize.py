@@ -169,6 +169,7 @@ def test_featurize_leaves_the_runs_own_output_alone(workspace: Any) -> None:
     assert [path.name for path in output.iterdir()] == ["dataflex_featurize.json"]
 
 
+@pytest.mark.slow
 def test_two_at_once_on_one_store_both_finish(workspace: Any) -> None:
     """Independent processes, not one launch: they share nothing but the store."""
     made = workspace.run("train", workspace.write("made", component_name="random", update_times=1, dataflex=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,3 +84,57 @@ def test_select_is_refused_before_the_features_whose_result_it_could_not_write(w
 def test_what_llamafactory_lacks_is_told_in_a_line(workspace):
     with pytest.raises(ConfigError, match=r"^transformers refuses the run file: .*swanlab.* \(raised in .*\)$"):
         workspace.run("train", workspace.write("tracked", use_swanlab=True))
+
+
+def closed_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        number: int = found.getsockname()[1]
+    return number
+
+
+@pytest.mark.parametrize(
+    ("store", "said"),
+    [
+        ("ftp://127.0.0.1:{port}/x", "ftp://127.0.0.1:.*ConnectionRefusedError"),
+        ("/proc/x", "cannot write /proc/x/runs/.*No such file"),
+        ("local:///proc/x", "cannot write /proc/x/runs/.*No such file"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_found_before_the_first_step(workspace, store, said):
+    path = workspace.write("unstored", dataflex={"store": store.format(port=closed_port())})
+    with pytest.raises(DataflexError, match=said):
+        workspace.run("train", path)
+    assert not (workspace.folder / "out" / "unstored" / "rounds").exists()
+
+
+MIXER = """
+import numpy as np
+from dataflex.mixers.base import NativeMixer
+from dataflex.params import Parameters
+
+class Tuples(NativeMixer):
+    class Params(Parameters):
+        pass
+
+    def __init__(self, params):
+        self.params = params
+
+    def state(self):
+        return {"seen": (1, 2)}
+
+    def restore(self, state):
+        pass
+
+    def mix(self, context):
+        return context.proportions
+"""
+
+
+def test_a_state_that_no_checkpoint_could_keep_is_found_before_the_first_step(workspace):
+    (workspace.folder / "own.py").write_text(MIXER)
+    keys = {"train_type": "dynamic_mix", "component_name": f"{workspace.folder}/own.py:Tuples", "train_step": 4}
+    section = {"store": str(workspace.folder / "store")}
+    with pytest.raises(DataflexError, match=r"mixer state\.seen: found tuple"):
+        workspace.run("train", workspace.write("tuples", update_times=None, dataflex=section, **keys))
+    assert not list((workspace.folder / "out" / "tuples").glob("checkpoint-*"))

@@ -409,6 +409,7 @@ def test_a_run_whose_server_goes_away_goes_on_from_there(probe: Probe, writer: A
     assert {asked["messages"][0]["content"] for asked in writer.asked} == questions
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(probe: Probe) -> None:
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": str(root), "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}

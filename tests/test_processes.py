@@ -385,6 +385,7 @@ def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_killed_featurize_is_finished_by_the_next(workspace: Any) -> None:
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 16}
     section |= {"features": [{"kind": "loss"}, {"kind": "embedding"}]}

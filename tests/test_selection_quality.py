@@ -13,6 +13,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 @pytest.mark.skipif(not (SHARED / "data" / "sft").is_dir(), reason="../shared/data is not there: real data with labels")
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_less_finds_the_rows_of_a_targets_source(tmp_path: Path) -> None:
     """Above chance, and later targets compute their own rows only."""
     targets = ["wikisql", "banking77"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def names(value: Any) -> list[str]:
     """Return the items of a comma-separated text or of a list."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []
     return [part.strip() for part in parts if isinstance(part, str) and part.strip()]
+
+
+def repeated(values: Mapping[str, Any]) -> list[str]:
+    """Say which datasets are named more than once: LLaMA-Factory puts their rows together as often."""
+    counts = Counter(names(values.get("dataset")))
+    return [f"dataset: names {name} {count} times; each of its rows is there as often" for name, count in counts.items()
+            if count > 1]  # fmt: skip
 
 
 def _is_path(name: str) -> bool:

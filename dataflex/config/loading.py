@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 from dataflex.config.combinations import Combinations
 from dataflex.config.component import Asked, Component, component, find_file, replaced, validated
 from dataflex.config.evaluation import check_evaluation
-from dataflex.config.files import check_files
+from dataflex.config.files import check_files, repeated
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import fault, known_keys
 from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule, watches
-from dataflex.config.outputs import check_output, check_store
+from dataflex.config.outputs import check_outputs, check_store
 from dataflex.config.packages import check_trackers, missing_packages
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
@@ -103,7 +103,8 @@ class _Loading:
         check_files(llamafactory, self.origin, self.problems)
         check_evaluation(llamafactory, self.origin, self.problems)
         check_trackers(llamafactory, self.origin, self.problems)
-        check_output(llamafactory.get("output_dir"), self.origin, self.problems)
+        check_outputs(llamafactory, self.origin, self.problems)
+        self.notes += repeated(llamafactory)
         self.notes += check_store(store, root, writes, self.origin, self.problems)
         self.notes += missing_packages(llamafactory)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from dataflex.config.problems import Origin, Problems
 from dataflex.errors import ConfigError
 from dataflex.stores.urls import malformed, missing_package
 
+_READ = ("tokenized_path", "cache_dir")
+"""Keys of folders that a run may only read, where they are there."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on every file system in use
 
 
@@ -45,14 +48,19 @@ def refuse_unwritable(option: str, file: Path) -> None:
         raise ConfigError(f"{option}: found {file}; expected a file that can be written; {why}")
 
 
-def check_output(folder: Any, origin: Origin, problems: Problems) -> None:
-    """Note an `output_dir` that nothing can be written into."""
-    if not isinstance(folder, str):
-        return  # said elsewhere
-    if not folder.strip():
+def check_outputs(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
+    """Note folders that the run is to write into and cannot; a cache may be one that is only read."""
+    folder = values.get("output_dir")
+    if isinstance(folder, str) and not folder.strip():
         problems.add(origin, "output_dir", "a folder for the run's output", folder)
-    elif why := why_unwritable(folder):
-        problems.add(origin, "output_dir", f"a folder that can be written to; {why}", folder)
+        return
+    for key in ("output_dir", "logging_dir", "tokenized_path", "cache_dir"):
+        folder = values.get(key)
+        if not isinstance(folder, str) or not folder or "://" in folder:
+            continue  # said elsewhere
+        is_read = key in _READ and os.path.isdir(folder)
+        if not is_read and (why := why_unwritable(folder)):
+            problems.add(origin, key, f"a folder that can be written to; {why}", folder)
 
 
 def check_store(store: str | None, root: str, writes: bool, origin: Origin, problems: Problems) -> list[str]:

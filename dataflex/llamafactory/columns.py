@@ -41,7 +41,7 @@ def unfit(dataset: Dataset, attributes: Any, stage: str) -> str | None:
             fields = ", ".join(repr(field) for field in schema.names if not field.startswith("__"))
             return (
                 f"found no field {name!r}; the records have {fields}. Name what is there under {key!r} in `columns` in "
-                "dataset_info.json; what `columns` leaves out is not read"
+                f"dataset_info.json; where `columns` is written without {key!r}, the records need none"
             )
         found, expected = schema.field(name).type, None
         if key == "messages":

@@ -1,4 +1,4 @@
-"""What is wrong with a data file of JSON or JSON Lines, found by reading it again after loading has failed."""
+"""What is wrong with a data file of JSON, JSON Lines or CSV, found by reading it again after loading has failed."""
 
 from __future__ import annotations
 
@@ -75,6 +75,8 @@ def fault(path: str | os.PathLike[str]) -> str | None:
     if path.is_dir():
         found = ((file, fault(file)) for file in sorted(path.iterdir()) if file.is_file())
         return next((f"{file.name}: {text}" for file, text in found if text), None)
+    if path.is_file() and path.suffix == ".csv":
+        return _of_csv(path)
     if not path.is_file() or path.suffix not in (".json", ".jsonl"):
         return None
     content = path.read_bytes()
@@ -91,6 +93,21 @@ def fault(path: str | os.PathLike[str]) -> str | None:
     if wrong is None and content.startswith(b"\xef\xbb\xbf"):
         return "found a byte order mark before the first record; expected UTF-8 without one"
     return wrong
+
+
+def _of_csv(path: Path) -> str | None:
+    """Return what is wrong with a table: no line below the names, or a quote that is never closed."""
+    begun, count = 1, 0
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for count, _ in enumerate(reader, 1):  # noqa: B007
+                begun = reader.line_num + 1
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                return f"line {begun}: found a quote that is never closed; expected one at the end of the field"
+            return f"line {begun}: found what is no CSV ({error})"
+    return None if count > 1 else "found 0 rows; expected at least one below the names of the columns"
 
 
 def _of_text(text: str) -> str | None:
@@ -162,7 +179,7 @@ def _of_records(records: Iterator[tuple[str, Any]]) -> str | None:
                 )
             if isinstance(value, str) and not value.isascii() and (odd := _surrogate(value)):
                 return f"{place}: found the lone surrogate {odd} in {name!r}; expected text that UTF-8 can hold"
-    return None
+    return None if seen else "found no value in any record; expected objects with texts"
 
 
 def _surrogate(text: str) -> str | None:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from dataflex.errors import DataflexError, UnavailableError
-from dataflex.faults import is_of_memory
+from dataflex.faults import is_of_memory, is_unreachable
 
 _LONGEST = 300  # characters of a library's text, and of what is shown of a record
 
@@ -42,7 +42,7 @@ def explained(
         except Exception as error:
             if is_ours(error) or is_of_memory(error):  # more memory is wanted, not other data
                 raise
-            kind_of_error = UnavailableError if _is_unreachable(error) else refusal
+            kind_of_error = UnavailableError if is_unreachable(error) else refusal
             raise kind_of_error(f"{place}: {look() or in_words(error)}") from error
 
 
@@ -110,14 +110,6 @@ def kind(value: Any) -> str:
     """Return the name that JSON has for a value's type."""
     names = {type(None): "null", bool: "a boolean", str: "a text", list: "a list", dict: "an object"}
     return names.get(type(value)) or ("a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
-
-
-def _is_unreachable(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, ConnectionError | TimeoutError) and "ffline" not in f"{type(error).__name__} {error}":
-            return True
-        error = error.__cause__
-    return False
 
 
 @contextlib.contextmanager
