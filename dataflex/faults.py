@@ -48,9 +48,8 @@ def told(error: BaseException) -> tuple[str, int] | None:
         number = int(found[1] or found[2])
         error = OSError(number, os.strerror(number))
     if is_unreachable(error):
-        said = (
-            os.strerror(error.errno) if getattr(error, "errno", None) in _UNREACHABLE else " ".join(str(error).split())
-        )
+        refused = getattr(error, "errno", None)
+        said = os.strerror(refused) if refused in _UNREACHABLE else " ".join(str(error).split())
         advice = "see that the server runs and that its address is right (dataflex.store, model, datasets)"
         return f"a server does not answer: {said[:300]}\n  {advice}; what was committed stays", 75
     if isinstance(error, OSError) and error.errno is not None:
