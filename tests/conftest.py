@@ -148,3 +148,15 @@ def workspace_class() -> type[Workspace]:
 def workspace(tiny: Tiny, tmp_path: Path) -> Workspace:
     """Return an empty workspace."""
     return Workspace(tmp_path, tiny)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the run files of `tests.run_file` are written to and read in, without a setting from outside."""
+    from tests.run_file import lay_out
+
+    for name in ("ALLOW_EXTRA_ARGS", "USE_RAY", "USE_MCA", "USE_KT", "DATAFLEX_HOME", "HF_HOME", "HF_ASSETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    lay_out(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -11,7 +11,9 @@ import pytest
 from dataflex.config import load
 from dataflex.config.summary import summary
 from dataflex.errors import ConfigError
-from tests.test_config import here, write  # noqa: F401 - `here`: the folder that run files stand in
+from tests.run_file import write
+
+pytestmark = pytest.mark.usefixtures("run_folder")
 
 MIX = "train_type: dynamic_mix\ncomponent_name: odm\ndataset: pool,target\n"
 WEIGHT = "train_type: dynamic_weight\ncomponent_name: loss\n"

@@ -1,0 +1,153 @@
+"""What a run file names: files, folders, datasets, packages and stores."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from dataflex.config import load, store_root
+from dataflex.config.keys import DataflexKeys
+from dataflex.config.outputs import check_store, refuse_unwritable, why_unwritable
+from dataflex.config.problems import Origin, Problems
+from dataflex.errors import ConfigError
+from dataflex.schedule import Schedule
+from tests.run_file import refusal, write
+
+pytestmark = pytest.mark.usefixtures("run_folder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ("dataflex: {store: 's3://bucket/x'}", "s3://bucket/x cannot be reached from here: "),
+        ("component_name: random\nquantization_bit: 4", "quantization_bit needs a package that is not installed here"),
+        ("flash_attn: fa2", "flash_attn: fa2 is not used here: found no flash_attn"),
+        ("component_name: random\nuse_galore: true\nfinetuning_type: full", "use_galore needs a package"),
+    ],
+)
+def test_a_package_that_is_not_here_may_be_where_the_run_is(changes, note):
+    assert any(note in text for text in load(write(changes)).notes)
+
+
+@pytest.mark.parametrize("file", ["model/config.json", "adapter/adapter_config.json", "ds.json"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\0", "{'a': 1}"])
+def test_a_damaged_configuration_is_named(file, text):
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    Path("ds.json").write_text("{}")
+    assert load(write("adapter_name_or_path: adapter\ndeepspeed: ds.json"))
+    Path(file).write_text(text)
+    found = refusal("adapter_name_or_path: adapter\ndeepspeed: ds.json")
+    assert found.startswith("1 problem")
+    assert f"  {file}" in found
+
+
+def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
+    with tempfile.TemporaryDirectory() as folder:  # one that whoever we turn into can reach
+        os.chmod(folder, 0o555)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            assert why_unwritable(f"{folder}/out") == f"{folder} may not be written to"
+            assert why_unwritable(folder) == f"{folder} may not be written to"
+            with pytest.raises(ConfigError, match=r"--output: found .*; expected a file that can be written"):
+                refuse_unwritable("--output", Path(folder, "chosen.json"))
+            keys = DataflexKeys()
+            for section, updates, writes in [
+                (keys, Schedule(3, 2, 2), True),
+                (keys, Schedule(3, 2, 1), False),
+                (keys, Schedule(3, 2, 1, 0, 2.0), True),
+                (DataflexKeys(on_missing="error"), Schedule(3, 2, 2), False),
+                (DataflexKeys.model_validate({"refresh": {"policy": "static"}}), Schedule(3, 2, 2), False),
+            ]:
+                problems = Problems()
+                check_store(folder, folder, section.must_write(updates), Origin(Path("run.yaml")), problems)
+                with pytest.raises(ConfigError, match="every update computes") if writes else contextlib.nullcontext():
+                    problems.raise_if_any()
+        finally:
+            if is_root:
+                os.seteuid(0)
+    with pytest.raises(ConfigError, match="found the folder"):
+        refuse_unwritable("--output", tmp_path)
+    with pytest.raises(ConfigError, match="found the device /dev/null"):
+        refuse_unwritable("--output", Path("/dev/null"))
+    (tmp_path / "chosen.json").write_text("[]")
+    refuse_unwritable("--output", tmp_path / "chosen.json")  # the same choice made again replaces it
+    assert "bytes" in str(why_unwritable("x" * 300))
+
+
+def test_datasets_named_twice_are_said():
+    notes = load(write("dataset: pool, pool")).notes
+    assert "dataset: names pool 2 times; each of its rows is there as often" in notes
+    assert not any("times" in note for note in load(write("dataset: pool")).notes)
+
+
+def test_remote_names_are_left_alone():
+    assert (
+        load(write("model_name_or_path: owner/model\ndataset: hub\neval_dataset: hub")).llamafactory["dataset"] == "hub"
+    )
+    assert load(write("dataset_dir: ONLINE\ndataset: a/b\neval_dataset: c"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (3, "data/dataset_info.json: x: found 3; expected a mapping with file_name"),
+        ({}, "x.file_name: found nothing (null); expected a file, relative to data"),
+        ({"file_name": "gone.json"}, "x.file_name: found 'gone.json'; expected a file that exists; data/gone.json"),
+        ({"file_name": "pool.gz"}, "x.file_name: found files ending in gz at data/pool.gz"),
+        ({"file_name": "../model"}, "x.file_name: found"),
+        ({"file_name": "mixed"}, "x.file_name: found files of several types in data/mixed (csv, json)"),
+        ({"file_name": "empty"}, "x.file_name: found 'empty'; expected a folder with data files"),
+        (
+            {"file_name": "pool.json", "formatting": "alpacca"},
+            "x.formatting: found 'alpacca'; expected one of alpaca, ",
+        ),
+        (
+            {"file_name": "pool.json", "columns": {"prompt": "q"}},
+            "x.columns.prompt: found 'q'; expected a key of the records",
+        ),
+        ({"file_name": "pool.json", "ranking": True}, "x.ranking: found true; expected no preference pairs"),
+        (
+            {"file_name": "pool.json", "columns": {"kto_tag": "good"}},
+            "x.columns.kto_tag: found 'good'; expected no such column in stage sft or pt",
+        ),
+    ],
+)
+def test_bad_registration(entry, expected):
+    for name in ("empty", "mixed"):
+        Path("data", name).mkdir()
+    for name in ("pool.gz", "mixed/a.csv", "mixed/b.json"):
+        Path("data", name).touch()
+    info = json.loads(Path("data/dataset_info.json").read_text())
+    Path("data/dataset_info.json").write_text(json.dumps(info | {"x": entry}))
+    if entry == {"file_name": "../model"}:
+        Path("model/merges").touch()
+    assert expected in refusal("dataset: x")
+
+
+def test_a_registration_that_is_no_json():
+    Path("data/dataset_info.json").write_text('{"pool": }')
+    assert "data/dataset_info.json:1: found text that is not JSON" in refusal("dataset: pool")
+
+
+def test_store_root_order(monkeypatch):
+    for store, env, expected in [
+        (None, {"HF_HOME": "/h"}, "/h/assets/dataflex"),
+        (None, {"HF_HOME": "/h", "HF_ASSETS_CACHE": "/a"}, "/a/dataflex"),
+        (None, {"HF_ASSETS_CACHE": "/a", "DATAFLEX_HOME": "/d"}, "/d"),
+        ("s", {"DATAFLEX_HOME": "/d"}, str(Path("s").absolute())),
+        ("s3://bucket/x", {}, "s3://bucket/x"),
+    ]:
+        with monkeypatch.context() as patched:
+            for name, value in env.items():
+                patched.setenv(name, value)
+            assert store_root(store) == expected
+    monkeypatch.setenv("XDG_CACHE_HOME", "/c")
+    assert store_root(None) == "/c/dataflex"
