@@ -22,6 +22,9 @@ FILE = "status.json"
 class Report:
     """The file of one command, written on rank 0 as its state changes.
 
+    Another rank writes only why it fails, if it fails alone: the launcher then ends rank 0, which may wait for it and
+    cannot say so, or would say that a signal ended it.
+
     `status.json` belongs to the training of a folder. `train` over a finished one reports to `status_train.json` until
     it takes its first step, so that a refused start does not hide how the training ended.
 
@@ -35,9 +38,11 @@ class Report:
 
     def __init__(self, verb: str, folder: str | os.PathLike[str] | None):
         self._verb = verb
-        self._folder = Path(folder) if folder is not None and distributed.is_main() else None
-        is_owner = verb == "train" and not self._is_finished()
+        self._folder = Path(folder) if folder is not None else None
+        is_owner = verb == "train" and not self._is("finished", FILE)
         self._name = FILE if is_owner else f"status_{verb}.json"
+        if not distributed.is_main():
+            return
         try:
             self._put("running", None, None)
         except OSError as error:
@@ -49,21 +54,43 @@ class Report:
     def begins(self) -> None:
         """Note that the first step is about to be taken."""
         if self._verb == "train" and self._name != FILE and self._folder is not None:
-            (self._folder / self._name).unlink(missing_ok=True)
-            self._name = FILE
-            self.write("running")
+            before, self._name = self._name, FILE
+            if distributed.is_main():
+                (self._folder / before).unlink(missing_ok=True)
+                self.write("running")
 
     def write(self, state: str, exit_code: int | None = None, message: str | None = None) -> None:
         """Write the state; what the command did counts more than a disk on which it can no longer be said."""
+        if distributed.is_main() and self._is("failed"):
+            return  # by another rank, and this one was ended for it
         try:
             self._put(state, exit_code, message)
         except OSError as error:
             log.warning("%s: not written: %s", self._name, error)
 
-    def _is_finished(self) -> bool:
+    def fail(self, error: BaseException) -> None:
+        """Write what ends the command; on another rank than 0, if rank 0 has not met it too."""
+        if not distributed.is_main() and getattr(error, "everywhere", False):
+            return
+        if isinstance(error, DataflexError):
+            self.write("failed", error.exit_code, str(error))
+        else:
+            self.write("failed", 1, repr(error))
+
+    def interrupt(self, error: BaseException) -> None:
+        """Write that the command was asked to stop."""
+        if distributed.is_main():
+            self.write("interrupted", getattr(error, "exit_code", 130), str(error) or "Ctrl-C")
+
+    def finish(self) -> None:
+        """Write that the command came to its end."""
+        if distributed.is_main():
+            self.write("finished", 0)
+
+    def _is(self, state: str, name: str | None = None) -> bool:
         try:
             return self._folder is not None and bool(
-                json.loads((self._folder / FILE).read_text("utf-8"))["state"] == "finished"
+                json.loads((self._folder / (name or self._name)).read_text("utf-8"))["state"] == state
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -72,7 +99,7 @@ class Report:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{self._name}"
+        temporary = self._folder / f".{self._name}.{os.getpid()}"
         about = {
             "command": self._verb,
             "state": state,
@@ -108,14 +135,13 @@ def reported(verb: str, folder: str | os.PathLike[str] | None) -> Iterator[None]
         try:
             yield
         except (Interrupted, KeyboardInterrupt) as error:
-            report.write("interrupted", getattr(error, "exit_code", 130), str(error) or "Ctrl-C")
+            report.interrupt(error)
             raise
         except BaseException as error:
-            code = error.exit_code if isinstance(error, DataflexError) else 1
-            report.write("failed", code, f"{error}" if isinstance(error, DataflexError) else repr(error))
+            report.fail(error)
             raise
         else:
-            report.write("finished", 0)
+            report.finish()
         finally:
             _current = None
 

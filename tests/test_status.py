@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dataflex import stop
-from dataflex.errors import ConfigError, CoverageError, DataflexError, Interrupted
+from dataflex.errors import Cancelled, ConfigError, CoverageError, DataflexError, Interrupted
 from dataflex.status import reported, training_begins
 
 
@@ -45,6 +45,30 @@ def test_errors_are_recorded_and_go_on(tmp_path: Path, error: BaseException, sta
     with pytest.raises(type(error)), reported("train", tmp_path):
         raise error
     assert status(tmp_path) == (state, code)
+
+
+def test_a_rank_that_fails_alone_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher ends the others, which would say that a signal did."""
+    with contextlib.suppress(Cancelled), reported("train", tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        with contextlib.suppress(CoverageError), reported("train", tmp_path):
+            assert status(tmp_path) == ("running", None)
+            raise CoverageError("rank 1 lacks rows")
+        monkeypatch.setenv("RANK", "0")
+        raise Cancelled("a signal came")
+    assert status(tmp_path) == ("failed", 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_what_every_rank_meets_is_rank_0s_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = CoverageError("rows are missing")
+    error.everywhere = True
+    monkeypatch.setenv("RANK", "1")
+    for raised in (error, Cancelled("a signal came"), None):
+        with contextlib.suppress(CoverageError, Cancelled), reported("train", tmp_path):
+            if raised is not None:
+                raise raised
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_only_train_owns_the_status_of_a_training(tmp_path: Path) -> None:
