@@ -244,6 +244,38 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+FAILING = """
+import os
+from dataflex.cli import main
+from dataflex.errors import CoverageError
+from dataflex.trainers.trainer import DataflexTrainer
+
+real = DataflexTrainer.training_step
+
+def step(self, *args, **kwargs):
+    if os.environ["RANK"] == "1" and self.state.global_step == 1:
+        raise CoverageError("rank 1 lacks rows")
+    return real(self, *args, **kwargs)
+
+DataflexTrainer.training_step = step
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_status_says_what_one_process_alone_failed_of(workspace: Any) -> None:
+    """Whether the other meets a broken connection or is ended by the launcher."""
+    script = workspace.folder / "failing.py"
+    script.write_text(FAILING)
+    path = workspace.write("run", per_device_train_batch_size=1)
+    code, said = ended([*TORCHRUN, str(script), "train", str(path)], **TWO)
+    assert code != 0, said[-4000:]
+    status = json.loads((workspace.folder / "out" / "run" / "status.json").read_text("utf-8"))
+    found = (status["state"], status["exit_code"], status["message"])
+    assert found == ("failed", 6, "rank 1 lacks rows"), said[-4000:]
+
+
 NODE = """
 import os, sys
 import torch.distributed as dist
