@@ -244,7 +244,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-FAILING = """
+ALONE = """
 import os
 from dataflex.cli import main
 from dataflex.errors import CoverageError
@@ -267,7 +267,7 @@ main()
 def test_the_status_says_what_one_process_alone_failed_of(workspace: Any) -> None:
     """Whether the other meets a broken connection or is ended by the launcher."""
     script = workspace.folder / "failing.py"
-    script.write_text(FAILING)
+    script.write_text(ALONE)
     path = workspace.write("run", per_device_train_batch_size=1)
     code, said = ended([*TORCHRUN, str(script), "train", str(path)], **TWO)
     assert code != 0, said[-4000:]
