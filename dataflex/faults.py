@@ -74,7 +74,7 @@ def is_unreachable(error: BaseException | None) -> bool:
         is_of_this_machine = isinstance(error, BrokenPipeError) or "ffline" in f"{type(error).__name__} {error}"
         if is_of_network and not is_of_this_machine:
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__  # libraries drop the cause, `from None`
     return False
 
 

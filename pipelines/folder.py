@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataflex.errors import MismatchError
+from dataflex.errors import MismatchError, UnavailableError
+from dataflex.faults import is_unreachable
 
 
 def model_folder(
@@ -14,6 +15,7 @@ def model_folder(
 
     Raises:
         MismatchError: there is none.
+        UnavailableError: the Hub does not answer, and nothing is in its cache.
     """
     if Path(name_or_path).is_dir():
         return Path(name_or_path) / (subfolder or "")
@@ -21,7 +23,12 @@ def model_folder(
 
     where = {"revision": revision, "cache_dir": cache_dir, "subfolder": subfolder or ""}
     for name in ("config.json", "adapter_config.json"):
-        found = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **where)
-        if found is not None:
-            return Path(found).parent
+        try:
+            return Path(str(cached_file(name_or_path, name, **where))).parent
+        except OSError as error:  # as Transformers says all that keeps it from a file, that it is not there among it
+            if is_unreachable(error):
+                raise UnavailableError(
+                    f"{name_or_path}: the Hub does not answer, and its cache has no {name}; expected a folder here, or "
+                    "a Hub that can be reached"
+                ) from error
     raise MismatchError(f"{name_or_path}: found no configuration; expected a model or adapter, local or on the Hub")
