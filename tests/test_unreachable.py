@@ -46,11 +46,14 @@ def test_a_hub(code: str, named: str, offline: bool, tmp_path: Path) -> None:
 
 
 def test_what_a_library_raises_in_place_of_the_refused_connection() -> None:
-    with pytest.raises(FileNotFoundError) as caught:
+    def load() -> None:
         try:
             raise ConnectionRefusedError(111, "Connection refused")
         except OSError:
             raise FileNotFoundError("found nothing on the Hub") from None
+
+    with pytest.raises(FileNotFoundError) as caught:
+        load()
     assert is_unreachable(caught.value)
     assert told(caught.value) == (
         "a server does not answer: found nothing on the Hub\n  see that the server runs and that its address is right "
