@@ -38,6 +38,7 @@ def problems(base: str, changes: str) -> str:
     [
         ("init_mixture_proportions: [1, 2, 3]", "expected 2 numbers, one for each of pool, target"),
         ("init_mixture_proportions: [0, 0]", "expected numbers of 0 or more, not all 0"),
+        ("init_mixture_proportions: [1.0e+308, 1.0e+308]", "expected numbers of 0 or more, not all 0"),
         ("init_mixture_proportions: [-1, 2]", "expected numbers of 0 or more, not all 0"),
         ("mixture_sample_rule: stratified", "stratified would take no notice of the mixer odm"),
         ("mixture_sample_rule: proportional", "mixture_sample_rule: found 'proportional'; expected mixture, "),

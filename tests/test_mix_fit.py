@@ -323,6 +323,8 @@ def test_what_is_no_table_is_refused(tmp_path: Path, name: str) -> None:
         ({"sizes": {"a": 1, "bb": 2}}, ("bb: found an unknown domain", "did you mean 'b'", "b: found nothing")),
         ({"sizes": {"a": -1, "b": True}}, ("a: found -1", "b: found true")),
         ({"sizes": {"a": 0, "b": 0}}, ("found 0 for every domain",)),
+        ({"sizes": {"a": 1e308, "b": 1e308}}, ("found numbers too large to add up",)),
+        ({"sizes": {"a": 10**400, "b": 1}}, ("a: found 1000", "expected a finite number")),
         ({"sizes": [1, 2]}, ("found list; expected a mapping",)),
         ({"prior": "nowhere.json"}, ("nowhere.json",)),
         ({"sizes": {"a": 1, "b": 2}, "tokens": 13}, ("found 13 tokens; expected at most 12, which is 4 epochs",)),

@@ -145,6 +145,8 @@ def test_static_in_order_by_name_from_a_file_or_from_the_run(tmp_path: Path) -> 
         ([0, 0, 0, 0], "all weights are 0"),
         ({"a": 1, "b": 2, "c": 3}, "nothing for d; 0 leaves a domain out"),
         ({"a": 1, "b": 2, "c": 3, "d": 1, "bb": 4}, "found no domain 'bb'; did you mean 'b'"),
+        ([1e308, 1e308, 0, 0], "too small or large to add up"),
+        ("~no such user/x.json", "No such file"),
         ("nowhere.json", "nowhere.json: .*No such file.*expected a JSON file of weights by domain"),
     ],
 )
@@ -161,6 +163,8 @@ def test_static_says_what_does_not_fit(proportions: Any, expected: str) -> None:
         ("{", "expected a JSON file"),
         ('{"a": 1, "b": NaN, "c": "x", "d": true}', "found {'b': nan, 'c': 'x', 'd': True}; expected finite numbers"),
         ('{"proportions": {"a": 1}}', "nothing for b, c, d"),
+        ('{"a": 1' + 400 * "0" + ', "b": 1, "c": 1, "d": 1}', "expected finite numbers"),
+        ('{"a": ' * 10**5 + "1" + "}" * 10**5, "maximum recursion depth exceeded"),
     ],
 )
 def test_static_says_what_is_wrong_with_a_file(content: str, expected: str, tmp_path: Path) -> None:

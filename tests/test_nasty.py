@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,32 @@ from dataflex import cli
 from dataflex.errors import ConfigError, DataflexError
 
 FOLDER = Path(__file__).parent / "nasty"
-TABLE = re.findall(r"^\| `([^`]+)` \| .* \| (.*) \|$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
+LINES = re.findall(r"^\| `([^`]+)` \| (.*) \| (.*) \|$", (FOLDER / "README.md").read_text("utf-8"), re.MULTILINE)
+TABLE = [(file, outcome) for file, _, outcome in LINES if not file.startswith(("mixture_", "dataset_info_"))]
+MIXTURES = [line for line in LINES if line[0].startswith("mixture_")]
+REGISTRATIONS = [(file, outcome) for file, _, outcome in LINES if file.startswith("dataset_info_")]
+MADE = {
+    "huge_sample_200k.json": [{"instruction": "Continue.", "input": "", "output": ("many friends " * 16000)[:200_000]}],
+    "prompt_longer_than_cutoff.json": [{"instruction": ("to all " * 9000)[:60_000], "input": "", "output": "42"}],
+    "one_very_long_line.jsonl": [{"instruction": "x" * 150_000, "input": "", "output": "y"}],
+    "sorted_by_source.json": [],
+    "pt_repetitive.jsonl": [{"text": "the " * 5000, "domain": "loop"}] * 3,
+}
+"""What is too large to be kept; the rows of GSM8K and Banking77 that are kept are put around it."""
 LOADS = [file for file, outcome in TABLE if re.match(r"\d+ rows", outcome)]
+
+
+def lay_out(folder: Path) -> None:
+    """Put all of the files into a folder, those that are made among them."""
+    for file in FOLDER.iterdir():
+        (folder / file.name).symlink_to(file)
+    sums, intents = json.loads((FOLDER / "three_rows.json").read_text()), []
+    *intents, _ = json.loads((FOLDER / "extreme_imbalance.json").read_text())
+    for name, odd in MADE.items():
+        rows = odd if name.startswith("pt_") else [*sums[:2], *odd, *sums[2:]]
+        if name == "sorted_by_source.json":
+            rows = [*(sums * 34)[:100], *intents[:100]]
+        (folder / name).write_text(json.dumps(rows) if name.endswith(".json") else lines(*rows))
 
 
 def registration(file: str) -> dict[str, Any]:
@@ -78,12 +103,13 @@ def refusal(load: Callable[..., Any], folder: Path, name: str, **data: Any) -> s
 
 
 def test_every_file_has_its_line() -> None:
-    assert sorted(file for file, _ in TABLE) == sorted(p.name for p in FOLDER.iterdir() if p.name != "README.md")
+    kept = {file.partition(":")[0] for file, *_ in LINES} - set(MADE)
+    assert kept == {path.name for path in FOLDER.iterdir()} - {"README.md"}
+    assert set(MADE) <= {file for file, _ in TABLE}
 
 
 def test_every_file_loads_or_is_refused_by_name(load: Callable[..., Any], tmp_path: Path) -> None:
-    for file, _ in TABLE:
-        (tmp_path / file).symlink_to(FOLDER / file)
+    lay_out(tmp_path)
     (tmp_path / "dataset_info.json").write_text(json.dumps({file: registration(file) for file, _ in TABLE}))
     for file, outcome in TABLE:
         stage = "pt" if file.startswith("pt_") else "sft"
@@ -95,6 +121,162 @@ def test_every_file_loads_or_is_refused_by_name(load: Callable[..., Any], tmp_pa
         rows = load(tmp_path, file, stage).train
         dropped = ", ".join(str(index) for _, index in rows.dropped) or "none"
         assert f"{len(rows)} rows, dropped {dropped}" == outcome, file
+
+
+def short(text: str, name: str) -> str:
+    """Return the problem that a refusal tells, in two lines."""
+    head, problem = text.split("\n")
+    assert head == "1 problem in the configuration:"
+    assert name in problem
+    return problem
+
+
+@pytest.mark.parametrize(("file", "whole", "numbers"), MIXTURES)
+def test_proportions_are_taken_or_refused_by_name(
+    file: str, whole: str, numbers: str, workspace: Any, tmp_path: Path
+) -> None:
+    from dataflex.config import load
+    from dataflex.mixers.base import normalised
+    from dataflex.mixers.static import proportions_of
+
+    (tmp_path / "x.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({name: {"file_name": "x.json"} for name in ("web", "code")}))
+    keys = {"train_type": "dynamic_mix", "dataset": "web,code", "eval_dataset": None, "dataset_dir": str(tmp_path)}
+    values = list(json.loads((FOLDER / file).read_text()).values())
+    mixer = {"params": {"proportions": str(FOLDER / file)}}
+    asked: list[tuple[str, str, dict[str, Any]]] = [
+        (whole, str(FOLDER / file), {"component_name": "static", "dataflex": mixer}),
+        (numbers, "init_mixture_proportions", {"init_mixture_proportions": values, "dataflex": None}),
+    ]
+    for outcome, name, more in asked:
+        path = workspace.write("run", **keys, **{"component_name": "odm", **more})
+        try:
+            given = load(path).keys.init_mixture_proportions
+        except ConfigError as error:
+            text = str(error)
+            assert outcome in text
+            assert text.count("\n") < 3
+            assert all(name in line for line in text.splitlines()[1:])
+            continue
+        found = proportions_of(str(FOLDER / file), ("web", "code"), "x") if given is None else normalised(given)
+        assert ", ".join(f"{share:.3f}" for share in found) == outcome
+
+
+@pytest.mark.parametrize(("entry", "outcome"), REGISTRATIONS)
+def test_registrations_are_refused_by_name(entry: str, outcome: str, workspace: Any, tmp_path: Path) -> None:
+    from dataflex.config import load
+
+    lay_out(tmp_path)
+    file, _, name = entry.partition(": ")
+    (tmp_path / "dataset_info.json").symlink_to(FOLDER / file)
+    with pytest.raises(ConfigError) as raised:
+        load(workspace.write("run", dataset=name, eval_dataset=None, val_size=0.5, dataset_dir=str(tmp_path)))
+    assert outcome in short(str(raised.value), str(tmp_path / "dataset_info.json"))
+
+
+def _pipe(folder: Path) -> None:
+    os.mkfifo(folder / "x.json")
+
+
+def _circle(folder: Path) -> None:
+    (folder / "x.json").symlink_to("y.json")
+    (folder / "y.json").symlink_to("x.json")
+
+
+def _nowhere(folder: Path) -> None:
+    (folder / "x.json").symlink_to("gone.json")
+
+
+def _closed(folder: Path) -> None:
+    (folder / "x.json").write_text(json.dumps([GOOD]))
+    (folder / "x.json").chmod(0)
+
+
+def _stray(folder: Path) -> None:
+    (folder / "x.json").mkdir()
+    (folder / "x.json" / "rows.json").write_text(json.dumps([GOOD]))
+    (folder / "x.json" / "README").write_text("rows")
+
+
+def _within(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def lay(folder: Path) -> None:
+        (folder / "x.json").mkdir()
+        make(folder / "x.json")
+
+    return lay
+
+
+def _locked(folder: Path) -> None:
+    _within(_closed)(folder)
+    (folder / "x.json").chmod(0o300)
+
+
+ODD_PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pipe": (_pipe, "x.json: a pipe, socket or device"),
+    "circle": (_circle, "x.json: Too many levels of symbolic links"),
+    "nowhere": (_nowhere, "x.json: No such file or directory"),
+    "closed": (_closed, "x.json: Permission denied"),
+    "stray": (_stray, "found README in the folder"),
+    "pipe in a folder": (_within(_pipe), "x.json/x.json: a pipe, socket or device"),
+    "circle in a folder": (_within(_circle), "x.json/x.json: Too many levels"),
+    "closed in a folder": (_within(_closed), "x.json/x.json: Permission denied"),
+    "folder in a folder": (_within(_within(_nowhere)), "x.json/x.json: a folder within a folder"),
+    "closed folder": (_locked, "a folder that can be read; "),
+}
+
+
+@pytest.fixture
+def as_nobody() -> Any:
+    """Be a user whom permissions bind, where tests run as one whom they do not."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield
+    if is_root:
+        os.seteuid(0)
+
+
+def unread(folder: str) -> str:
+    """Return the text with which the dataset x of a folder is refused before anything is loaded."""
+    from dataflex.config.files import check_files
+    from dataflex.config.problems import Origin, Problems
+
+    problems = Problems()
+    check_files({"dataset": "x", "dataset_dir": folder}, Origin(Path("run.yaml")), problems)
+    with pytest.raises(ConfigError) as raised:
+        problems.raise_if_any()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("case", ODD_PLACES)
+def test_what_cannot_be_read_as_a_file_is_refused_by_name(case: str, as_nobody: None) -> None:
+    """`validate` says it: behind it a pipe would be waited for without end."""
+    make, said = ODD_PLACES[case]
+    with tempfile.TemporaryDirectory() as folder:  # one that whoever we are can reach
+        info = Path(folder) / "dataset_info.json"
+        info.write_text(json.dumps({"x": {"file_name": "x.json"}}))
+        make(Path(folder))
+        assert said in short(unread(folder), f"{info}: x.file_name")
+        for path in Path(folder).glob("x.json"):
+            path.chmod(0o700)
+
+
+@pytest.mark.parametrize("make", [_pipe, _circle, _nowhere, _closed])
+def test_a_file_of_registrations_that_cannot_be_read_is_refused(make: Callable[[Path], None], as_nobody: None) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder))
+        (Path(folder) / "dataset_info.json").symlink_to("x.json")
+        assert "found no readable" in short(unread(folder), f"{folder}/dataset_info.json")
+
+
+def test_a_file_outside_the_folder_is_a_file_as_any(load: Callable[..., Any], workspace: Any, tmp_path: Path) -> None:
+    from dataflex.config import load as checked
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "pool.json").symlink_to(FOLDER / "three_rows.json")
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "../pool.json"}}))
+    assert checked(workspace.write("run", dataset="x", eval_dataset="x", dataset_dir=str(tmp_path / "data")))
+    assert len(load(tmp_path / "data", "x").train) == 3
 
 
 GOOD = {"instruction": "a", "input": "", "output": "b"}
@@ -334,8 +516,7 @@ def test_a_damaged_model_is_named(workspace: Any, tiny: Any, tmp_path: Path, fil
 @pytest.mark.slow
 def test_what_loads_can_be_trained_on(workspace: Any, tmp_path: Path) -> None:
     names = [file for file in LOADS if not file.startswith("pt_")]
-    for file in names:
-        (tmp_path / file).symlink_to(FOLDER / file)
+    lay_out(tmp_path)
     (tmp_path / "dataset_info.json").write_text(json.dumps({file: registration(file) for file in names}))
     keys = {"dataset_dir": str(tmp_path), "max_samples": 8, "cutoff_len": 48, "save_steps": 100}
     run = workspace.write("run", dataset=",".join(names), eval_dataset="three_rows.json", **keys)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +66,18 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name
 
 
+def _unreadable(file: Path) -> str | None:
+    """Return why a file cannot be read, None if it seems that it can; a pipe would be waited for without end."""
+    try:
+        mode = file.stat().st_mode
+    except OSError as error:
+        return error.strerror
+    if not stat.S_ISREG(mode):
+        return "a folder within a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+    may = os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+    return None if may else os.strerror(errno.EACCES)
+
+
 def _object(file: Path, problems: Problems) -> None:
     """Note a file that holds no JSON object."""
     try:
@@ -91,6 +105,8 @@ def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problem
     path = Path(directory) / "dataset_info.json"
     info = Origin(path)
     try:
+        if why := _unreadable(path):
+            raise OSError(0, why)
         entries = json.loads(path.read_text("utf-8"))
     except OSError as error:
         text = f"found no readable {path} ({error.strerror}); expected it to register {wanted[0][1]}"
@@ -133,15 +149,25 @@ def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin,
         return
     path = info.file.parent / file_name
     is_folder = os.path.isdir(path)
-    files = sorted(path.iterdir()) if is_folder else [path]
+    try:
+        files = sorted(path.iterdir()) if is_folder else [path]
+    except OSError as error:
+        problems.add(info, f"{name}.file_name", f"a folder that can be read; {path}: {error.strerror}", file_name)
+        return
     kinds = {file.suffix.removeprefix(".") for file in files}
     if not files:
         problems.add(info, f"{name}.file_name", "a folder with data files", file_name)
-    elif not os.path.exists(path):
+    elif not os.path.lexists(path):
         problems.add(info, f"{name}.file_name", f"a file that exists; {path} does not", file_name)
-    elif bad := sorted(kinds - {*_EXTENSIONS}):
-        what = f"files ending in {', '.join(bad)}" if bad != [""] else "a file without an extension"
-        problems.say(info, f"{name}.file_name", f"found {what} at {path}; expected one of {', '.join(_EXTENSIONS)}")
+    elif bad := [file for file in files if file.suffix.removeprefix(".") not in _EXTENSIONS]:
+        what = (
+            f"files ending in {path.suffix[1:]} at {path}" if path.suffix else f"a file without an extension at {path}"
+        )
+        if is_folder:
+            what = f"{', '.join(file.name for file in bad[:5])}{', ...' if bad[5:] else ''} in the folder {path}"
+        problems.say(info, f"{name}.file_name", f"found {what}; expected one of {', '.join(_EXTENSIONS)}")
+    elif wrong := next(((file, reason) for file in files if (reason := _unreadable(file))), None):
+        problems.add(info, f"{name}.file_name", f"a file that can be read; {wrong[0]}: {wrong[1]}", file_name)
     elif len(kinds - {"json", "jsonl"}) + bool(kinds & {"json", "jsonl"}) > 1:
         text = f"found files of several types in {path} ({', '.join(sorted(kinds))}); expected one type"
         problems.say(info, f"{name}.file_name", text)

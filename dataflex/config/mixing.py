@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from dataflex.config import files
 from dataflex.config.component import Asked, Component
@@ -66,7 +65,7 @@ def check_mixing(
         if names and len(shares) != len(names):
             expected = f"{len(names)} numbers, one for each of {', '.join(names)}"
             problems.add(origin, "init_mixture_proportions", expected, list(shares))
-        elif min(shares) < 0 or not np.isfinite(shares).all() or sum(shares) <= 0:
+        elif min(shares, default=0) < 0 or not 0 < sum(shares) < math.inf:
             problems.add(origin, "init_mixture_proportions", "numbers of 0 or more, not all 0", list(shares))
         elif mixer is not None and getattr(mixer.cls, "needs_every_domain", False) and min(shares) == 0:
             expected = f"more than 0 for every domain, as {mixer.name} compares all of them"

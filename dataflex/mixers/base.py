@@ -256,12 +256,14 @@ def normalised(weights: Any) -> np.ndarray:
     """Return weights divided by their sum, (K,) float64.
 
     Raises:
-        ValueError: one is negative or not finite, or all are 0.
+        ValueError: one is negative or not finite, or all are 0, or too large to add up.
     """
     found = np.asarray(weights, dtype=np.float64)
-    if not np.isfinite(found).all() or (found < 0).any() or found.sum() <= 0:
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = found.sum()
+    if not 0 < total < np.inf or (found < 0).any():
         raise ValueError(f"found weights {found.tolist()}; expected finite numbers, 0 or more, not all 0")
-    return found / found.sum()
+    return found / total
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,8 +168,8 @@ def weight_problems(given: Weights | str | None, names: Sequence[str], key: str)
     bad = {name: value for name, value in values.items() if not _is_weight(value)}
     if bad:
         problems.append(f"{where}: found {bad}; expected finite numbers, 0 or more")
-    elif not problems and not sum(values.values()) > 0:
-        problems.append(f"{where}: all weights are 0 or too small to add up; expected one above 0")
+    elif not problems and not 0 < sum(values.values()) < math.inf:
+        problems.append(f"{where}: all weights are 0, or too small or large to add up; expected one above 0")
     return problems
 
 
@@ -177,15 +180,15 @@ def unknown_names(found: Mapping[str, Any], names: Sequence[str], key: str) -> l
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value)) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _read(path: str) -> tuple[dict[str, Any], str | None]:
     """Return weights by name, and the unit that the file says they are shares of."""
     unit = None
     try:
-        found = json.loads(Path(path).expanduser().read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(Path(os.path.expanduser(path)).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}; expected a JSON file of weights by domain") from error
     if isinstance(found, dict) and isinstance(found.get("proportions"), dict):
         found, unit = found["proportions"], found.get("unit")

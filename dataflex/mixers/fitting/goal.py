@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.mixers.fitting.table import Runs
 from dataflex.registry import did_you_mean
 
+_MOST = sys.float_info.max
 COMMAND = Origin(Path("command line"))
 REPETITION = 4.0
 """Epochs over a domain up to which repeated tokens are nearly as good as new ones."""
@@ -133,13 +135,15 @@ def _named(path: Path, domains: Sequence[str], problems: Problems) -> np.ndarray
         problems.add_unknown(origin, name, "domain", domains)
     for name in domains:
         value = read.get(name, NOTHING)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
             problems.add(origin, name, "a finite number, 0 or more", value)
-    if len(set(domains) & read.keys()) == len(domains) and not any(read[name] for name in domains):
+            read = {**read, name: 1}
+    numbers = [float(read[name]) for name in domains]
+    if sum(numbers) == 0:
         problems.say(origin, "", "found 0 for every domain; expected a number above 0")
-    return np.array(
-        [read[name] if isinstance(read.get(name), int | float) else 1 for name in domains], dtype=np.float64
-    )
+    elif sum(numbers) > _MOST:
+        problems.say(origin, "", "found numbers too large to add up; expected smaller ones")
+    return np.array(numbers)
 
 
 def _weights(text: str | None, metrics: Sequence[str], problems: Problems) -> np.ndarray:
@@ -162,4 +166,6 @@ def _weights(text: str | None, metrics: Sequence[str], problems: Problems) -> np
             problems.add(COMMAND, f"--weights {name}", "a finite number, 0 or more", number)
     if not any(found.values()):
         problems.add(COMMAND, "--weights", "a weight above 0", text)
+    elif sum(found.values()) == math.inf:
+        problems.add(COMMAND, "--weights", "weights that can be added up", text)
     return np.array([found.get(name, 0.0) for name in metrics])
