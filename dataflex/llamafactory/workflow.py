@@ -21,6 +21,7 @@ from dataflex.errors import ConfigError
 from dataflex.llamafactory import tokenized
 from dataflex.llamafactory.exclusion import without_targets
 from dataflex.llamafactory.faults import explained, raised_in
+from dataflex.llamafactory.loaded import check_loaded
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
@@ -155,12 +156,7 @@ def _substituted(
             about |= {"resumption": resumption, "stopping": stopping}
             super().__init__(**about, **kwargs)
 
-    with (
-        patch.object(workflow, TRAINERS[stage], Joined),
-        patch.object(workflow, "get_dataset", get_dataset),
-        patch.object(workflow, "load_tokenizer", _in_words(workflow.load_tokenizer, "the tokenizer of ")),
-        patch.object(workflow, "load_model", _in_words(workflow.load_model, "")),
-    ):
+    with patch.object(workflow, TRAINERS[stage], Joined), _checked(workflow, get_dataset):
         yield
 
 
@@ -185,10 +181,31 @@ def _worded(stage: str) -> Iterator[None]:
         with explained(f"tokenized_path {path}" if is_made else f"datasets {', '.join(map(str, places))}", look):
             return get(template, model_args, data_args, *args, **kwargs)
 
+    with _checked(workflow, get_dataset):
+        yield
+
+
+@contextlib.contextmanager
+def _checked(workflow: Any, get_dataset: Callable[..., Any]) -> Iterator[None]:
+    """Put a `get_dataset` in place; say in words what of a model cannot be loaded, or does not fit the rows."""
+    made: list[Mapping[str, Any]] = []
+    load = _in_words(workflow.load_model, "")
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        made.append(get_dataset(*args, **kwargs))
+        return made[-1]
+
+    def load_model(
+        tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False, **kwargs: Any
+    ) -> Any:
+        model = load(tokenizer, model_args, finetuning_args, is_trainable, **kwargs)
+        check_loaded(model, made[-1], tokenizer, model_args, finetuning_args, is_trainable)
+        return model
+
     with (
-        patch.object(workflow, "get_dataset", get_dataset),
+        patch.object(workflow, "get_dataset", noted),
         patch.object(workflow, "load_tokenizer", _in_words(workflow.load_tokenizer, "the tokenizer of ")),
-        patch.object(workflow, "load_model", _in_words(workflow.load_model, "")),
+        patch.object(workflow, "load_model", load_model),
     ):
         yield
 
