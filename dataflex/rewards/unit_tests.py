@@ -33,7 +33,7 @@ class UnitTests:
     The reference is the test: code that raises where the response is wrong, such as `assert` statements, or functions
     and classes as pytest and unittest run them. It runs in a process of its own; the response's names stand for calls
     to another, and arguments and results are JSON-like literals (`dataflex.rewards.isolated`). None where the reference
-    is no Python, tests nothing, or gives what is no such literal.
+    is no Python, tests nothing, gives what is no such literal, or uses several names and all are Python's own.
     """
 
     class Params(RewardParams):
@@ -71,4 +71,4 @@ class UnitTests:
     def identity(self) -> dict[str, Any]:
         """See `dataflex.rewards.base.Reward`."""
         fields = {"seconds", "memory_mb", "include_prompt"}
-        return {"type": "unit_tests", "version": 2, **self.params.model_dump(include=fields)}
+        return {"type": "unit_tests", "version": 3, **self.params.model_dump(include=fields)}

@@ -10,11 +10,11 @@ import builtins
 import importlib.util
 import itertools
 import json
+import math
+import operator
 import os
 import sys
 import types
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from literals import NotLiteral, decode, encode
@@ -33,21 +33,25 @@ class Objects:
         """Return what a name or the number of an instance stands for."""
         return self.made[where] if isinstance(where, int) else self.names[where]
 
-    def encoded(self, value: Any) -> Any:
-        """Return a value for the tests: a literal, or an instance that they have made."""
-        return encode(value, self._made)
+    def encoded(self, value: Any, may_make: bool = False) -> Any:
+        """Return a value for the tests: a literal, or an instance: one that they have, or a new one if they may."""
+
+        def number(found: Any) -> Any:
+            for known, made in enumerate(self.made):
+                if made is found:
+                    return {"made": known}
+            if not may_make or isinstance(found, type) or type(found).__module__ != "response":
+                raise NotLiteral(f"a {type(found).__name__}, which is no JSON-like literal")
+            self.made.append(found)
+            return {"made": len(self.made) - 1}
+
+        return encode(value, number)
 
     def argument(self, kind: str, held: Any) -> Any:
         """Return what the tests gave as no literal: an instance, a name of the code, or one of Python's own."""
         if kind == "made":
             return self.made[held]
         return getattr(builtins, held) if kind == "builtin" else self.names[held]
-
-    def _made(self, value: Any) -> Any:
-        for number, known in enumerate(self.made):
-            if known is value:
-                return {"made": number}
-        raise NotLiteral(f"a {type(value).__name__}, which is no JSON-like literal")
 
 
 def described(objects: Objects, name: str) -> dict[str, Any]:
@@ -68,13 +72,15 @@ def done(objects: Objects, asked: dict[str, Any]) -> dict[str, Any]:
     """Do one thing, and return what came of it."""
     if asked["do"] == "describe":
         return described(objects, asked["name"])
-    owner = objects.target(asked["on"])
+    owner, may_make = objects.target(asked["on"]), asked["may_make"]
     if asked["do"] == "attribute":
         value = getattr(owner, asked["name"])
-        return {"callable": True} if callable(value) else {"value": objects.encoded(value)}
+        return {"value": objects.encoded(value, may_make)} if _is_value(value) else {"callable": True}
     arguments = [decode(item, objects.argument) for item in asked["arguments"]]
+    if asked["do"] == "operate":
+        return {"value": objects.encoded(_operated(owner, asked["name"], arguments), may_make)}
     keywords = {key: decode(item, objects.argument) for key, item in asked["keywords"].items()}
-    called = _function(owner, asked["name"])
+    called = getattr(owner, asked["name"]) if asked["name"] else owner
     value = called(*arguments, **keywords)
     answer: dict[str, Any] = {}
     after = [objects.encoded(item) if isinstance(item, list | dict | set | bytearray) else None for item in arguments]
@@ -83,29 +89,26 @@ def done(objects: Objects, asked: dict[str, Any]) -> dict[str, Any]:
     same = next((i for i, item in enumerate(arguments) if item is value and after[i] is not None), None)
     if same is not None:
         return answer | {"argument": same}
-    if value is NotImplemented:
-        return answer | {"not implemented": True}
-    if asked["name"] == "__iter__":
-        value = list(itertools.islice(value, _LONGEST))
-    if isinstance(called, type):
-        try:
-            return answer | {"value": objects.encoded(value)}
-        except NotLiteral:
-            objects.made.append(value)
-    return answer | {"value": objects.encoded(value)}
+    return answer | {"value": objects.encoded(value, may_make)}
 
 
-def _function(owner: Any, name: str) -> Callable[..., Any]:
-    """Return what to call: the owner itself, a method, or what Python does for an operator."""
-    if name in ("__bool__", "__iter__"):
-        return partial(bool if name == "__bool__" else iter, owner)
-    if name == "__contains__":
-        return lambda item: item in owner
-    if name.startswith("__") and name and not hasattr(owner, name):
-        if name in ("__len__", "__getitem__", "__call__", "__next__", "__int__", "__float__", "__enter__", "__exit__"):
-            raise TypeError(f"a {type(owner).__name__} has no {name}")
-        return lambda *_: NotImplemented
-    return getattr(owner, name) if name else owner  # type: ignore[no-any-return]
+def _is_value(value: Any) -> bool:
+    return not callable(value) or (type(value).__module__ == "response" and not isinstance(value, type))
+
+
+def _operated(owner: Any, name: str, arguments: list[Any]) -> Any:
+    """Return what Python makes of an operator."""
+    plain = name.strip("_")
+    if plain in ("iter", "reversed"):
+        items = list(itertools.islice(getattr(builtins, plain)(owner), _LONGEST + 1))
+        if len(items) > _LONGEST:
+            raise NotLiteral(f"more than {_LONGEST} items")
+        return items
+    called = vars(operator).get(name) or getattr(builtins, plain, None) or getattr(math, plain, None)
+    if called is not None:
+        return called(owner, *arguments)
+    reflected: Any = vars(operator).get(f"__{plain[1:]}__", divmod)
+    return reflected(*arguments, owner)
 
 
 def _lineage(kind: type) -> list[str]:

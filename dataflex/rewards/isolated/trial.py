@@ -1,8 +1,7 @@
 """Run as a script: run the tests of a reward against a response whose code runs in another process.
 
 Standard input has the code and the tests; standard output gets the verdict; the environment has the numbers of the two
-pipes to the other process. Nothing that the code does can change what the tests compare, see what they expect, or
-write the verdict.
+pipes to the other process. What an answer may be, and what it may decide, is in `proxies.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ _PYTHONS_OWN = {*dir(builtins), *sys.stdlib_module_names}
 class Names(dict[str, Any]):
     """The global names of the tests; what they do not bind themselves is looked up in the response.
 
-    A name of Python's own (`abs`, `math`) is the response's only if the tests use no other name of it: a function under
-    test may be called `sum`, but a response must not lend the tests its own `abs` to compare with.
+    A name of Python's own (`abs`, `math`) is the response's only if the tests use no other name, of it or of Python: a
+    function under test may be called `sum`, but a response must not lend the tests its own `abs` to compare with.
     """
 
     def __init__(self, response: Response, used: set[str]):
         super().__init__(__name__="__main__")
         self._response = response
-        self._is_own_kept = bool(used - _PYTHONS_OWN)
+        self._is_own_kept = len(used) > 1
         # Class bodies look names up past __missing__.
         for name in used:
             try:
@@ -104,7 +103,11 @@ def run(tests: str, response: Response) -> None:
         import unittest
 
         unittest.main = lambda *_, **__: None  # type: ignore[assignment, misc]  # they are run below
-    names = Names(response, used_names(tree))
+    used = {name for name in used_names(tree) if not name.startswith("__")}
+    if used and used <= _PYTHONS_OWN and len(used) > 1:
+        text = f"the reference uses {', '.join(sorted(used))}: all are Python's own, so it is not said which is tested"
+        raise response.end(None, text)
+    names = Names(response, used)
     # As a function of their global names, which are no plain dict.
     types.FunctionType(compile(tree, "tests.py", "exec"), names)()
     defined = [value for value in names.values() if getattr(value, "__module__", None) == "__main__"]
