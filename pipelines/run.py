@@ -218,6 +218,7 @@ def _identity(settings: Any, trainer: Any, state: ModelState, method: Any) -> di
         "settings": settings_in_identity(settings.keys, settings.dataflex),
         "schedule": values(("schedule", "order"), trainer.args, trainer.finetuning_args),
         "base": state.loaded,
+        "numerics": state.numerics(),
         "rows": keys_digest(sets.train.keys),
         "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
         "global batch": trainer.global_batch,

@@ -177,7 +177,7 @@ class ModelState:
         recipe: dict[str, Any] = {
             "feature": spec.recipe(),
             "model": {"base": self.loaded, "adapter": self._weights(forward_only=not is_gradient)},
-            "numerics": self._numerics(),
+            "numerics": self.numerics(),
         }
         if is_gradient and self._checkpoint == BASE:
             raise ConfigError("gradients of the base model: there are none, the weights that are trained are left out")
@@ -204,7 +204,7 @@ class ModelState:
 
     def origin(self) -> dict[str, Any]:
         """Return what a lineage begins with: base, trainable weights, numerics. Collective under ZeRO-3."""
-        begun = {"base": self.loaded, "weights": self._weights(forward_only=False), "numerics": self._numerics()}
+        begun = {"base": self.loaded, "weights": self._weights(forward_only=False), "numerics": self.numerics()}
         return begun | ({"reference": self._reference} if self._reference else {})
 
     def trainable(self) -> list[tuple[str, Any]]:
@@ -285,7 +285,8 @@ class ModelState:
         config = configs[self.model.active_adapter]
         return {name: plain(getattr(config, name)) for name in checkpoint.SCALING if getattr(config, name, None)}
 
-    def _numerics(self) -> dict[str, Any]:
+    def numerics(self) -> dict[str, Any]:
+        """Return what the same weights are computed with."""
         args = self.trainer.args
         frozen = next((p.dtype for p in self.model.parameters() if not p.requires_grad), None)
         return {

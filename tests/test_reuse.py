@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from typing import Any
 
 import pytest
@@ -88,3 +89,36 @@ def test_a_model_trained_whole_has_base_losses_after_a_resumption(workspace: Any
     again = run(workspace, "whole", "delta_loss", {}, eval_dataset=None, **whole)
     assert again["computed"] == 0
     assert workspace.rounds("whole") == rounds
+
+
+@pytest.mark.slow  # six trainings
+@pytest.mark.timeout(300)
+def test_what_has_another_name_is_not_reused(workspace: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """No row of a store, no state at the end of a warm-up, no round of the journal."""
+    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}}
+    keys: dict[str, Any] = {"component_name": "less", "dataflex": section, "lr_scheduler_type": "constant"}
+    caplog.set_level(logging.INFO, logger="dataflex")
+    workspace.run("train", workspace.write("first", **keys))
+    out = workspace.folder / "out"
+
+    def again(name: str, from_step: int | None, **changes: Any) -> tuple[Any, list[int], int]:
+        """Train as the first run did but for some keys; return where it began, what it computed, rounds replayed."""
+        if from_step is not None:
+            shutil.copytree(out / "first", out / name)
+            for step in range(from_step + 1, 8):
+                shutil.rmtree(out / name / f"checkpoint-{step}", ignore_errors=True)
+        caplog.clear()
+        summary = workspace.run("train", workspace.write(name, **(keys | changes)))
+        replayed = sum(record.getMessage().endswith("from the journal") for record in caplog.records)
+        return summary["started_from"], [update["computed"] for update in summary["updates"]], replayed
+
+    every = POOL + TARGETS
+    assert again("same", 3) == (None, [], 2)
+    began, computed, _ = again("anew", None)
+    assert began is not None
+    assert computed == [0, 0]
+    others: dict[str, dict[str, Any]] = {"step": {"neftune_noise_alpha": 5.0}, "model": {"upcast_layernorm": True}}
+    for name, changes in others.items():
+        assert again(name, None, **changes) == (None, [every, every], 0), name
+    assert again("round", 3, neftune_noise_alpha=5.0)[2] == 0
+    assert again("setting", 3, dataflex=section | {"storage": "int8"}) == (None, [every, every], 0)

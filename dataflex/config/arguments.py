@@ -30,7 +30,8 @@ _LLAMAFACTORY: dict[Way, str] = {
     "content": """
         model_name_or_path adapter_name_or_path adapter_folder model_revision create_new_adapter
     """,
-    # Through the configuration that the model has once LLaMA-Factory has changed it, in the base's part of a recipe.
+    # Through the configuration that the model has once LLaMA-Factory has changed it, in the base's part of a recipe;
+    # its attention among the numerics, which recipes, lineages and the run's identity have.
     "configuration": "rope_scaling flash_attn",
     # By value in the base's part of a recipe, and so in a lineage, which begins with the base.
     "model": """
