@@ -90,7 +90,10 @@ def known_keys() -> dict[str, Key]:
         for name in files:
             path = Path(spec.origin).parent / name
             if not path.is_file():
-                raise ConfigError(f"found no {path}; expected llamafactory >=0.9.5,<0.10 and transformers >=5.0,<5.6")
+                raise ConfigError(
+                    f"found no {path}; expected a version of {package} that dataflex requires; `dataflex doctor` says "
+                    "which is not"
+                )
             for node in ast.parse(path.read_text("utf-8")).body:
                 if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
                     found |= _fields(node)
