@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dataflex import distributed, stop
-from dataflex.errors import Cancelled, DataflexError, Interrupted, MismatchError
+from dataflex.errors import Cancelled, ConfigError, DataflexError, Interrupted, MismatchError
 from dataflex.faults import told
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit; what people can act on prints its text and no traceback (`--verbose` shows it)."""
     try:
         try:
+            _refuse_empty(sys.argv[1:] if arguments is None else arguments)
             app(args=arguments, prog_name="dataflex")
         finally:
             _flush()
@@ -84,6 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _leave_bars()
             print(f"dataflex: {text}", file=sys.stderr)
         sys.exit(exit_code)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse a text without anything in it: as a path it would be the working folder, as a name it would fit any."""
+    for before, argument in zip(["dataflex", *arguments], arguments, strict=False):
+        option, sign, value = argument.partition("=")
+        is_option = argument.startswith("--") and bool(sign)
+        if not argument.strip() or (is_option and not value.strip()):
+            where = option if is_option else f"behind {before}"
+            raise ConfigError(
+                f"command line: found an empty text ({where}); expected a value, or the option left out; see whether a "
+                "variable is unset"
+            )
 
 
 def _leave_bars() -> None:

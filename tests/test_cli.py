@@ -148,6 +148,45 @@ def test_stores_are_listed_shown_verified_and_repaired(capsys, tmp_path):
     assert run(capsys, "store", "verify", *root)[0] == 0
 
 
+@pytest.mark.parametrize("verb", ["ls", "show loss", "verify", "repair", "gc --leftovers --grace 0 --delete"])
+@pytest.mark.parametrize("root", [["--root", ""], ["--root", " "], ["--root="]])
+def test_an_empty_root_is_not_the_working_folder(capsys, tmp_path, verb, root):
+    name = make_store(tmp_path)
+    (tmp_path / name / "data" / "left.parquet.tmp").touch()
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, "store", *verb.split(), *root)
+    assert (code, out) == (2, "")
+    assert err.startswith("dataflex: command line: found an empty text (")
+    assert err.count("--root") == 1
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["store", "show", ""],
+        ["store", "gc", "--run", "", "--delete"],
+        ["validate", ""],
+        ["train", "run.yaml", ""],
+        ["select", "run.yaml", "--num", "3", "--output", ""],
+        ["doctor", ""],
+        ["mix", "fit", "runs.csv", "--kl", "0", "--output", ""],
+        ["mix", "fit", "runs.csv", "--sizes="],
+        ["mix", "fit", "runs.csv", "--prior", ""],
+        [""],
+    ],
+)
+def test_an_empty_text_is_no_value(capsys, arguments):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("dataflex: command line: found an empty text (")
+
+
+def test_a_key_may_be_set_to_an_empty_text(capsys):
+    assert run(capsys, "validate", "run.yaml", "run_name=")[0] == 0
+
+
 def test_no_store(capsys, tmp_path):
     assert run(capsys, "store", "ls", "--root", str(tmp_path))[1] == f"no stores under {tmp_path}\n"
     code, _, err = run(capsys, "store", "show", "loss", "--root", str(tmp_path))
