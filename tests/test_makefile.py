@@ -23,7 +23,8 @@ def made(folder: Path, pythons: dict[str, str | tuple[int, int]], *arguments: st
             what = f"exec '{sys.executable}' -c 'import sys; sys.version_info = {(*what, 0)}; exec(sys.argv[1])' \"$2\""
         (names / name).write_text(f"#!/bin/sh\n{what}\n")
         (names / name).chmod(0o755)
-    command = [str(shutil.which("make")), "--no-print-directory", "--eval", "chosen: ; @: $(info $(PYTHON))", *arguments]
+    shown = "chosen: ; @: $(info $(PYTHON))"
+    command = [str(shutil.which("make")), "--no-print-directory", "--eval", shown, *arguments]
     return subprocess.run(command, cwd=folder, env={"PATH": str(names)}, capture_output=True, text=True, check=False)
 
 
