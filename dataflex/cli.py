@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 signal.signal(number, signal.SIG_IGN)  # a launcher that sees one process end asks the others again
         log.debug("where it was raised:", exc_info=error)
         text, exit_code = what
-        if distributed.is_main() or not getattr(error, "everywhere", False):
+        if not getattr(error, "everywhere", False) or distributed.is_main():
             _leave_bars()
             print(f"dataflex: {text}", file=sys.stderr)
         sys.exit(exit_code)
@@ -141,6 +141,7 @@ def options(
     ] = False,
 ) -> None:
     """Set up logging: rank 0 says what is done, the others only what is wrong."""
+    distributed.check_environment(os.environ)
     level = logging.INFO if distributed.is_main() and not quiet else logging.WARNING
     format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=format, datefmt="%H:%M:%S", handlers=[_Stderr()])
@@ -364,8 +365,11 @@ def fit_proportions(
 
 def _settings(run: Path, overrides: list[str] | None) -> Settings:
     from dataflex.config import load
+    from dataflex.launch import check
 
-    return load(run, overrides or [])
+    settings = load(run, overrides or [])
+    check(os.environ, needs_processes=bool(settings.llamafactory.get("deepspeed")))
+    return settings
 
 
 @contextlib.contextmanager

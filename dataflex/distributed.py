@@ -8,10 +8,10 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from dataflex.errors import DataflexError
+from dataflex.errors import ConfigError, DataflexError
 
 T = TypeVar("T")
 
@@ -28,21 +28,49 @@ def _group() -> Any:
     return dist if dist.is_available() and dist.is_initialized() else None
 
 
+def number(env: Mapping[str, str], name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    """Return a whole number out of the environment.
+
+    Raises:
+        ConfigError: it is none, or out of bounds.
+    """
+    text = env.get(name)
+    if text is None:
+        return default
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise ConfigError(
+            f"environment variable {name}: found {text!r}; expected a whole number from {least} to {most}, as a "
+            "launcher sets it. Unset it to run without one"
+        )
+    return int(text)
+
+
+def check_environment(env: Mapping[str, str]) -> None:
+    """Refuse a process that does not know which one of how many it is.
+
+    Raises:
+        ConfigError: a number is none, or out of bounds.
+    """
+    several = number(env, "WORLD_SIZE", 1, least=1)
+    number(env, "RANK", 0, most=several - 1)
+    number(env, "LOCAL_RANK", 0)
+
+
 def rank() -> int:
     """Return this process's rank: of the process group, else of the launcher's environment, else 0."""
     dist = _group()
-    return int(dist.get_rank()) if dist else int(os.environ.get("RANK", "0"))
+    return int(dist.get_rank()) if dist else number(os.environ, "RANK", 0)
 
 
 def world() -> int:
     """Return the number of processes, at least 1."""
     dist = _group()
-    return int(dist.get_world_size()) if dist else int(os.environ.get("WORLD_SIZE", "1"))
+    return int(dist.get_world_size()) if dist else number(os.environ, "WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """Return this process's rank on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return number(os.environ, "LOCAL_RANK", 0)
 
 
 def is_main() -> bool:

@@ -7,9 +7,14 @@ import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from dataflex import distributed
 from dataflex.errors import ConfigError
 
 _TRUE = ("true", "y", "1")
+_COUNTED = ("auto", "cpu", "gpu", "xpu")
+"""What torchrun takes for a number of processes, and counts itself."""
+_MOST = 65536
+"""Nodes, processes of a node, or restarts: more is a mistake, and would take the machine down."""
 
 
 def launch(arguments: Sequence[str], needs_processes: bool = False) -> None:
@@ -22,10 +27,11 @@ def launch(arguments: Sequence[str], needs_processes: bool = False) -> None:
         needs_processes: whether a launcher is needed whatever the number of devices, as for DeepSpeed.
 
     Raises:
-        ConfigError: the environment says too little or no number.
+        ConfigError: the environment says too little, or no number where there has to be one.
     """
     command = command_line(arguments, os.environ, _devices, needs_processes)
     if command is None:
+        _require_group(os.environ)
         return
     sys.stdout.flush()
     sys.stderr.flush()
@@ -47,22 +53,13 @@ def command_line(
         needs_processes: as for `launch`.
 
     Raises:
-        ConfigError: a number is none, or several nodes have no common address.
+        ConfigError: as `check_numbers`.
     """
-    # Kubernetes sets RANK and WORLD_SIZE per node, for FORCE_TORCHRUN=1 NNODES=$WORLD_SIZE NODE_RANK=$RANK; what sets
-    # LOCAL_RANK has started the processes already.
-    is_forced = _is_on(env, "FORCE_TORCHRUN") or _is_on(env, "USE_MCA")
-    if "LOCAL_RANK" in env or (not is_forced and ("RANK" in env or "WORLD_SIZE" in env)):
+    if not may_launch(env):
         return None
-    is_forced = is_forced or needs_processes
-    if not is_forced and (_is_on(env, "USE_RAY") or _is_on(env, "USE_KT") or devices() < 2):
+    if not _is_forced(env, needs_processes) and (_is_on(env, "USE_RAY") or _is_on(env, "USE_KT") or devices() < 2):
         return None
-    nodes = _number(env, "NNODES", 1)
-    if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        raise ConfigError(
-            f"NNODES: found {nodes} without MASTER_ADDR and MASTER_PORT; expected both, the same on every node: "
-            "otherwise each node waits at an address of its own"
-        )
+    nodes = check_numbers(env)
     address = env.get("MASTER_ADDR", "127.0.0.1")
     port = str(_number(env, "MASTER_PORT", 0) or free_port())
     processes = env.get("NPROC_PER_NODE") or str(max(1, devices()))
@@ -76,6 +73,64 @@ def command_line(
         command += ["--nnodes", str(nodes), "--node-rank", str(_number(env, "NODE_RANK", 0))]
         command += ["--master-addr", address, "--master-port", port]
     return [*command, "-m", "dataflex.cli", *arguments]
+
+
+def may_launch(env: Mapping[str, str]) -> bool:
+    """Say whether no launcher has started this process yet.
+
+    Kubernetes sets RANK and WORLD_SIZE per node, for FORCE_TORCHRUN=1 NNODES=$WORLD_SIZE NODE_RANK=$RANK; what sets
+    LOCAL_RANK has started the processes already.
+    """
+    return "LOCAL_RANK" not in env and (_is_forced(env) or ("RANK" not in env and "WORLD_SIZE" not in env))
+
+
+def check(env: Mapping[str, str], needs_processes: bool) -> None:
+    """Check, for `validate`, what a launcher would be told; where that depends on the devices, it is left to `launch`.
+
+    Raises:
+        ConfigError: as `check_numbers`.
+    """
+    if may_launch(env) and _is_forced(env, needs_processes):
+        check_numbers(env)
+
+
+def check_numbers(env: Mapping[str, str]) -> int:
+    """Hold every number that the launcher is told against its bounds, and return that of the nodes.
+
+    Raises:
+        ConfigError: a number is none, or out of bounds; several nodes have no common address.
+    """
+    nodes = _number(env, "NNODES", 1, least=1)
+    if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        raise ConfigError(
+            f"NNODES: found {nodes} without MASTER_ADDR and MASTER_PORT; expected both, the same on every node: "
+            "otherwise each node waits at an address of its own"
+        )
+    _number(env, "NODE_RANK", 0, most=nodes - 1 if "RDZV_ID" not in env else _MOST)
+    _number(env, "MASTER_PORT", 0, most=65535)
+    if env.get("NPROC_PER_NODE") not in _COUNTED:
+        _number(env, "NPROC_PER_NODE", 1, least=1)
+    _number(env, "MAX_NNODES", nodes, least=_number(env, "MIN_NNODES", 1, least=1))
+    _number(env, "MAX_RESTARTS", 0)
+    return nodes
+
+
+def _require_group(env: Mapping[str, str]) -> None:
+    """Refuse a process of several that cannot find the others: torch would end in a traceback.
+
+    Raises:
+        ConfigError: what it needs is not set.
+    """
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in wanted if not env.get(name)]
+    if missing and ("LOCAL_RANK" in env or distributed.number(env, "WORLD_SIZE", 1) > 1):
+        found = ", ".join(f"{name}={env[name]}" for name in ("LOCAL_RANK", *wanted) if env.get(name))
+        raise ConfigError(
+            f"environment: found {found} without {', '.join(missing)}; expected all that a launcher such as torchrun "
+            "sets. Unset them to run one process, or set FORCE_TORCHRUN=1 and NPROC_PER_NODE to start several"
+        )
+    if not missing:
+        _number(env, "MASTER_PORT", 0, least=1, most=65535)
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -110,8 +165,10 @@ def _is_on(env: Mapping[str, str], name: str, default: str = "0") -> bool:
     return env.get(name, default).lower() in _TRUE
 
 
-def _number(env: Mapping[str, str], name: str, default: int) -> int:
-    text = env.get(name, "")
-    if text and not text.isdecimal():
-        raise ConfigError(f"environment variable {name}: found {text!r}; expected a whole number")
-    return int(text) if text else default
+def _is_forced(env: Mapping[str, str], needs_processes: bool = False) -> bool:
+    return needs_processes or _is_on(env, "FORCE_TORCHRUN") or _is_on(env, "USE_MCA")
+
+
+def _number(env: Mapping[str, str], name: str, default: int, least: int = 0, most: int = _MOST) -> int:
+    """Return a number, the default for an empty text too, as scripts leave what they do not set."""
+    return distributed.number(env, name, default, least, most) if env.get(name) else default

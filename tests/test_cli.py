@@ -40,6 +40,7 @@ warmup_step: 10
 update_step: 10
 update_times: 2
 """
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +297,8 @@ def test_a_store_that_cannot_be_reached_stops_a_run_before_anything_is_loaded(ca
 
 @pytest.mark.parametrize("verb", ["train", "featurize"])
 def test_ctrl_c_says_what_it_left(capsys, monkeypatch, verb):
-    monkeypatch.setenv("LOCAL_RANK", "0")  # as under a launcher, which has started the process already
+    for name, value in LAUNCHED.items():  # so that it launches nothing
+        monkeypatch.setenv(name, value)
 
     def interrupted(settings: Any) -> None:
         raise KeyboardInterrupt
@@ -398,6 +400,60 @@ def test_launch_refuses_what_would_hang():
         command_line(["train"], {"NNODES": "2"}, lambda: 8)
     with pytest.raises(ConfigError, match="NODE_RANK: found 'x'; expected a whole number"):
         command_line(["train"], {"NODE_RANK": "x"}, lambda: 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") for value in ("abc", "", "-1", "1.5")]
+    + [("WORLD_SIZE", "0"), ("RANK", "1")],
+)
+@pytest.mark.parametrize("verb", [("validate", "run.yaml"), ("train", "run.yaml"), ("store", "ls"), ("version",)])
+def test_a_process_that_does_not_know_which_it_is(capsys, monkeypatch, verb, name, value):
+    monkeypatch.setenv(name, value)
+    code, _, err = run(capsys, *verb)
+    assert code == 2
+    assert err.startswith(f"dataflex: environment variable {name}: found '{value}'; expected a whole number from ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (name, value)
+        for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_PORT", "MIN_NNODES", "MAX_NNODES", "MAX_RESTARTS")
+        for value in ("abc", "-1", "70000")
+    ]
+    + [("NPROC_PER_NODE", "0"), ("NNODES", "0"), ("NODE_RANK", "1"), ("MAX_NNODES", "0")],
+)
+@pytest.mark.parametrize("verb", ["validate", "train"])
+def test_a_launcher_is_told_nothing_wrong(capsys, monkeypatch, verb, name, value):
+    monkeypatch.setenv(name, value)
+    if verb == "validate":
+        assert run(capsys, verb, "run.yaml")[0] == 0  # no launcher is asked for
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    code, _, err = run(capsys, verb, "run.yaml")
+    assert code == 2
+    assert err.startswith(f"dataflex: environment variable {name}: found '{value}'; expected a whole number from ")
+
+
+@pytest.mark.parametrize(
+    ("env", "missing"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({**LAUNCHED, "MASTER_ADDR": ""}, "MASTER_ADDR"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "featurize"])
+def test_a_process_that_cannot_find_the_others(capsys, monkeypatch, verb, env, missing):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run(capsys, verb, "run.yaml")
+    assert code == 2
+    assert f" without {missing}; expected all that a launcher such as torchrun sets" in err
+    monkeypatch.setenv("FORCE_TORCHRUN", "0")
+    for name, value in {**LAUNCHED, "MASTER_PORT": "70000"}.items():
+        monkeypatch.setenv(name, value)
+    assert "MASTER_PORT: found '70000'" in run(capsys, verb, "run.yaml")[2]
 
 
 def test_deepspeed_is_launched_on_one_device_too():
