@@ -28,7 +28,7 @@ from dataflex.fingerprint import keys_digest
 from dataflex.pipelines.fragments import NonfiniteLimit, Tally, Work
 from dataflex.pipelines.policy import PolicySource
 from dataflex.pipelines.progress import Progress
-from dataflex.pipelines.sources import EncoderSource, ModelSource, Source
+from dataflex.pipelines.sources import EncoderSource, ModelSource, Source, Wanted
 from dataflex.pipelines.state import ModelState
 from dataflex.pipelines.views import Snapshot
 from dataflex.rows import Rows, Status
@@ -85,14 +85,20 @@ class FeatureAccess:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
         return {**self._source(spec).recipe(spec), "storage": self._storage(spec)}
 
-    def require_rules(self, specs: Sequence[FeatureSpec], rows: Rows) -> None:
-        """Refuse trainable parameters without a per-example gradient, if one of the features is a gradient. Collective.
+    def width(self, spec: FeatureSpec) -> int:
+        """Return the numbers of a feature's vector; 0 for a feature without."""
+        return self._source(spec).width(spec)
+
+    def require(self, wanted: Sequence[Wanted]) -> None:
+        """Refuse, before the first step, features of these rows that could not be computed. Collective.
 
         Raises:
-            DataflexError: one has none.
+            DataflexError: they could not.
         """
-        if any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in specs):
-            self._model.require_rules(rows)
+        policies = [(spec, rows) for spec, rows in wanted if isinstance(spec, PolicyGradientSpec)]
+        wanted = [*wanted, *((GradientSpec(projection=spec.projection), rows) for spec, rows in policies)]
+        for source in dict.fromkeys(self._source(spec) for spec, _ in wanted):
+            source.require([(spec, rows) for spec, rows in wanted if self._source(spec) is source])
 
     def view(
         self, spec: FeatureSpec, rows: Rows, store: ParquetStore, age: int = 0, is_target: bool = False

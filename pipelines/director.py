@@ -18,6 +18,7 @@ from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round
+from dataflex.selectors.base import Beginning
 from dataflex.trainers.checkpoints import FOLDER
 from dataflex.trainers.rounds import DecidedRound
 
@@ -69,16 +70,26 @@ class RoundDirector:
                 )
         if self.settings.train_type != "dynamic_select":
             return
-        if hasattr(run.method, "prepare"):
-            run.method.prepare()
-        largest = max((round.steps for round in run.updates), default=0) * run.trainer.global_batch
-        is_distinct = getattr(run.method, "chooses_distinct", False)
-        if self.stage == "train" and is_distinct and self.schedule.update_step > 0 and largest > len(run.eligible):
-            raise CoverageError(
-                f"update_step: an update needs {largest} rows ({largest // run.trainer.global_batch} steps of "
-                f"{run.trainer.global_batch}), found {len(run.eligible)} that can be chosen; lower "
-                "update_step or the batch size"
-            )
+        largest = self._largest()
+        if getattr(run.method, "chooses_distinct", False) and largest > len(run.eligible):
+            raise CoverageError(self._too_many(largest))
+        if hasattr(run.method, "needs") and hasattr(run.method, "prepare"):
+            run.method.prepare(Beginning(run.rows, run.targets, largest, run.access.width))
+
+    def _largest(self) -> int:
+        """Return the rows that the largest choice will be of at least; 0 where nothing is chosen."""
+        if self.stage != "train":
+            return 0
+        wanted = max((round.steps for round in self.run.updates), default=0) * self.run.trainer.global_batch
+        return wanted if self.schedule.update_step > 0 else min(wanted, len(self.run.eligible))
+
+    def _too_many(self, largest: int) -> str:
+        """Say that there are fewer rows than a choice needs."""
+        batch = self.run.trainer.global_batch
+        return (
+            f"update_step: an update needs {largest} rows ({largest // batch} steps of {batch}), found "
+            f"{len(self.run.eligible)} that can be chosen; lower update_step or the batch size"
+        )
 
     def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
         """Return the round on every rank, recorded before its first batch."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex import distributed
 from dataflex.errors import ConfigError
 from dataflex.features.generation import Generator, Job, ModelGenerator
 from dataflex.features.policy import policy_gradients, response_weights
@@ -23,8 +24,9 @@ from dataflex.features.spec import (
     RewardSpec,
 )
 from dataflex.fingerprint import IGNORE_INDEX, digest, row_key, text_key
+from dataflex.llamafactory.faults import explained
 from dataflex.pipelines.responses import ResponseStore, RewardStore, keys_of
-from dataflex.pipelines.sources import ModelSource
+from dataflex.pipelines.sources import ModelSource, Wanted
 from dataflex.pipelines.state import ModelState
 from dataflex.rewards import Reward, build_reward, reward_identity
 from dataflex.rows import Rows, Status
@@ -97,13 +99,28 @@ class PolicySource:
         assert isinstance(spec, PolicyGradientSpec)
         return self._model.width(GradientSpec(projection=spec.projection))
 
+    def require(self, wanted: Sequence[Wanted]) -> None:
+        """Look whether every row has a prompt, and whether what judges can be loaded.
+
+        Raises:
+            ConfigError: a row has none, or a reward cannot be had.
+        """
+        for rows in {id(rows): rows for _, rows in wanted}.values():
+            for row in range(len(rows)):
+                self._target(rows, row)
+        specs = [spec for spec, _ in wanted if isinstance(spec, PolicyGradientSpec)]
+        for each in [each for spec in specs for each in spec.reward]:
+            reward = self._reward(each)
+            if hasattr(reward, "prepare"):
+                with distributed.together(), explained(f"reward {each.type}", refusal=ConfigError):
+                    reward.prepare()
+
     def compute(
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
     ) -> list[FeatureValues]:
         """Write, score and differentiate what is missing for rows `at`.
 
         Raises:
-            ConfigError: a row has no prompt.
             UnavailableError: a server does not answer; what it has answered is kept.
         """
         targets = [self._target(rows, int(row)) for row in at]

@@ -161,9 +161,9 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         CorruptionError: a checkpoint that features are asked of is damaged.
         MismatchError: it was trained on another base.
     """
-    sets = trainer.row_sets
-    eligible = np.flatnonzero(sets.train.supervised > 0)
-    _report(sets.train, sets.targets, len(eligible))
+    found = trainer.row_sets
+    eligible = np.flatnonzero(found.train.supervised > 0)
+    _report(found.train, found.targets, len(eligible))
     state = ModelState(trainer)
     method = build(settings.component, settings.params, trainer, **runtime)
     weighter = build(settings.weighter, settings.weighter_params, trainer)
@@ -175,8 +175,8 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     run = Run(
         settings=settings,
         trainer=trainer,
-        rows=sets.train,
-        targets=sets.targets,
+        rows=found.train,
+        targets=found.targets,
         eligible=eligible,
         state=state,
         access=FeatureAccess(root, state, settings.dataflex, record, settings.llamafactory.get("cutoff_len", 2048)),
@@ -196,8 +196,11 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
         if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update
             run.state.require_whole(folder)
             run.state.require_same_base(folder)
-    asked = getattr(method, "asked", ())
-    run.access.require_rules([*(need.spec for need in run.needs), *asked, *settings.dataflex.features], run.rows)
+    sets = {"train": [run.rows], "targets": list(run.targets.values())}
+    wanted = [(need.spec, rows) for need in run.needs for rows in sets[need.of]]
+    wanted += [(spec, run.rows) for spec in getattr(method, "asked", ())]
+    wanted += [(spec, rows) for spec in settings.dataflex.features for some in sets.values() for rows in some]
+    run.access.require(wanted)
     return run
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from dataflex import distributed
 from dataflex.config.outputs import refuse_unwritable
-from dataflex.errors import ConfigError, CoverageError
+from dataflex.errors import ConfigError
 from dataflex.pipelines.featurize import FeaturizeDirector, run_until_update
 from dataflex.pipelines.update import choose
 from dataflex.rows import Rows
@@ -68,15 +68,16 @@ class SelectDirector(FeaturizeDirector):
         self._found: list[dict[str, Any]] = []
 
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
-        """Refuse, before anything is computed, more rows than there are."""
-        start = super().begin(trainer, checkpoint)
+        """Refuse rows without records, which could not be written."""
         if not trainer.row_sets.raw:
             raise ConfigError(_NO_RECORDS)
-        if getattr(self.run.method, "chooses_distinct", False) and self.num > len(self.run.eligible):
-            raise CoverageError(
-                f"--num: found {self.num}; expected at most {len(self.run.eligible)}, the rows with labels"
-            )
-        return start
+        return super().begin(trainer, checkpoint)
+
+    def _largest(self) -> int:
+        return self.num
+
+    def _too_many(self, largest: int) -> str:
+        return f"--num: found {largest}; expected at most {len(self.run.eligible)}, the rows with labels"
 
     def at_update(self, round: Round) -> None:
         """Choose and write."""

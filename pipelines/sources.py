@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dataflex.errors import ConfigError
+from dataflex import distributed
+from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.encoder import TextEncoder, encoder_identity
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.excerpt import excerpt
@@ -24,12 +25,17 @@ from dataflex.features.spec import (
     TokenLossSpec,
 )
 from dataflex.fingerprint import text_key
+from dataflex.llamafactory.faults import explained
 from dataflex.pipelines.folder import model_folder
 from dataflex.pipelines.state import ModelState
 from dataflex.rows import KEY_DTYPE, Rows
 
 _MEASURED = 16
 """Rows whose loss stands for that of all."""
+
+
+Wanted = tuple[FeatureSpec, Rows]
+"""A feature, and the rows that it will be asked of."""
 
 
 class Source(Protocol):
@@ -48,6 +54,10 @@ class Source(Protocol):
 
     def width(self, spec: FeatureSpec) -> int:
         """Return the numbers of a vector; 0 for a feature without."""
+        ...
+
+    def require(self, wanted: Sequence[Wanted]) -> None:
+        """Refuse, before the first step, features of these rows that could not be computed. Collective."""
         ...
 
     def compute(
@@ -87,15 +97,27 @@ class ModelSource:
             autocast=trainer.accelerator.autocast,
         )
 
-    def require_rules(self, rows: Rows) -> None:
-        """Ask before the first step, on every rank, whether every trainable parameter has a per-example gradient.
+    def require(self, wanted: Sequence[Wanted]) -> None:
+        """Ask whether every trainable parameter has a per-example gradient, and whether layers and rows are there.
 
         Raises:
-            DataflexError: one has none.
+            DataflexError: a parameter has none.
+            ConfigError: the model has no such layer, or a row is wider than token losses are kept.
         """
-        count = max(1, int(np.searchsorted(np.cumsum(rows.length), self._token_budget)))
         # An engine of its own: where the model is now need not be where its batches will go.
-        self._new_engine().require_rules([rows.examples[row] for row in range(min(count, len(rows)))])
+        engine = self._new_engine()
+        for rows in [rows for spec, rows in wanted if isinstance(spec, GradientSpec)][:1]:
+            count = max(1, int(np.searchsorted(np.cumsum(rows.length), self._token_budget)))
+            engine.require_rules([rows.examples[row] for row in range(min(count, len(rows)))])
+        if embeddings := list(dict.fromkeys(spec for spec, _ in wanted if isinstance(spec, EmbeddingSpec))):
+            engine.require_layers(embeddings)
+        kept = [rows for spec, rows in wanted if isinstance(spec, TokenLossSpec)]
+        longest = max((int(rows.length.max(initial=0)) for rows in kept), default=0)
+        if longest > self._cutoff_len:
+            raise ConfigError(
+                f"cutoff_len: found {self._cutoff_len} and a row of {longest} tokens; expected rows of at most "
+                "cutoff_len, as token losses are kept in that width. Set the one that tokenized_path was made with"
+            )
 
     def keys(self, rows: Rows) -> np.ndarray:
         """Return the keys of the tokens."""
@@ -162,30 +184,27 @@ class ModelSource:
         return float(found.scalars["loss_sum"].sum()), float(found.scalars["tokens"].sum())
 
     def _as_wide(self, spec: FeatureSpec, values: FeatureValues) -> FeatureValues:
-        """Fill token losses up to the width that all rows have.
-
-        Raises:
-            ConfigError: a row is wider.
-        """
+        """Fill token losses up to the width that all rows have."""
         if not isinstance(spec, TokenLossSpec) or values.vectors is None:
             return values
         missing = self._cutoff_len - values.vectors.shape[1]
-        if missing < 0:
-            raise ConfigError(
-                f"cutoff_len: found {self._cutoff_len} and a row of {values.vectors.shape[1]} tokens; expected rows of "
-                "at most cutoff_len, as token losses are kept in that width. Set the one that tokenized_path was made "
-                "with"
-            )
         return replace(values, vectors=np.pad(values.vectors, ((0, 0), (0, missing))))
 
 
 class EncoderSource:
-    """Another model; it is loaded when the first row is missing."""
+    """Another model; it is loaded when it is first asked what it is or gives.
+
+    Raises:
+        MismatchError: there is none of that name.
+        UnavailableError: a server that it would come from does not answer.
+    """
 
     is_collective = False
 
     def __init__(self, name_or_path: str, state: ModelState, token_budget: int):
-        self._folder: Path = model_folder(name_or_path)
+        self._place = f"embedding_model_name_or_path: {name_or_path}"
+        with explained(self._place, refusal=MismatchError):
+            self._folder: Path = model_folder(name_or_path)
         self._device = state.trainer.args.device
         self._token_budget = token_budget
         self._loaded: TextEncoder | None = None
@@ -194,8 +213,19 @@ class EncoderSource:
     @property
     def _encoder(self) -> TextEncoder:
         if self._loaded is None:
-            self._loaded = TextEncoder(self._folder, self._device, self._token_budget)
+            with explained(self._place, refusal=MismatchError):
+                self._loaded = TextEncoder(self._folder, self._device, self._token_budget)
         return self._loaded
+
+    def require(self, wanted: Sequence[Wanted]) -> None:
+        """Load the encoder.
+
+        Raises:
+            ConfigError: a package that it needs is missing, or it has no such layer.
+            MismatchError: it cannot be loaded.
+        """
+        with distributed.together():
+            self._encoder.require_layers([spec for spec, _ in wanted if isinstance(spec, EmbeddingSpec)])
 
     def keys(self, rows: Rows) -> np.ndarray:
         """Return the keys of the texts."""

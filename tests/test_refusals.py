@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,41 @@ pytestmark = pytest.mark.usefixtures("run_folder")
             ["dataflex.store: found 's3://'; expected a URL with a bucket or folder, as s3://"],
         ),
         ("dataflex: {store: model/config.json}", ["config.json'; expected a folder, or one that can be made"]),
+        # what a method could only have said after its features
+        (
+            "dataflex: {params: {similarity: whitened_cosine}}",
+            ["dataflex.params: similarity: found whitened_cosine with 8192 numbers per gradient; expected at most"],
+        ),
+        (
+            "component_name: composed\ndataflex: {params: {similarity: whitened_cosine, "
+            "representation: {kind: gradient, proj_dim: 4097}}}",
+            ["found whitened_cosine with 4097 numbers per gradient"],
+        ),
+        (
+            "component_name: nice\ntrain_on_prompt: true\ndataflex: {params: {reward: {type: exact_match}}}",
+            ["train_on_prompt: found true; expected it left out. Policy gradients are of responses to a row's prompt"],
+        ),
+        (
+            "component_name: nice\nstage: pt\ndataflex: {params: {reward: {type: exact_match}}}",
+            ["stage: found 'pt'; expected sft. Policy gradients are of responses"],
+        ),
+        (
+            "component_name: embedding\ndataflex: {params: {embedding_model_name_or_path: ./nosuch/enc}}",
+            ["embedding_model_name_or_path: found './nosuch/enc'; expected a folder that exists, or a name on the Hub"],
+        ),
+        (
+            "component_name: cluster_less\ndataflex: {params: {embedding_model_name_or_path: no/such/enc}}",
+            ["found 'no/such/enc'; expected a folder that exists"],
+        ),
+        (
+            "component_name: tsds\ndataflex: {params: {representation: {kind: embedding, "
+            "embedding_model_name_or_path: data/pool.json}}}",
+            ["found 'data/pool.json'; expected a folder that exists"],
+        ),
+        (
+            "dataflex: {features: [{kind: embedding, embedding_model_name_or_path: data}]}",
+            ["found data without modules.json and config.json; expected the folder of an encoder"],
+        ),
         # values of DataFlex's flat keys
         (
             "train_type: dynamic_selct",
@@ -360,6 +396,11 @@ def test_what_several_keys_are_together_is_said_once():
         "report_to: []",
         "report_to: all",
         "additional_target: embed_tokens,lm_head\nresize_vocab: true",
+        "dataflex: {params: {similarity: whitened_cosine, proj_dim: 4096}}",
+        "component_name: embedding\ndataflex: {params: {embedding_model_name_or_path: model}}",
+        "component_name: embedding\ndataflex: {params: {embedding_model_name_or_path: a-name/on-the-hub}}",
+        "train_on_prompt: true",
+        "component_name: nice\ndataflex: {params: {reward: [{type: exact_match}, {type: number, weight: 0.5}]}}",
         "seed: 4294967295\nmax_grad_norm: -1\nsave_steps: -1\nsave_total_limit: 0\ndataloader_num_workers: 0",
         "max_steps: -1\npissa_iter: -1\nlocal_rank: -1\nfreeze_trainable_layers: -2\nwarmup_ratio: 1.0",
         "fsdp: ''\nneftune_noise_alpha: 5\ndebug: underflow_overflow",
@@ -367,6 +408,15 @@ def test_what_several_keys_are_together_is_said_once():
 )
 def test_nothing_is_refused_without_ground(changes):
     assert load(write(changes))
+
+
+def test_an_encoder_whose_package_is_not_installed(monkeypatch):
+    changes = "component_name: embedding\ndataflex: {params: {embedding_model_name_or_path: sentences}}"
+    Path("sentences").mkdir()
+    Path("sentences/modules.json").write_text("[]")
+    assert load(write(changes))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert "found sentences, a sentence-transformers model; expected its package to be installed" in refusal(changes)
 
 
 def test_all_problems_come_at_once():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,33 @@ class Combinations:
                 "no warm-up and no checkpoints: at LoRA's initialisation B is zero and the gradients of A vanish, so "
                 "the first selection rests on B alone; set warmup_step"
             )
+
+    def check_policies(self) -> None:
+        """Refuse targets that begin with their answer, so that nothing asks for one."""
+        why = "Policy gradients are of responses to a row's prompt, which would be part of the supervised answer"
+        self._refuse_if_set("train_on_prompt", why)
+        if self._values.get("stage") == "pt":
+            self._refuse("stage", "sft", why)
+
+    def check_encoders(self, names: Iterable[str]) -> None:
+        """Refuse encoders that are not where the name says, or whose package is not installed.
+
+        Args:
+            names: folders, or names on the Hub, which are looked up when the run begins.
+        """
+        for name in names:
+            text, why = None, ""
+            if os.path.isdir(name):
+                parts = [part for part in ("modules.json", "config.json") if os.path.isfile(os.path.join(name, part))]
+                if not parts:
+                    text = f"found {name} without modules.json and config.json; expected the folder of an encoder"
+                elif parts[0] == "modules.json" and importlib.util.find_spec("sentence_transformers") is None:
+                    text = f"found {name}, a sentence-transformers model; expected its package to be installed"
+                    why = "Install it: pip install sentence-transformers"
+            elif os.path.exists(name) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1:
+                text = f"found {name!r}; expected a folder that exists, or a name on the Hub"
+            if text:
+                self._problems.say(self._origin, "embedding_model_name_or_path", text, why)
 
     def check_adam(self) -> None:
         """Refuse optimizers without Adam's moments."""

@@ -23,7 +23,7 @@ from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
 from dataflex.errors import ConfigError
-from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
+from dataflex.features.spec import BASE, EmbeddingSpec, GradientSpec, PolicyGradientSpec
 from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, import_plugin, use_plugins
 from dataflex.schedule import Schedule
 
@@ -285,6 +285,10 @@ class _Loading:
             check.check_gradients(schedule, gradients, is_live)
         if any(spec.direction == "adam" for spec in gradients):
             check.check_adam()
+        if policies:
+            check.check_policies()
+        encoders = [spec.embedding_model_name_or_path for spec in specs if isinstance(spec, EmbeddingSpec)]
+        check.check_encoders(dict.fromkeys(name for name in encoders if name is not None))
         for state in dict.fromkeys(need.state for need in needs if need.state not in (None, BASE)):
             if not os.path.isdir(state):
                 self.problems.add(self.origin, "dataflex.params", "checkpoint folders that exist", state)

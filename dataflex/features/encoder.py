@@ -65,6 +65,15 @@ class TextEncoder:
             values.vectors[empty] = values.scalars["norm"][empty, None] = 0.0
         return out
 
+    def require_layers(self, specs: Sequence[EmbeddingSpec]) -> None:
+        """Hold the layers that are asked for against those there are; sentence-transformers pool as they were trained.
+
+        Raises:
+            ConfigError: there is no such layer.
+        """
+        if self._sentences is None:
+            self._engine.require_layers(specs)
+
     @property
     def width(self) -> int:
         """Numbers per embedding."""

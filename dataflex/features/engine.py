@@ -90,13 +90,31 @@ class FeatureEngine:
             DataflexError: a parameter has no exact rule; it is named.
         """
         spec = GradientSpec(projection=Projection(dim=16))
-        if any(hasattr(p, "ds_id") for p in self.model.parameters()):  # ZeRO-3: nothing runs before its engine does
+        if self._is_sharded:
             trainable_parameters(self.model)
             return
         try:
             self.compute([], [spec])
         except DidNotRun:
             self.compute(examples, [spec])
+
+    def require_layers(self, specs: Sequence[EmbeddingSpec]) -> None:
+        """Hold the layers that are asked for against those of the model, by one pass over two tokens.
+
+        Raises:
+            ConfigError: the model has no such layer.
+        """
+        if not self._is_sharded:
+            self.compute([], specs)
+            return
+        config: Any = self.model.config
+        for spec in specs:
+            _require_layer(spec, int(config.get_text_config().num_hidden_layers) + 1)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether ZeRO-3 holds the weights: nothing runs then before its engine does."""
+        return any(hasattr(p, "ds_id") for p in self.model.parameters())
 
     def compute(
         self, examples: Sequence[Mapping[str, Any]], specs: Sequence[FeatureSpec], min_batches: int = 0
@@ -180,10 +198,7 @@ class FeatureEngine:
             for i, spec in enumerate(specs):
                 if isinstance(spec, EmbeddingSpec):
                     states = output.hidden_states
-                    if not -len(states) <= spec.layer < len(states):
-                        raise ConfigError(
-                            f"embedding.layer is {spec.layer}; the model has hidden states 0 to {len(states) - 1}"
-                        )
+                    _require_layer(spec, len(states))
                     vectors = pool(states[spec.layer].detach(), batch.attention_mask.bool(), spec)
                     results[i] = _vectors(vectors, torch.zeros_like(status))
             if len(results) < len(specs):
@@ -205,6 +220,12 @@ class FeatureEngine:
             elif isinstance(spec, GradientSpec):
                 results[i] = _vectors(next(sketched), status)
         return [results[i] for i in range(len(specs))]
+
+
+def _require_layer(spec: EmbeddingSpec, count: int) -> None:
+    if not -count <= spec.layer < count:
+        of = spec.embedding_model_name_or_path or "the model"
+        raise ConfigError(f"layer: found {spec.layer}; {of} has hidden states 0 to {count - 1}, or -1 for the last one")
 
 
 def _losses(sums: Tensor, tokens: Tensor, status: Tensor) -> FeatureValues:

@@ -175,6 +175,8 @@ class PolicyGradientSpec(Parameters):
     @field_validator("reward", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
+        if isinstance(value, list):  # strictly, only JSON's own may become a tuple
+            return tuple(value)
         return (value,) if isinstance(value, Mapping | RewardSpec) else value
 
     @model_validator(mode="after")

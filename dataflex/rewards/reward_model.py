@@ -36,12 +36,16 @@ class RewardModel:
                 f"reward_model.path: found no model in {self._folder}; expected a folder with config.json"
             )
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]) -> list[float | None]:
-        """See `dataflex.rewards.base.Reward`.
+    def prepare(self) -> None:
+        """Load the model before any response is written.
 
         Raises:
             ConfigError: the folder holds another kind of model.
         """
+        self._loaded  # noqa: B018  (it is kept)
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]) -> list[float | None]:
+        """See `dataflex.rewards.base.Reward`."""
         import torch
 
         model, tokenizer, device = self._loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from dataflex.features.need import Features as Features
 from dataflex.features.need import Need as Need
 from dataflex.features.need import View as View
 from dataflex.features.spec import BASE as BASE
+from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 
@@ -45,6 +46,28 @@ class Context:
     def rng(self, *names: int | str) -> np.random.Generator:
         """Return a generator that is a function of the run's seed and the names alone."""
         return generator(self.seed, *names)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is known before the first step, and before any feature is computed.
+
+    Attributes:
+        rows: the training rows.
+        targets: target sets by name.
+        largest: rows that the largest choice will be of at least; 0 where nothing is chosen.
+        width: gives the numbers of a feature's vector.
+    """
+
+    rows: Rows
+    targets: Mapping[str, Rows]
+    largest: int
+    width: Callable[[FeatureSpec], int]
+
+    @property
+    def eligible(self) -> int:
+        """Rows with supervised tokens: no more of them can be chosen from."""
+        return int((self.rows.supervised > 0).sum())
 
 
 @dataclass(frozen=True)

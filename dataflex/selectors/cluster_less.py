@@ -8,13 +8,14 @@ import numpy as np
 from pydantic import Field
 
 from dataflex import distributed
-from dataflex.selectors.base import Context, Selection, View
+from dataflex.errors import ConfigError
+from dataflex.selectors.base import Beginning, Context, Selection, View
 from dataflex.selectors.composed import Aggregation, over_sets
 from dataflex.selectors.parts.choice import Rule
 from dataflex.selectors.parts.clustering import Method, clusters, representatives
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.similarity import target_vectors, unit, vectors_of
-from dataflex.selectors.propagated import Propagated, PropagatedFields, candidates
+from dataflex.selectors.propagated import MOST, Propagated, PropagatedFields, candidates
 
 
 class ClusterLess(Propagated):
@@ -52,6 +53,24 @@ class ClusterLess(Propagated):
         super().__init__(params)
         self._clustered: tuple[bytes, np.ndarray, np.ndarray] | None = None
 
+    def prepare(self, beginning: Beginning) -> None:
+        """Refuse more representatives than a regression takes.
+
+        Raises:
+            ConfigError: there are more.
+        """
+        known = min(beginning.eligible, self._count(beginning.eligible) * self.params.samples_per_cluster)
+        if self.params.carry_over == "regress" and known > MOST:
+            raise ConfigError(
+                f"carry_over: found regress from {known} representatives ({self._count(beginning.eligible)} clusters "
+                f"x samples_per_cluster); expected at most {MOST}, as its kernel is a square matrix. Set a smaller "
+                "num_clusters or samples_per_cluster, a larger cluster_size, or carry_over: inherit"
+            )
+
+    def _count(self, rows: int) -> int:
+        """Return the number of clusters of some rows."""
+        return self.params.num_clusters or -(-rows // self.params.cluster_size)
+
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Score representatives, carry over, choose.
 
@@ -85,8 +104,9 @@ class ClusterLess(Propagated):
             ids = None
             if distributed.is_main():
                 vectors = unit(vectors_of(view, able))[0]
-                count = p.num_clusters or -(-len(able) // p.cluster_size)
-                ids = clusters(vectors, count, p.clustering_method, p.clustering_max_iter, context.seed)
+                ids = clusters(
+                    vectors, self._count(len(able)), p.clustering_method, p.clustering_max_iter, context.seed
+                )
             found = distributed.broadcast(ids)
             assert found is not None
             self._clustered = pool, able, found

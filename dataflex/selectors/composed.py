@@ -13,8 +13,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dataflex.errors import ConfigError, CoverageError
+from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Status
-from dataflex.selectors.base import Context, Need, Selection, View
+from dataflex.selectors.base import Beginning, Context, Need, Selection, View
 from dataflex.selectors.parts.choice import NEIGHBOURLY, Choice, RoundRobin, TopK
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.numbers import DeltaLoss, InstructionDifficulty, Loss
@@ -23,6 +24,8 @@ from dataflex.selectors.parts.similarity import (
     Compared,
     Similarity,
     Within,
+    known_width,
+    require_whitenable,
     set_scores,
     target_vectors,
     unit,
@@ -76,13 +79,18 @@ class Composition(Compared):
 
 
 class Composed:
-    """Judges rows by a representation and chooses by a rule."""
+    """Judges rows by a representation and chooses by a rule.
+
+    Raises:
+        ConfigError: the vectors that the parameters ask for are too wide to be whitened.
+    """
 
     Params: type[Part] = Composition
 
     def __init__(self, params: Any):
         self.params = params
         self.parts = self.composition(params)
+        self._require_whitenable(lambda spec: known_width(spec) or 0)
 
     def composition(self, params: Any) -> Composition:
         """Return the parts that a method's own parameters stand for.
@@ -104,14 +112,22 @@ class Composed:
         """Whether an update holds each row once."""
         return not getattr(self.parts.rule, "replacement", False)
 
-    def prepare(self) -> None:
+    def prepare(self, beginning: Beginning) -> None:
         """Check what can be checked before anything is computed.
 
         Raises:
-            ConfigError: checkpoints have no weights.
+            ConfigError: checkpoints have no weights, or the model's vectors are too wide to be whitened.
+            CoverageError: no update can be filled, whatever the scores are.
         """
         if isinstance(self.parts.representation, Vectors):
             self.parts.representation.term_weights()
+        self._require_whitenable(beginning.width)
+        self.parts.rule.prepare(beginning)
+
+    def _require_whitenable(self, width: Callable[[FeatureSpec], int]) -> None:
+        if self.parts.similarity == "whitened_cosine" and isinstance(self.parts.representation, Vectors):
+            for term in self.parts.representation.terms():
+                require_whitenable(width(term.train), term.train.kind)
 
     def needs(self) -> list[Need]:
         """Return the representation's features."""

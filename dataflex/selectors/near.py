@@ -7,8 +7,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from dataflex.errors import MismatchError
-from dataflex.selectors.base import Context, Need
+from dataflex.errors import CoverageError, MismatchError
+from dataflex.rows import Rows
+from dataflex.selectors.base import Beginning, Context, Need
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.parts.choice import RoundRobin
 from dataflex.selectors.parts.files import ExistingFile, load_array
@@ -49,23 +50,30 @@ class Near(Composed):
         """Return the representation's features, none where the neighbours are given."""
         return [] if self.params.indices_path else super().needs()
 
-    def judge(self, context: Context) -> Judgement:
-        """Return the neighbours found, or given. Collective.
+    def prepare(self, beginning: Beginning) -> None:
+        """Hold the given neighbours against the training set.
 
         Raises:
-            MismatchError: the given ones are no row positions.
+            MismatchError: they are no row positions.
+            CoverageError: an update needs more rows than they have.
         """
-        path = self.params.indices_path
-        if path is None:
-            return super().judge(context)
-        given = load_array(path)
-        size = len(context.rows)
-        if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
-            raise MismatchError(f"{path}: found {given.dtype} {list(given.shape)}; expected whole numbers (M, K)")
-        if given.min() < 0 or given.max() >= size:
-            raise MismatchError(
-                f"{path}: found positions {given.min()} to {given.max()}; the training set has rows 0 to {size - 1}"
+        if self.params.indices_path is None:
+            super().prepare(beginning)
+            return
+        given = np.unique(self._given(beginning.rows))
+        able = int((beginning.rows.supervised[given] > 0).sum())
+        if able < beginning.largest:
+            raise CoverageError(
+                f"{self.params.indices_path}: {beginning.largest} rows wanted at one update, found {able} with "
+                "supervised tokens in it; lower update_step or the batch size, or name more neighbours there"
             )
+
+    def judge(self, context: Context) -> Judgement:
+        """Return the neighbours found, or given. Collective."""
+        if self.params.indices_path is None:
+            return super().judge(context)
+        given = self._given(context.rows)
+        size = len(context.rows)
         scores = np.full(size, -np.inf)
         for column in range(given.shape[1] - 1, -1, -1):
             scores[given[:, column]] = -column
@@ -74,3 +82,14 @@ class Near(Composed):
         return Judgement(
             context, scores, ages, nearest=lambda k: (np.zeros((len(given), 0)), given[:, :k]), reach=given.shape[1]
         )
+
+    def _given(self, rows: Rows) -> np.ndarray:
+        path, size = str(self.params.indices_path), len(rows)
+        given = load_array(path)
+        if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
+            raise MismatchError(f"{path}: found {given.dtype} {list(given.shape)}; expected whole numbers (M, K)")
+        if given.min() < 0 or given.max() >= size:
+            raise MismatchError(
+                f"{path}: found positions {given.min()} to {given.max()}; the training set has rows 0 to {size - 1}"
+            )
+        return given

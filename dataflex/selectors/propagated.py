@@ -88,17 +88,11 @@ class Propagated:
 
         Raises:
             CoverageError: none of the rows has a score.
-            ConfigError: more than `MOST` of them have.
         """
         view = self.embeddings(context)
         known = np.isfinite(scores).all(axis=1)
         if not known.any():
             raise CoverageError(f"none of {len(rows)} rows has a usable gradient, so no score can be carried over")
-        if known.sum() > MOST:
-            raise ConfigError(
-                f"{int(known.sum())} rows with known scores are too many for a regression, whose kernel is a square "
-                f"matrix; expected at most {MOST}: fewer landmarks or samples_per_cluster, or carry_over: inherit"
-            )
         vectors = unit(vectors_of(view, rows[known]))[0]
         predict = kernel_ridge(vectors, scores[known], self.params.damping)
         found = [(at, predict(unit(block.astype(np.float64))[0])) for at, block in shared_blocks(view)]

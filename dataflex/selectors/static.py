@@ -13,7 +13,7 @@ from dataflex.draws import stream
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.params import Parameters
 from dataflex.rows import KEY_DTYPE, Rows
-from dataflex.selectors.base import Context, Need, Selection
+from dataflex.selectors.base import Beginning, Context, Need, Selection
 from dataflex.selectors.parts.files import ExistingFile
 
 
@@ -31,6 +31,15 @@ class Static:
     def needs(self) -> list[Need]:
         """Need nothing."""
         return []
+
+    def prepare(self, beginning: Beginning) -> None:
+        """Hold the list against the training set.
+
+        Raises:
+            ConfigError: it cannot be read.
+            MismatchError: a row of it is not there.
+        """
+        read_choice(self.params.path, beginning.rows)
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Return the next `num_samples` entries of the endless pass over the list."""

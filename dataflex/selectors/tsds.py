@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from dataflex.errors import MismatchError
-from dataflex.selectors.base import Context, Need, Selection
+from dataflex.errors import CoverageError, MismatchError
+from dataflex.rows import Rows
+from dataflex.selectors.base import Beginning, Context, Need, Selection
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.near import Compared
 from dataflex.selectors.parts.choice import Choice, KnnKde, KnnUniform
@@ -55,22 +56,41 @@ class Tsds(Composed):
         """Return the representation's features, none where the probabilities are given."""
         return [] if self.params.probs_path else super().needs()
 
-    def select(self, model: object, step_id: int, num_samples: int, *, context: Context, **kwargs: object) -> Selection:
-        """Draw from the plan, or from the given probabilities.
+    def prepare(self, beginning: Beginning) -> None:
+        """Hold the given probabilities against the training set.
 
         Raises:
-            MismatchError: the given ones are no probabilities of the training rows.
+            MismatchError: they are no probabilities of its rows.
+            CoverageError: an update needs more rows than can be drawn.
         """
-        path = self.params.probs_path
-        if path is None:
-            return super().select(model, step_id, num_samples, context=context)
-        p = load_array(path)
-        if p.shape != (len(context.rows),) or p.dtype.kind != "f" or not np.isfinite(p).all() or p.min(initial=0) < 0:
-            raise MismatchError(
-                f"{path}: found {p.dtype} {list(p.shape)}; expected {len(context.rows)} finite numbers of 0 or more, "
-                "one per training row"
+        if self.params.probs_path is None:
+            super().prepare(beginning)
+            return
+        able = int(np.isfinite(self._given(beginning.rows)).sum())
+        needed = min(1, beginning.largest) if self.params.replacement else beginning.largest
+        if able < needed:
+            raise CoverageError(
+                f"{self.params.probs_path}: {beginning.largest} rows wanted at one update, found {able} with "
+                "supervised tokens and a probability above 0; lower update_step or the batch size, or set replacement: "
+                "true"
             )
-        scores = np.where((context.rows.supervised > 0) & (p > 0), p.astype(np.float64), -np.inf)
+
+    def select(self, model: object, step_id: int, num_samples: int, *, context: Context, **kwargs: object) -> Selection:
+        """Draw from the plan, or from the given probabilities."""
+        if self.params.probs_path is None:
+            return super().select(model, step_id, num_samples, context=context)
+        scores = self._given(context.rows)
         rng = context.rng("draw", context.update)
         rows = sample(logs(np.maximum(scores, 0)), context.rows.keys, num_samples, rng, self.params.replacement)
         return Selection(rows, scores[rows], np.full(len(rows), -1, np.int32), scores)
+
+    def _given(self, rows: Rows) -> np.ndarray:
+        """Return the given probability of every row, (N,) float64; -inf where it cannot be drawn."""
+        path = str(self.params.probs_path)
+        p = load_array(path)
+        if p.shape != (len(rows),) or p.dtype.kind != "f" or not np.isfinite(p).all() or p.min(initial=0) < 0:
+            raise MismatchError(
+                f"{path}: found {p.dtype} {list(p.shape)}; expected {len(rows)} finite numbers of 0 or more, one per "
+                "training row"
+            )
+        return np.where((rows.supervised > 0) & (p > 0), p.astype(np.float64), -np.inf)

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from dataflex.errors import CoverageError
-from dataflex.selectors.base import Selection
+from dataflex.selectors.base import Beginning, Selection
 from dataflex.selectors.parts.interleave import interleaved
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.representation import Part
@@ -24,6 +24,13 @@ log = logging.getLogger(__name__)
 
 class Rule(Part):
     """Base of rules."""
+
+    def prepare(self, beginning: Beginning) -> None:
+        """Refuse, before anything is computed, a pool from which the rule could never choose.
+
+        Raises:
+            CoverageError: it is one.
+        """
 
     @abstractmethod
     def select(self, judged: Judgement, k: int) -> Selection:
@@ -192,6 +199,19 @@ class _Plan(Draw):
     alpha: float = Field(0.5, ge=0, le=1, description="1: the nearest row alone; 0: spread as far as max_K")
     C: float = Field(1.0, gt=0, description="length that distances are compared with; about 1 suits unit vectors")
     max_K: int = Field(5000, ge=2, description="neighbours of a target row, at most a tenth of the pool")
+
+    def prepare(self, beginning: Beginning) -> None:
+        """Refuse too few rows, and without replacement a choice of more than can be neighbours of target rows."""
+        if not beginning.largest:
+            return
+        most, _ = clipped(self.max_K, 1, beginning.eligible)
+        queries = sum(len(rows) for rows in beginning.targets.values())
+        if not self.replacement and queries * most < beginning.largest:
+            raise CoverageError(
+                f"{beginning.largest} rows wanted at one update, found at most {queries * most} that {queries} target "
+                f"rows with {most} neighbours each can reach; lower update_step or the batch size, raise max_K (at "
+                "most a tenth of the pool acts), or set replacement: true"
+            )
 
     def logits(self, judged: Judgement) -> np.ndarray:
         """Return the plan's probabilities."""

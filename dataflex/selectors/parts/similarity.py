@@ -14,6 +14,7 @@ from pydantic import Field
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError
+from dataflex.features.spec import FeatureSpec, GradientSpec, PolicyGradientSpec
 from dataflex.selectors.base import View
 from dataflex.selectors.parts.representation import Acts, Part
 
@@ -38,6 +39,31 @@ class Compared(Part):
         description="whitened_cosine: added to the diagonal of the rows' covariance, times its mean; towards "
         "0 every direction counts alike, noise too; large ones give the cosine after subtracting the mean",
     )
+
+
+def known_width(spec: FeatureSpec) -> int | None:
+    """Return the numbers of a feature's vector as far as its specification says; None: the model does."""
+    if not isinstance(spec, GradientSpec | PolicyGradientSpec) or spec.projection.type == "identity":
+        return None
+    return spec.projection.dim
+
+
+def require_whitenable(width: int, of: str) -> None:
+    """Refuse to whiten wide vectors.
+
+    Args:
+        width: their numbers.
+        of: what they are, for the message.
+
+    Raises:
+        ConfigError: there are more than `WHITENED_MOST`.
+    """
+    if width > WHITENED_MOST:
+        raise ConfigError(
+            f"similarity: found whitened_cosine with {width} numbers per {of}; expected at most {WHITENED_MOST}, as "
+            f"their covariance is a square matrix. Set proj_dim: {WHITENED_MOST} or less for gradients, or similarity: "
+            "cosine"
+        )
 
 
 def set_scores(
@@ -143,11 +169,7 @@ def whitening(view: View, width: int, ridge: float) -> Callable[[np.ndarray], np
     Raises:
         ConfigError: the vectors have more than `WHITENED_MOST` numbers.
     """
-    if width > WHITENED_MOST:
-        raise ConfigError(
-            f"similarity: whitened_cosine with {width} numbers per vector; expected at most {WHITENED_MOST}, as their "
-            "covariance is a square matrix; lower proj_dim"
-        )
+    require_whitenable(width, "vector")
     count, total, square = 0, np.zeros(width), np.zeros((width, width))
     for _, vectors in shared_blocks(view):
         wide = vectors.astype(np.float64)
