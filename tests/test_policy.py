@@ -443,7 +443,7 @@ def contents(store: Any) -> dict[bytes, np.ndarray]:
 
 def test_rows_without_a_prompt_are_refused(probe: Probe, tiny: Any) -> None:
     keys = {"stage": "pt", "dataset": tiny.text, "eval_dataset": tiny.text_target, "template": "default"}
-    with pytest.raises(ConfigError, match="no prompt to respond to"):
+    with pytest.raises(ConfigError, match="stage: found 'pt'; expected sft"):
         probe.train("one", keys)
 
 
