@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dataflex import distributed, stop
-from dataflex.errors import Cancelled, ConfigError, DataflexError, Interrupted, MismatchError
+from dataflex.errors import Cancelled, ConfigError, CorruptionError, DataflexError, Interrupted, MismatchError
 from dataflex.faults import told
 
 if TYPE_CHECKING:
@@ -262,7 +262,12 @@ def list_stores(by_run: ByRun = False, root: Root = None, as_json: Json = False)
         _print(listed, as_json, lines_of(listed))
         return
     where, stores = _stores(root)
-    found = [_about(store) for store in stores]
+    found = []
+    for store in stores:
+        try:
+            found.append(_about(store))
+        except (CorruptionError, MismatchError) as error:  # of one of them: the rest is listed
+            log.warning("%s; left out", error)
     lines = [f"{s['rows']:>12,} rows {s['bytes']:>15,} bytes  {s['storage']:<7}  {s['name']}" for s in found]
     _print(found, as_json, lines or [f"no stores under {where}"])
 
@@ -288,7 +293,8 @@ def verify_stores(root: Root = None, as_json: Json = False) -> None:
     from dataflex.stores.inspection import inspect, refuse
     from dataflex.stores.listing import inspected, lines_of_inspection
 
-    parts = list(inspect(_files(root)))
+    with _unwarned():
+        parts = list(inspect(_files(root)))
     _print(inspected(parts), as_json, lines_of_inspection(parts))
     refuse(parts)
 
@@ -299,7 +305,8 @@ def repair_stores(root: Root = None, as_json: Json = False) -> None:
     from dataflex.stores.inspection import refuse, repair
     from dataflex.stores.listing import lines_of_repair, repaired
 
-    parts = list(repair(_files(root)))
+    with _unwarned():
+        parts = list(repair(_files(root)))
     _print(repaired(parts), as_json, lines_of_repair(parts))
     refuse(parts, after_repair=True)
 
@@ -415,6 +422,18 @@ def _leaving() -> Iterator[None]:
             distributed.leave()
         raise
     distributed.leave()
+
+
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Keep the stores from warning of what is reported in full afterwards."""
+    logger = logging.getLogger("dataflex.stores")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _stores(root: str | None) -> tuple[str, list[Any]]:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
+import stat
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import pyarrow as pa
 
-from dataflex.errors import DataflexError
+from dataflex.errors import CorruptionError, DataflexError
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,34 @@ class Files(ABC):
 
     @abstractmethod
     def open(self, path: str) -> pa.NativeFile:
-        """Open a file for random access. Raises FileNotFoundError."""
+        """Open a file for random access. Raises FileNotFoundError, or CorruptionError where it is no file."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """List the names in a folder, sorted; a folder that does not exist is empty."""
+        """List the names in a folder, sorted; one that does not exist is empty. Raises CorruptionError if it is none"""
 
     @abstractmethod
     def stored(self, folder: str) -> list[Stored]:
-        """List every file at any depth below a folder (`""`: the root), sorted by path; none if there is no folder."""
+        """List every file at any depth below a folder (`""`: the root), sorted by path; none if there is no folder.
+
+        A folder that is called as a document counts as one, so that what it stands in the place of is not overlooked.
+        """
 
     @abstractmethod
     def remove(self, path: str) -> None:
-        """Remove a file; one that is not there is no error."""
+        """Remove a file; one that is not there is no error, and a folder in its place is put aside."""
 
     @abstractmethod
     def prune(self, folder: str) -> None:
         """Remove a folder if there is no file below it, where storage has folders at all."""
+
+    def misplaced(self, path: str, expected: Literal["file", "folder"]) -> str | None:
+        """Say what lies where a file or folder belongs, if it is something else; None where nothing lies."""
+        return None  # an object store has no folders: a name can be both
+
+    def put_aside(self, path: str) -> None:
+        """Give what lies at a path, whatever it is, another name beside it: `<path>.aside`."""
+        raise NotImplementedError  # where nothing can be misplaced
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """Return a file's first `limit` bytes. Raises FileNotFoundError."""
@@ -139,20 +152,59 @@ class LocalFiles(Files):
 
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access."""
-        return pa.OSFile(str(self.root / path))
+        if what := self.misplaced(path, "file"):  # asked first: opening a FIFO waits for ever
+            raise CorruptionError(what)
+        try:
+            return pa.OSFile(str(self.root / path))
+        except NotADirectoryError as error:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root / path)) from error
 
     def names(self, folder: str) -> list[str]:
         """List the names in a folder, sorted."""
         try:
             return sorted(os.listdir(self.root / folder))
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if what := self.misplaced(folder, "folder"):
+                raise CorruptionError(what) from error
             return []
+
+    def misplaced(self, path: str, expected: Literal["file", "folder"]) -> str | None:
+        """Say what lies where a file or folder belongs."""
+        try:
+            mode = os.stat(self.root / path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if not os.path.lexists(self.root / path):
+                return None
+            found = "a link to nothing"
+        else:
+            if stat.S_ISDIR(mode) if expected == "folder" else stat.S_ISREG(mode):
+                return None
+            kinds = {
+                stat.S_ISDIR: "a folder",
+                stat.S_ISREG: "a file",
+                stat.S_ISFIFO: "a FIFO",
+                stat.S_ISSOCK: "a socket",
+            }
+            found = next((kind for test, kind in kinds.items() if test(mode)), "a device")
+        return (
+            f"{self.name(path)} is {found}; expected a {expected}. `dataflex store repair` takes it out of the way, what "
+            "it holds kept as *.aside"
+        )
+
+    def put_aside(self, path: str) -> None:
+        """Give what lies at a path another name beside it."""
+        names = (f"{path}.aside{number or ''}" for number in itertools.count())
+        os.rename(self.root / path, self.root / next(name for name in names if not os.path.lexists(self.root / name)))
 
     def stored(self, folder: str) -> list[Stored]:
         """List every file below a folder, sorted by path."""
         found = []
-        for parent, _, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
-            for path in (Path(parent, name) for name in names):
+        for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
+            # Documents lie three names deep at most; below that a kept state may have folders of any name.
+            depth = len(Path(parent).relative_to(self.root).parts)
+            misplaced = [name for name in folders if name.endswith(".json") and 0 < depth < 3]
+            folders[:] = [name for name in folders if name not in misplaced]
+            for path in (Path(parent, name) for name in (*names, *misplaced)):
                 with suppress(FileNotFoundError):  # removed between the listing and now
                     about = path.lstat()
                     found.append(Stored(path.relative_to(self.root).as_posix(), about.st_size, about.st_mtime))
@@ -161,7 +213,10 @@ class LocalFiles(Files):
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
         try:
-            self._unlink(self.root / path)
+            if (self.root / path).is_dir() and not (self.root / path).is_symlink():
+                self.put_aside(path)
+            else:
+                self._unlink(self.root / path)
         except OSError as error:
             explained = _explained(error, self.root / path, 0)
             if explained is None:
@@ -234,7 +289,8 @@ class LocalFiles(Files):
 
 
 _NO_FOLDER = (
-    errno.EACCES, errno.EEXIST, errno.EMLINK, errno.ENOENT, errno.ENOTDIR, errno.EOPNOTSUPP, errno.EPERM, errno.EROFS,
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.EMLINK, errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY,
+    errno.EOPNOTSUPP, errno.EPERM, errno.EROFS,
 )  # fmt: skip
 """How a file system says that nothing can be kept where a store would be; some, as /proc, say that it is not there."""
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from dataflex.errors import ConfigError, MismatchError
+from dataflex.errors import ConfigError, CorruptionError, MismatchError
+from dataflex.stores.astray import astray
 from dataflex.stores.engine import older
 from dataflex.stores.files import Files, Stored
 from dataflex.stores.root import NAME, REMOVING
-from dataflex.stores.runs import KnownRun, Used, read_runs
+from dataflex.stores.runs import FOLDER, KnownRun, Used, read_runs
 from dataflex.stores.unused import by_folder, is_there, unused
 
 GRACE_HOURS = 24.0
@@ -98,9 +99,14 @@ def plan(files: Files, scope: Scope, engine: int = 0) -> list[Item]:
 
     Raises:
         ConfigError: the scope is empty or contradicts itself.
+        CorruptionError: what runs refer to cannot be told, because something lies where their records belong.
         MismatchError: no run is known by a name, or a newer DataFlex wrote a run's description.
     """
     scope.check()
+    if wrong := [
+        str(problems[0]) for name, problems in astray(files).items() if name.split("/")[0] in (FOLDER, "states")
+    ]:
+        raise CorruptionError("\n  ".join([*wrong, "nothing goes before that: what runs refer to is not known"]))
     listing = by_folder(files.stored(""))  # before the runs and logs: what is committed meanwhile is seen as used
     runs = read_runs(files)
     for name in scope.runs:
@@ -161,7 +167,7 @@ def leftovers(
         else:
             try:
                 groups = list(unused(files, folder, listed))
-            except MismatchError as error:
+            except (CorruptionError, MismatchError) as error:
                 yield Item("leftovers", folder, str(error), goes=False)
                 continue
             together: dict[tuple[str, bool], list[Stored]] = {}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dataflex.errors import CorruptionError, MismatchError
+from dataflex.stores.astray import astray
 from dataflex.stores.files import Files, Stored
 from dataflex.stores.log import Log
 from dataflex.stores.problem import Problem, mend
@@ -55,19 +56,23 @@ class Part:
 def inspect(files: Files) -> Iterator[Part]:
     """Read every byte under a root and yield what is there, sorted by name; writes nothing."""
     listing = by_folder(files.stored(""))
+    misplaced = astray(files)
     # A listing does not follow links, and a store that was moved to another disk and linked is a store.
     linked = [name for name in files.names("") if NAME.fullmatch(name)]
-    linked += [f"states/{name}" for name in files.names("states") if LINEAGE.fullmatch(name) and name != "tmp"]
-    for folder in sorted({*listing, *linked}):
-        listed = listing.get(folder) or files.stored(folder)
-        if any(file.path == folder for file in listed):  # a file, whatever it is called
+    states = [] if "states" in misplaced else files.names("states")
+    linked += [f"states/{name}" for name in states if LINEAGE.fullmatch(name) and name != "tmp"]
+    for folder in sorted({*listing, *linked, *misplaced}):
+        listed = listing.get(folder) or ([] if folder in misplaced else files.stored(folder))
+        if found := misplaced.get(folder):  # what is in it, or should be, is looked at when that is mended
+            yield Part(_kind(folder), folder, _bytes(listed), tuple(found))
+        elif any(file.path == folder for file in listed):  # a file, whatever it is called
             yield Part("unknown", folder, _bytes(listed))
         elif NAME.fullmatch(folder):
             yield _part("store", files, folder, listed, _store_problems)
         elif folder.startswith("states/"):
             yield _part("state", files, folder, listed, _state_problems)
         elif folder == FOLDER:
-            yield from _runs(files, listed)
+            yield from _runs(files, [file for file in listed if file.path not in misplaced])
         else:
             yield Part("unknown", folder, _bytes(listed))
 
@@ -77,11 +82,15 @@ def repair(files: Files) -> Iterator[Part]:
 
     Harmless leftovers stay, because another writer may be about to commit them, and so does what is unknown.
     """
+    misplaced = astray(files)
+    for problems in misplaced.values():
+        mend(files, problems)
     for part in inspect(files):
         mend(files, part.faults)
         if part.kind == "state" and part.faults:
             files.prune(part.name)
-        yield part
+        yield replace(part, problems=(*misplaced.pop(part.name, ()), *part.problems))
+    yield from (Part(_kind(name), name, 0, tuple(problems)) for name, problems in misplaced.items())
 
 
 def refuse(parts: Sequence[Part], after_repair: bool = False) -> None:
@@ -202,9 +211,16 @@ def _fault(files: Files, path: str, expected: str) -> str | None:
     """Say what is wrong with a file of a state, or None."""
     try:
         found = files.sha256(path)
+    except CorruptionError as error:
+        return str(error)
     except FileNotFoundError:
         return f"{files.name(path)} is missing although it was kept"
     return None if found == expected else f"{files.name(path)} is damaged: its SHA-256 is not the one kept"
+
+
+def _kind(folder: str) -> Kind:
+    """Return what a folder is by its name, where it is DataFlex's."""
+    return "store" if NAME.fullmatch(folder) else "run" if folder.split("/")[0] == FOLDER else "state"
 
 
 def _bytes(listed: list[Stored]) -> int:

@@ -16,6 +16,7 @@ class Problem:
         path: of the file, relative to the root.
         what: for people.
         harmless: no reader ever opens it; a crash or a lost race leaves such files.
+        aside: what to give another name, because it is no folder and a folder belongs there.
         remove: files to remove, in this order, so that the rows or the state concerned count as missing.
         put: path and content of a document to write after that, in place of any other.
     """
@@ -23,6 +24,7 @@ class Problem:
     path: str
     what: str
     harmless: bool = False
+    aside: str = ""
     remove: tuple[str, ...] = ()
     put: tuple[str, bytes] | None = None
 
@@ -32,15 +34,19 @@ class Problem:
     @property
     def is_mendable(self) -> bool:
         """Whether `mend` does anything about it."""
-        return bool(self.remove) or self.put is not None
+        return bool(self.aside or self.remove) or self.put is not None
 
 
 def mend(files: Files, problems: Iterable[Problem]) -> None:
     """Mend what can be mended; harmless leftovers stay: another writer may be about to commit them."""
     for problem in problems:
+        if problem.aside:
+            files.put_aside(problem.aside)
         for path in problem.remove:
             files.remove(path)
         if problem.put is not None:
             path, data = problem.put
+            if files.misplaced(path, "file"):
+                files.remove(path)
             with files.output(path) as file:
                 file.write(data)

@@ -33,11 +33,13 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         MismatchError: a newer DataFlex wrote it.
     """
     try:
-        document: dict[str, Any] = json.loads(data)
+        document = json.loads(data)
+        if not isinstance(document, dict) or not {"digest", "format"} <= document.keys():
+            raise CorruptionError(f"{where} is damaged: found no record; expected a JSON object with format and digest")
         found = document.pop("digest")
         intact = found == digest(document)
         version = document["format"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CorruptionError(f"{where} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
     if not intact:
         raise CorruptionError(f"{where} is damaged: its content does not match the digest in it")

@@ -129,14 +129,20 @@ class KnownRun:
 def read_runs(files: Files) -> list[KnownRun]:
     """Return the runs that are recorded under a root, the one that wrote last first.
 
-    A damaged document counts by its name, so that it protects what it was written for.
+    A damaged document counts by its name, so that it protects what it was written for. What lies where a run's folder
+    belongs is logged and left out; whoever has to know every run asks `dataflex.stores.astray` first.
 
     Raises:
         MismatchError: a newer DataFlex wrote a run's description.
     """
     found: dict[str, list[Stored]] = {}
+    if what := files.misplaced(FOLDER, "folder"):
+        _log.warning("%s", what)
+        return []
     for file in files.stored(FOLDER):
         _, run, *name = file.path.split("/")
+        if RUN_ID.fullmatch(run) and not name and (what := files.misplaced(file.path, "folder")):
+            _log.warning("%s; left out", what)
         if RUN_ID.fullmatch(run) and len(name) == 1:
             found.setdefault(run, []).append(file)
     return sorted((_known(files, run, several) for run, several in found.items()), key=lambda run: -run.modified)

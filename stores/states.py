@@ -165,11 +165,9 @@ def _is_safe(name: str) -> bool:
 def _fault(folder: Path, sums: Mapping[str, str]) -> str | None:
     """Say which file of a state is not what was kept, or None."""
     for name, expected in sums.items():
-        try:
-            found = file_digest(folder / name)
-        except FileNotFoundError:
+        if not (folder / name).is_file():
             return f"{name} is missing although it was kept"
-        if found != expected:
+        if (found := file_digest(folder / name)) != expected:
             return f"{name} is damaged: its SHA-256 is {found[:12]}…"
     return None
 

@@ -27,7 +27,7 @@ def is_there(folder: str, files: Sequence[Stored]) -> bool:
     """Say whether a store's or a state's folder has the document without which it is not found; damaged counts too."""
     stem = "manifest" if folder.startswith("states/") else "recipe"
     names = [file.path.removeprefix(f"{folder}/") for file in files]
-    return any(name.startswith(stem) and name.endswith(".json") for name in names)
+    return any(name.startswith(stem) and name.endswith(".json") and "/" not in name for name in names)
 
 
 def unused(files: Files, folder: str, listed: Sequence[Stored]) -> Iterator[tuple[str, list[Stored]]]:

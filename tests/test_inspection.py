@@ -171,7 +171,7 @@ def test_what_cannot_be_read_is_a_fault_that_nothing_is_removed_for(tmp_path: Pa
     store = make_store(files, 1)
     entry = tmp_path / "root" / store.folder / "log" / "f0.json"
     entry.unlink()
-    entry.mkdir()
+    entry.symlink_to(entry)
     before = files.stored("")
     assert faults(files) == [store.folder]
     with pytest.raises(CorruptionError, match="cannot be read"):
