@@ -62,7 +62,7 @@ class Files(ABC):
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
-        """List the names in a folder, sorted; one that does not exist is empty. Raises CorruptionError if it is none"""
+        """List the names in a folder, sorted; none if there is no such. Raises CorruptionError if it is no folder."""
 
     @abstractmethod
     def stored(self, folder: str) -> list[Stored]:
@@ -179,16 +179,10 @@ class LocalFiles(Files):
         else:
             if stat.S_ISDIR(mode) if expected == "folder" else stat.S_ISREG(mode):
                 return None
-            kinds = {
-                stat.S_ISDIR: "a folder",
-                stat.S_ISREG: "a file",
-                stat.S_ISFIFO: "a FIFO",
-                stat.S_ISSOCK: "a socket",
-            }
-            found = next((kind for test, kind in kinds.items() if test(mode)), "a device")
+            found = next((kind for test, kind in _KINDS.items() if test(mode)), "a device")
         return (
-            f"{self.name(path)} is {found}; expected a {expected}. `dataflex store repair` takes it out of the way, what "
-            "it holds kept as *.aside"
+            f"{self.name(path)} is {found}; expected a {expected}. `dataflex store repair` takes it out of the way, "
+            "what it holds kept as *.aside"
         )
 
     def put_aside(self, path: str) -> None:
@@ -288,6 +282,7 @@ class LocalFiles(Files):
         path.unlink(missing_ok=True)
 
 
+_KINDS = {stat.S_ISDIR: "a folder", stat.S_ISREG: "a file", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
 _NO_FOLDER = (
     errno.EACCES, errno.EEXIST, errno.EISDIR, errno.EMLINK, errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY,
     errno.EOPNOTSUPP, errno.EPERM, errno.EROFS,

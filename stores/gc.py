@@ -103,9 +103,8 @@ def plan(files: Files, scope: Scope, engine: int = 0) -> list[Item]:
         MismatchError: no run is known by a name, or a newer DataFlex wrote a run's description.
     """
     scope.check()
-    if wrong := [
-        str(problems[0]) for name, problems in astray(files).items() if name.split("/")[0] in (FOLDER, "states")
-    ]:
+    misplaced = {name: problems for name, problems in astray(files).items() if name.split("/")[0] in (FOLDER, "states")}
+    if wrong := [str(problem) for problems in misplaced.values() for problem in problems]:
         raise CorruptionError("\n  ".join([*wrong, "nothing goes before that: what runs refer to is not known"]))
     listing = by_folder(files.stored(""))  # before the runs and logs: what is committed meanwhile is seen as used
     runs = read_runs(files)

@@ -130,14 +130,7 @@ def lines_of_repair(parts: Sequence[Part]) -> list[str]:
 
 
 def _mended(fault: Problem) -> str:
-    done = (
-        "put aside"
-        if fault.aside
-        else "removed"
-        if fault.remove
-        else "written again"
-        if fault.put and fault.put[0] == fault.path
-        else "kept"
-    )
+    done = "removed" if fault.remove else "written again" if fault.put and fault.put[0] == fault.path else "kept"
+    done = "put aside" if fault.aside else done
     more = f" (and the {len(fault.remove) - 1} files with it)" if len(fault.remove) > 1 else ""
     return f"{done}: {fault}{more}"

@@ -1,4 +1,4 @@
-"""What lies where a file or a folder belongs and is of another kind is damage: told, mended, and no reason to forget."""
+"""What lies where a file or folder belongs and is of another kind is damage: told, mended, no reason to forget."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_what_is_no_folder_where_one_belongs(
                 plan(files, Scope(unreferenced=True, leftovers=True, grace_hours=0))
         else:
             assert not [i for i in plan(files, Scope(unreferenced=True, leftovers=True, grace_hours=0)) if i.goes], name
-            with pytest.raises(Exception, match="is a |cannot write"):
+            with pytest.raises(Exception, match=r"is a |cannot write"):
                 StoreRoot(files).open("gradient", {"r": 1}, LAYOUT).append("f9", values(3))
         code, out, err = run(capsys, "store", "repair", "--root", str(root))
         assert f"put aside: {path} is a" in out, name
@@ -126,11 +126,11 @@ def test_what_is_no_file_where_one_belongs(
     for path in each(root, folders=False):
         put(make, path)
         name = path.relative_to(root).as_posix()
-        code, out, err = run(capsys, "store", "verify", "--root", str(root))
+        code, _, err = run(capsys, "store", "verify", "--root", str(root))
         assert code == 4, name
         assert (f"{path} is a" in err) or "missing although" in err, name
         for verb in (("ls",), ("ls", "--by-run"), ("gc", "--unreferenced", "--older-engine")):
-            code, out, err = run(capsys, "store", *verb, "--root", str(root))
+            code, _, err = run(capsys, "store", *verb, "--root", str(root))
             assert code == 0, (name, err)
         files = LocalFiles(root)
         assert read_runs(files)[0].uses == used, name
@@ -155,7 +155,7 @@ def test_a_record_that_is_none_is_told_in_words(text: str, root: Path, capsys: p
     code, out, err = run(capsys, "store", "verify", "--root", str(root), "--json")
     assert code == 4
     assert "WARNING" not in err
-    for path, times in (("recipe.json", 2), ("manifest.json", 1), ("f0.json", 1)):
-        assert err.count(path) <= times, path
+    for name, times in (("recipe.json", 2), ("manifest.json", 1), ("f0.json", 1)):
+        assert err.count(name) <= times, name
     assert sum(bool(part["faults"]) for part in json.loads(out).values()) == 2
     assert [part.name for part in repair(LocalFiles(root)) if part.faults]

@@ -379,7 +379,8 @@ def test_orphans_are_listed_as_harmless_and_left_alone(store: ParquetStore, tmp_
 
 
 def test_an_error_of_the_disk_is_not_called_damage(store: ParquetStore) -> None:
-    Path(store.path, "log", "f0.json").unlink()
-    Path(store.path, "log", "f0.json").mkdir()
-    with pytest.raises(OSError, match="directory"):
+    entry = Path(store.path, "log", "f0.json")
+    entry.unlink()
+    entry.symlink_to(entry)
+    with pytest.raises(OSError, match="symbolic links"):
         ParquetStore(store.files, store.folder, store.document).contains(KEYS)
