@@ -286,11 +286,13 @@ def _report(rows: Rows, targets: Mapping[str, Rows], eligible: int) -> None:
     truncated = "an unknown number" if rows.truncated is None else int(rows.truncated.sum())
     said = "%d rows of %s: %s dropped, %s truncated by cutoff_len, %d without supervised tokens; targets: %s"
     log.info(said, len(rows), sources, dropped, truncated, len(rows) - eligible, sets)
+    if not eligible:
+        raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
+    if not distributed.is_main():  # the rows are the same on every rank
+        return
     for name, some in (("training set", rows), *targets.items()):
         if some.dropped:
             log.warning("%s: LLaMA-Factory dropped %s", name, _listed(some))
-    if not eligible:
-        raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
     for name, target in targets.items():
         if shared := int(np.isin(rows.keys, target.keys).sum()):
             log.warning(

@@ -99,3 +99,20 @@ def test_of_many_dropped_records_ten_are_named() -> None:
     found = _listed(dataclasses.replace(rows, names=("a", "b"), dropped=dropped))
     assert found.startswith("13 records")
     assert found.endswith(": a 0, 2, 4, 6, 8, 10, 12; b 1, 3, 5 and 3 more")
+
+
+def test_what_every_rank_would_say_is_said_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataflex.pipelines.run import _report
+    from tests.held import pool
+
+    rows = dataclasses.replace(pool(3), dropped=[(0, 7)])
+    for rank in range(2):
+        caplog.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        _report(rows, {"target": rows}, 3)
+        said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert ["dropped" in " ".join(said), "identical to rows of it" in " ".join(said)] == [rank == 0] * 2
+        with pytest.raises(ConfigError, match="no row with a supervised token"):
+            _report(rows, {}, 0)
