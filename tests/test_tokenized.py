@@ -102,9 +102,12 @@ def test_other_settings_are_refused_field_by_field(load: Any) -> None:
             load(**{key: value})
         assert caught.value.exit_code == 3
         assert len(str(caught.value).splitlines()) == 3
-    with pytest.raises(MismatchError, match=r"stage: sft → pt(.|\n)*and 1 more\n"):
+    with pytest.raises(MismatchError, match=r"stage: sft → pt(.|\n)* tool_format: null → qwen\n") as caught:
         load(stage="pt", packing=False, dataset="text", eval_dataset="text_target", template="default", cutoff_len=9,
              max_samples=9, enable_thinking=False, preserve_thinking=True, tool_format="qwen")  # fmt: skip
+    differing = [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:-1]]
+    every = "cutoff_len dataset enable_thinking eval_dataset max_samples preserve_thinking stage template tool_format"
+    assert set(every.split()) <= set(differing)
     load(preprocessing_batch_size=7, overwrite_cache=True, seed=7, ignore_pad_token_for_loss=False)
 
 
@@ -229,3 +232,24 @@ def test_what_cannot_be_written_is_said(load: Any, tmp_path: Path) -> None:
         load(tokenized_path=str(tmp_path / "file" / "tokens"))
     with pytest.raises(DataflexError, match="expected a local folder"):
         load(tokenized_path="s3://bucket/tokens")
+
+
+def test_a_training_of_llamafactorys_own_compares_too(workspace: Any, caplog: pytest.LogCaptureFixture) -> None:
+    own: dict[str, Any] = {"train_type": "static", "component_name": None, "warmup_step": None, "update_step": None}
+    own |= {"update_times": None, "dataflex": None, "max_steps": 1, "save_strategy": "no"}
+    tokens = workspace.folder / "tokens"
+    own["tokenized_path"] = str(tokens)
+    selected = {"component_name": "random", "dataflex": {"store": str(workspace.folder / "store")}, "warmup_step": 0}
+    selected |= {"update_times": 1, "update_step": 1, "save_strategy": "no", "tokenized_path": str(tokens)}
+    workspace.run("train", workspace.write("made", **selected))
+    assert (tokens / "dataflex.json").is_file()
+    changed = {"cutoff_len": 32, "dataset": "pool,target_words", "eval_dataset": "target_words"}
+    with pytest.raises(MismatchError, match=r"made under other settings") as caught:
+        workspace.run("train", workspace.write("other", **own, **changed))
+    assert all(f"\n  {name}: " in str(caught.value) for name in changed)
+    caplog.clear()
+    workspace.run("train", workspace.write("same", **own))
+    assert "unknown are the datasets" not in caplog.text
+    (tokens / "dataflex.json").unlink()
+    workspace.run("train", workspace.write("unknown", **own))
+    assert "unknown are the datasets and settings it was made with" in caplog.text

@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 FILE = "dataflex.json"
 _VERSION = 1
-_SHOWN = 8
-"""Fields of a refusal; the rest is counted."""
 
 
 def is_there(path: str) -> bool:
@@ -102,26 +100,35 @@ def load(path: str, made: Mapping[str, Any]) -> tuple[DatasetDict | Dataset, dic
             f"tokenized_path: {path} cannot be read ({error}); expected a tokenized dataset. Remove the folder to have "
             "it made"
         ) from error
+    return rows, compared(path, made)
+
+
+def compared(path: str, made: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `dataflex.json` of saved rows that are made from the same; None, with a warning, where there is none.
+
+    Raises:
+        MismatchError: they are made from something else.
+        CorruptionError: `dataflex.json` cannot be read.
+    """
     file = Path(path) / FILE
     if not file.is_file():
-        log.warning(
-            "%s has no %s, so DataFlex did not make it: unknown are the datasets and settings it was made with, the "
-            "dataset of each row, and what was truncated or dropped. Remove the folder to have it made with them",
-            path, FILE,
-        )  # fmt: skip
-        return rows, None
+        if distributed.is_main():
+            log.warning(
+                "%s has no %s, so DataFlex did not make it: unknown are the datasets and settings it was made with, "
+                "the dataset of each row, and what was truncated or dropped. Remove the folder to have it made anew",
+                path, FILE,
+            )  # fmt: skip
+        return None
     about = _read(file)
     if found := differences(made, about["made_from"]):
-        more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise MismatchError(
             f"tokenized_path: {path} was made under other settings (there → this run):\n  "
-            + "\n  ".join(found[:_SHOWN])
-            + more
+            + "\n  ".join(found)
             + "\nUse those settings, name another tokenized_path, or remove the folder to have it made anew"
         )
-    if absent := unknown_files(made):
+    if (absent := unknown_files(made)) and distributed.is_main():
         log.warning("%s: the files of %s are not here, so only their names are compared", path, ", ".join(absent))
-    return rows, about
+    return about
 
 
 def described(rows: Rows, about: Mapping[str, Any], name: str, path: str) -> Rows:

@@ -23,6 +23,7 @@ from dataflex.llamafactory.exclusion import without_targets
 from dataflex.llamafactory.faults import explained, raised_in
 from dataflex.llamafactory.loaded import check_loaded
 from dataflex.llamafactory.place import place_of
+from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
 from dataflex.trainers.checkpoints import mark_complete, require_whole
@@ -162,15 +163,19 @@ def _substituted(
 
 @contextlib.contextmanager
 def _worded(stage: str) -> Iterator[None]:
-    """Say in words what a training that is LLaMA-Factory's own cannot load."""
+    """Say in words what a training that is LLaMA-Factory's own cannot load, or would load from other settings."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
     get = workflow.get_dataset
 
-    def get_dataset(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> Any:
+    def get_dataset(
+        template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, **kwargs: Any
+    ) -> Any:
         path = data_args.tokenized_path
         names = dict.fromkeys([*(data_args.dataset or []), *(data_args.eval_dataset or [])])
         is_made = path is not None and tokenized.is_there(path)
         places = [] if is_made else [place_of(name, data_args.dataset_dir) for name in names]
+        if is_made:
+            tokenized.compared(path, made_from(stage, data_args, training_args.seed, kwargs["tokenizer"]))
         for place in places:
             place.check()
 
@@ -179,7 +184,7 @@ def _worded(stage: str) -> Iterator[None]:
             return next((f"{place}: {text}" for place, text in faults if text), None)
 
         with explained(f"tokenized_path {path}" if is_made else f"datasets {', '.join(map(str, places))}", look):
-            return get(template, model_args, data_args, *args, **kwargs)
+            return get(template, model_args, data_args, training_args, stage, **kwargs)
 
     with _checked(workflow, get_dataset):
         yield
