@@ -382,6 +382,7 @@ def _settings(run: Path, overrides: list[str] | None) -> Settings:
 @contextlib.contextmanager
 def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Settings]:
     """Give the settings in every process of the run; the process that was called becomes their launcher."""
+    from dataflex.config.outputs import refuse_misplaced
     from dataflex.launch import launch
     from dataflex.status import reported
     from dataflex.stores.urls import refuse_unreachable
@@ -393,6 +394,8 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
         log.warning("%s: %s", run, note)
     try:
         with _leaving(), reported(verb, settings.llamafactory.get("output_dir")):
+            if distributed.local_rank() == 0 and settings.llamafactory.get("output_dir"):
+                refuse_misplaced(settings.llamafactory["output_dir"])
             distributed.prepare()
             yield settings
     except KeyboardInterrupt as interrupt:

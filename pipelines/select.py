@@ -42,7 +42,8 @@ def select(settings: Any, num: int, output: Path) -> None:
         raise ConfigError(f"--num: found {num}; expected at least 1")
     if output.suffix != ".json":
         raise ConfigError(f"--output: found {output}; expected a name that ends in .json")
-    refuse_unwritable("--output", output)
+    for written in (output, output.with_suffix(".parquet"), output.with_name("dataset_info.json")):
+        refuse_unwritable("--output", written)
     if settings.component is None:
         raise ConfigError("component_name: found none; expected a selector, with train_type: dynamic_select")
     arguments = settings.llamafactory

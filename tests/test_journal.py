@@ -16,6 +16,7 @@ from dataflex.rows import KEY_DTYPE
 from dataflex.schedule import Round
 from dataflex.trainers.checkpoints import incomplete_reason, mark_complete, newest_complete, require_whole, unmark
 from dataflex.trainers.journal import Journal
+from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.rounds import DecidedRound, micro_batches
 
 ROUND = Round(2, "update", 10, 2, 0, 2)
@@ -142,6 +143,23 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert found == str(tmp_path / "checkpoint-20")
     assert [Path(path).name for path, _ in skipped] == ["checkpoint-100"]
     assert "optimizer.pt is missing" in skipped[0][1]
+
+
+def test_a_checkpoint_that_was_renamed_is_not_gone_on_from(tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        mark_complete(folder, {})
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-50")
+    found, ((_, reason),) = newest_complete(tmp_path)
+    assert found == str(tmp_path / "checkpoint-2")
+    assert reason == "its trainer_state.json is of step 4: was the folder renamed? Call it checkpoint-4 again"
+    named = {"output_dir": str(tmp_path), "resume_from_checkpoint": str(tmp_path / "checkpoint-50")}
+    with pytest.raises(MismatchError, match="is of step 4"):
+        Resumption.of(named, takes_unmarked=False).arguments()
+    (tmp_path / "checkpoint-50").rename(tmp_path / "best")  # a name that says nothing of a step
+    assert incomplete_reason(tmp_path / "best") is None
 
 
 def test_any_changed_byte_makes_a_checkpoint_incomplete(tmp_path: Path) -> None:

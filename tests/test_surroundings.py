@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dataflex.cli import main
 from dataflex.config import load, store_root
 from dataflex.config.keys import DataflexKeys
-from dataflex.config.outputs import check_store, refuse_unwritable, why_unwritable
+from dataflex.config.outputs import check_store, refuse_misplaced, refuse_unwritable, why_unwritable
 from dataflex.config.problems import Origin, Problems
 from dataflex.errors import ConfigError
 from dataflex.schedule import Schedule
@@ -80,6 +81,70 @@ def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
     (tmp_path / "chosen.json").write_text("[]")
     refuse_unwritable("--output", tmp_path / "chosen.json")  # the same choice made again replaces it
     assert "bytes" in str(why_unwritable("x" * 300))
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that root may write to and cannot")
+def test_what_may_be_written_is_tried(tmp_path):
+    for file in ("/proc/x.json", "/proc/x/y.json", "/sys/x.json"):
+        with pytest.raises(ConfigError, match=f"--output: found {file}; expected a file that can be written; "):
+            refuse_unwritable("--output", Path(file))
+    refuse_unwritable("--output", tmp_path / "new" / "chosen.json")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoint-4/",
+        "checkpoint-4/dataflex/",
+        "rounds/",
+        "selector_cache/",
+        "checkpoint-4/dataflex/complete.json",
+        "checkpoint-4/dataflex/rounds/round-00000.parquet",
+        "checkpoint-4/adapter_model.safetensors",
+        "checkpoint-4/trainer_state.json",
+        "adapter_model.safetensors",
+        "dataflex_summary.json",
+        "trainer_log.jsonl",
+        "training_args.bin",
+        "rounds/round-00001.parquet",
+    ],
+)
+@pytest.mark.parametrize("kind", ["the other", "FIFO", "link"])
+def test_what_a_run_could_not_write_over_is_refused_before_it(name, kind, tmp_path):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    refuse_misplaced(tmp_path / "out")
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("nowhere")
+    else:
+        path.touch() if name.endswith("/") else path.mkdir()
+    with pytest.raises(ConfigError, match=r"output_dir: found what .*; move it away\n  .*; expected ") as caught:
+        refuse_misplaced(tmp_path / "out")
+    assert str(path) in str(caught.value)
+
+
+def test_an_output_folder_as_a_run_leaves_it_is_taken(tmp_path):
+    for name in ("checkpoint-4/dataflex/rounds/round-00000.parquet", "checkpoint-4/global_step4/x.pt", "runs/a/events"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    (tmp_path / "status.json").touch()
+    (tmp_path / "dataflex").touch()
+    refuse_misplaced(tmp_path)
+    refuse_misplaced(tmp_path / "none")
+
+
+def test_the_command_refuses_it_before_anything(capsys):
+    run = write("component_name: random")
+    for verb in ("train", "featurize"):
+        Path("out/checkpoint-4").parent.mkdir(exist_ok=True)
+        Path("out/checkpoint-4").touch()
+        with pytest.raises(SystemExit) as caught:
+            main([verb, str(run), "output_dir=out"])
+        assert caught.value.code == 2
+        assert "out/checkpoint-4 is no folder; expected one" in capsys.readouterr().err
 
 
 def test_datasets_named_twice_are_said():

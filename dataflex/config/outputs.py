@@ -1,10 +1,16 @@
-"""Where a run writes: its output folder and the root of the stores. Nothing is written to find out."""
+"""Where a run writes: its output folder and the root of the stores.
+
+Nothing is written to find out while a run file is checked; a command that was given tries it.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+import re
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,13 @@ from dataflex.stores.urls import malformed, missing_package
 
 _READ = ("tokenized_path", "cache_dir")
 """Keys of folders that a run may only read, where they are there."""
+_FOLDERS = re.compile(r"checkpoint-\d+|rounds|selector_cache")
+"""What DataFlex and Transformers have folders for in an output folder."""
+_SUFFIXES = (
+    ".json", ".jsonl", ".safetensors", ".bin", ".pt", ".pth", ".parquet", ".model", ".txt", ".jinja", ".md", ".png",
+)  # fmt: skip
+"""What they call files."""
+_SHOWN = 5
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096  # bytes, on every file system in use
 
 
@@ -35,8 +48,40 @@ def why_unwritable(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def refuse_misplaced(folder: str | os.PathLike[str]) -> None:
+    """Refuse an output folder in which something lies where the run will write, and is of another kind than that.
+
+    What is called as a file, by its suffix, has to be one, or a save would fail after the steps before it; a checkpoint
+    and what DataFlex has folders for have to be folders.
+
+    Raises:
+        ConfigError: with all such paths.
+    """
+    root = Path(folder)
+    wrong: list[str] = []
+    for path in _below(root, deepest=4):
+        mode = path.lstat().st_mode if path.is_symlink() and not path.exists() else path.stat().st_mode
+        is_in_checkpoint = path.parent != root
+        if (_FOLDERS.fullmatch(path.name) or (is_in_checkpoint and path.name == "dataflex")) and not stat.S_ISDIR(mode):
+            wrong.append(f"{path} is no folder; expected one")
+        elif path.suffix in _SUFFIXES and not stat.S_ISREG(mode):
+            found = "folder" if stat.S_ISDIR(mode) else "FIFO, a device or a broken link"
+            wrong.append(f"{path} is a {found}; expected a file")
+    if wrong:
+        said = "\n  ".join([*wrong[:_SHOWN], *([f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else [])])
+        raise ConfigError(f"output_dir: found what the run cannot write over; move it away\n  {said}")
+
+
+def _below(folder: Path, deepest: int) -> Iterator[Path]:
+    """Yield what lies in an output folder, and in its checkpoints and the folders that DataFlex makes."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        yield path
+        if deepest > 1 and (_FOLDERS.fullmatch(path.name) or path.name == "dataflex"):
+            yield from _below(path, deepest - 1)
+
+
 def refuse_unwritable(option: str, file: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is to hold.
+    """Refuse a file that cannot be written, before the work whose result it is to hold; its folder is made.
 
     Raises:
         ConfigError: it is a folder or a device, or its folder cannot be written to.
@@ -46,6 +91,13 @@ def refuse_unwritable(option: str, file: Path) -> None:
         raise ConfigError(f"{option}: found the {kind} {file}; expected a file to write")
     if why := why_unwritable(file.parent):  # a file that is there is replaced, which asks its folder alone
         raise ConfigError(f"{option}: found {file}; expected a file that can be written; {why}")
+    try:  # what is allowed is not always possible, as to root in /proc
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: found {file}; expected a file that can be written; {file.parent}: {error.strerror}"
+        ) from error
 
 
 def check_outputs(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:

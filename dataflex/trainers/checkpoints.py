@@ -74,7 +74,20 @@ def incomplete_reason(checkpoint: str | os.PathLike[str], contents: bool = True)
         return f"{FOLDER}/{_MARK} is damaged"
     if not mark.get("is_resumable", True):
         return "save_only_model left out the optimizer's state"
-    return _fault(root, mark, contents)
+    return _fault(root, mark, contents) or _renamed(root)
+
+
+def _renamed(root: Path) -> str | None:
+    """Say that a checkpoint is called by another step than it is of, or return None."""
+    if not re.fullmatch(r"checkpoint-\d+", root.name):
+        return None  # whoever names a folder otherwise says nothing of its step
+    try:
+        step = json.loads((root / "trainer_state.json").read_text("utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # the trainer says what is wrong with it
+    if step == step_of(root):
+        return None
+    return f"its trainer_state.json is of step {step}: was the folder renamed? Call it checkpoint-{step} again"
 
 
 def require_whole(checkpoint: str | os.PathLike[str]) -> None:

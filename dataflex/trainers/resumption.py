@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,5 +111,7 @@ class Resumption:
             return
         if distributed.local_rank() != 0 or (reason := incomplete_reason(named)) is None:
             return
-        kind = CorruptionError if is_marked(named) and "save_only_model" not in reason else MismatchError
+        kind = (
+            CorruptionError if is_marked(named) and not re.search("save_only_model|renamed", reason) else MismatchError
+        )
         raise kind(f"resume_from_checkpoint: {named} cannot be resumed from: {reason}. Name a whole one.")
