@@ -34,15 +34,9 @@ def check_files(values: Mapping[str, Any], origin: Origin, problems: Problems) -
             if os.path.isdir(folder) and not os.path.isfile(file):
                 problems.add(origin, key, f"a folder with {mark}", name)
             elif os.path.isdir(folder):
-                _object(Path(file), problems)
+                json_object(Path(file), problems)
             elif not os.path.exists(folder) and _is_path(name):
                 problems.add(origin, key, "a folder that exists, or a name on the Hub (owner/name)", name)
-    deepspeed = values.get("deepspeed")
-    if isinstance(deepspeed, str) and not deepspeed.startswith("{"):
-        if os.path.isfile(deepspeed):
-            _object(Path(deepspeed), problems)
-        else:
-            problems.add(origin, "deepspeed", "a JSON file that exists", deepspeed)
     resumed = values.get("resume_from_checkpoint")
     if isinstance(resumed, str) and not os.path.isdir(resumed):
         problems.add(origin, "resume_from_checkpoint", "the folder of a checkpoint, or true for the newest", resumed)
@@ -78,8 +72,8 @@ def _unreadable(file: Path) -> str | None:
     return None if may else os.strerror(errno.EACCES)
 
 
-def _object(file: Path, problems: Problems) -> None:
-    """Note a file that holds no JSON object."""
+def json_object(file: Path, problems: Problems) -> dict[str, Any] | None:
+    """Return the object that a JSON file holds; None where it holds none, which is noted."""
     try:
         found = json.loads(file.read_text("utf-8"))
     except OSError as error:
@@ -88,8 +82,10 @@ def _object(file: Path, problems: Problems) -> None:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         problems.say(Origin(file), "", f"found text that is not JSON ({error}); expected an object", line=line)
     else:
-        if not isinstance(found, dict):
-            problems.add(Origin(file), "", "a JSON object", found)
+        if isinstance(found, dict):
+            return found
+        problems.add(Origin(file), "", "a JSON object", found)
+    return None
 
 
 def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:

@@ -33,10 +33,11 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     ),
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1, "at least 0")),  # what NumPy takes
     **dict.fromkeys(("early_stopping_steps", "torch_empty_cache_steps", "ddp_timeout"), (1, _MOST, "at least 1")),
-    **dict.fromkeys(("warmup_ratio", "lora_dropout"), (0, 1, "at least 0")),
+    **dict.fromkeys(("eval_accumulation_steps", "dataloader_prefetch_factor"), (1, _MOST, "at least 1")),
+    **dict.fromkeys(("warmup_ratio", "lora_dropout", "label_smoothing_factor"), (0, 1, "at least 0")),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0), "at least 0")),
     **dict.fromkeys(
-        ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"),
+        ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "neftune_noise_alpha"),
         (0, math.inf, "at least 0"),
     ),
     "dataloader_num_workers": (0, 4096, "at least 0"),
@@ -116,7 +117,17 @@ def template_names() -> tuple[str, ...]:
 
 def fault(name: str, value: Any) -> str | None:
     """Return what was expected of a known key's value, or None if its type and size are right."""
-    key = known_keys()[name]
+    if name == "resume_from_checkpoint" and value is True:  # the newest, which Transformers' annotation leaves out
+        return None
+    if name == "resume_from_checkpoint" and value is False:
+        return (
+            "a checkpoint's folder, true for the newest, or the key left out (overwrite_output_dir: true begins anew)"
+        )
+    return fault_of(known_keys()[name], name, value)
+
+
+def fault_of(key: Key, name: str, value: Any) -> str | None:
+    """Return what was expected of the value of a key that takes this, or None if its type and size are right."""
     if value is None:
         return None if "None" in key.types else f"{key.expected} (leave the key out for its default)"
     if isinstance(value, float) and not math.isfinite(value):
@@ -136,6 +147,23 @@ def fault(name: str, value: Any) -> str | None:
     if kind == "str" and accepted & {"bool", "int", "float"} and "str" not in accepted:
         return f"{key.expected} (without quotes)"
     return key.expected
+
+
+def dataclass_keys(text: str, name: str) -> dict[str, Key | None]:
+    """Return what the fields of a dataclass in a source take; none if it is not there."""
+    return dict(next((_fields(n) for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name), {}))
+
+
+def function_keys(text: str, name: str) -> dict[str, Key | None]:
+    """Return what the arguments of a function in a source take, None where that is not said, `**` under its name."""
+    node = next((n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name), None)
+    found: dict[str, Key | None] = {}
+    for each in [*node.args.args, *node.args.kwonlyargs, *filter(None, [node.args.kwarg])] if node is not None else ():
+        types, choices = _annotation(each.annotation) if each.annotation is not None else (set(), [])
+        found[each.arg] = (
+            Key(frozenset(types), tuple(choices)) if types <= {*_SIMPLE, "dict", "None"} and types else None
+        )
+    return found
 
 
 def _out_of_bounds(name: str, value: float) -> str | None:

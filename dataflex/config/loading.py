@@ -16,6 +16,7 @@ from dataflex.config.files import check_files, repeated
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import fault, known_keys
+from dataflex.config.mappings import check_mappings
 from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule, watches
 from dataflex.config.outputs import check_outputs, check_store
 from dataflex.config.packages import check_trackers, missing_packages
@@ -104,6 +105,7 @@ class _Loading:
         check_evaluation(llamafactory, self.origin, self.problems)
         check_trackers(llamafactory, self.origin, self.problems)
         check_outputs(llamafactory, self.origin, self.problems)
+        self.notes += check_mappings(llamafactory, self.origin, self.problems)
         self.notes += repeated(llamafactory)
         self.notes += check_store(store, root, writes, self.origin, self.problems)
         self.notes += missing_packages(llamafactory)

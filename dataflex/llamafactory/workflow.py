@@ -26,6 +26,7 @@ from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
+from dataflex.llamafactory.schedule import check_schedule
 from dataflex.trainers.checkpoints import mark_complete, require_whole
 from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.pickles import refused
@@ -37,6 +38,8 @@ from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
 log = logging.getLogger(__name__)
 
 _REFUSERS = ("llamafactory", "transformers", "peft", "huggingface_hub")
+_OPTIMIZERS = ("transformers.trainer_optimizer", "torch.optim")
+"""Modules that read nothing of the run file but what the optimizer is given."""
 _FOLDERS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
 """Keys that may name a checkpoint."""
 _CHANGED = ("rm", "ppo")
@@ -81,6 +84,7 @@ def run(
     no_group = SimpleNamespace(is_initialized=lambda: False)
     resumption = Resumption.of(arguments, takes_unmarked=director is None)
     _check_weights(arguments)
+    check_schedule(arguments)
     arguments |= resumption.arguments()
     stopping = Stopping(resumption, checkpoint_on_signal and is_training, is_training, _kept_by(director))
     callbacks.append(stopping)
@@ -113,13 +117,15 @@ def _explained() -> Iterator[None]:
         if (module := _refuser(error)) is None or getattr(error, "errno", None) is not None:
             raise
         package, text = module.partition(".")[0], " ".join(str(error).split())
+        if module.startswith(_OPTIMIZERS):
+            text = f"optim, optim_args, learning_rate, weight_decay or adam_*: {text}"
         raise ConfigError(f"{package} refuses the run file: {text} (raised in {module})") from error
 
 
 def _refuser(error: Exception) -> str | None:
     """Return the module that raised an error, if it is one that reads the run file's arguments."""
     module = raised_in(error)
-    return module if module.partition(".")[0] in _REFUSERS else None
+    return module if module.partition(".")[0] in _REFUSERS or module.startswith(_OPTIMIZERS) else None
 
 
 def _loaded(exclude_targets: bool, *args: Any, **kwargs: Any) -> RowSets:
