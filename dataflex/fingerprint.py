@@ -18,6 +18,10 @@ from dataflex.source import named_classes, with_relative_imports
 
 IGNORE_INDEX = -100
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_LOADED = (
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ("adapter_model.safetensors", "adapter_model.bin"),
+)
 
 
 def canonical(value: Any) -> bytes:
@@ -96,7 +100,7 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def model_digest(folder: str | os.PathLike[str]) -> str:
-    """Name a model folder by its configuration, its weight files and its code, whatever the folder is called.
+    """Name a model folder by its configuration, the weights that are loaded and its code, whatever it is called.
 
     The code is what the configuration's `auto_map` names in this folder, with what that imports relatively. The
     tokenizer is left out: it acts on the tokens, which are in the row keys.
@@ -105,15 +109,13 @@ def model_digest(folder: str | os.PathLike[str]) -> str:
         FileNotFoundError: the folder holds no weight file.
     """
     root = Path(folder)
-    weights = sorted(p for p in root.iterdir() if p.suffix in _WEIGHT_SUFFIXES and _is_weight(p.name))
-    if any(p.suffix == ".safetensors" for p in weights):
-        weights = [p for p in weights if p.suffix == ".safetensors"]
+    weights = _weight_files(root)
     if not weights:
         raise FileNotFoundError(f"no weight file ({', '.join(_WEIGHT_SUFFIXES)}) in {root}")
     configs = [p for p in (root / "config.json", root / "adapter_config.json") if p.is_file()]
     with ThreadPoolExecutor(max_workers=4) as pool:
         sums = list(pool.map(file_digest, weights))
-    parts: dict[str, Any] = {p.name: s for p, s in zip(weights, sums, strict=True)}
+    parts: dict[str, Any] = {p.relative_to(root).as_posix(): s for p, s in zip(weights, sums, strict=True)}
     written = {p.name: json.loads(p.read_text("utf-8")) for p in configs}
     parts |= {name: plain(_without_paths(config)) for name, config in written.items()}
     own = [root / f"{module}.py" for repository, module in named_classes(written.get("config.json")) if not repository]
@@ -125,6 +127,22 @@ def source_digests(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     return {
         os.path.relpath(file, folder).replace(os.sep, "/"): file_digest(file) for file in with_relative_imports(files)
     }
+
+
+def _weight_files(root: Path) -> list[Path]:
+    """Return the files that Transformers and PEFT take the weights of a folder from, the index of shards among them.
+
+    Both look for names in this order. Without one of them whoever loads the folder knows what it reads, so all count.
+    """
+    found: list[Path] = []
+    for names in _LOADED:
+        first = next((root / name for name in names if (root / name).is_file()), None)
+        if first is not None and first.suffix == ".json":
+            shards = json.loads(first.read_text("utf-8"))["weight_map"].values()
+            found += [first, *(root / shard for shard in sorted(set(shards)))]
+        elif first is not None:
+            found.append(first)
+    return found or sorted(p for p in root.iterdir() if p.suffix in _WEIGHT_SUFFIXES and _is_weight(p.name))
 
 
 def _is_weight(name: str) -> bool:

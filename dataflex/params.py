@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import math
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 
 class Parameters(BaseModel):
     """Base of the parameters of methods, parts, features and keys: frozen; unknown keys, NaN and infinity are refused.
 
     NaN and infinity pass every comparison with a bound (`gt=0` holds for infinity) and turn into weights of NaN where
-    they meet a sum, so that rows are left out without a word. No parameter has a meaning for them.
+    they meet a sum, so that rows are left out without a word. No parameter has a meaning for them, at any depth.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_what_types_do_not_reach(cls, value: Any) -> Any:
+        """Look into what has any shape, such as the arguments of a user's code."""
+        if (found := _not_finite(value)) is not None:
+            raise ValueError(f"found {found[1]} at {found[0].removeprefix('.')}; expected finite numbers")
+        return value
+
+    @model_validator(mode="after")
+    def _refuse_further_keys_alike(self) -> Self:
+        self._refuse_what_types_do_not_reach(self.model_extra)
+        return self
+
+
+def _not_finite(value: Any) -> tuple[str, float] | None:
+    """Return the path of the first number in a value that is NaN or infinite, and the number."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else ("", value)
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if (found := _not_finite(item)) is not None:
+            return f".{key}{found[0]}", found[1]
+    return None

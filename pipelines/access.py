@@ -230,6 +230,8 @@ class FeatureAccess:
         scalars = {"loss_sum": "float64", "tokens": "int32"} if is_loss else {"norm": "float32"}
         if isinstance(spec, PolicyGradientSpec):
             scalars |= {"reward": "float64", "scored": "int32"}
+        if isinstance(spec, GradientSpec) and spec.direction == "adam":
+            scalars |= {"gradient_norm": "float32"}
         return self.root.open(spec.kind, recipe, Layout(scalars, self._source(spec).width(spec), self._storage(spec)))
 
     def _say_what_is_older(self) -> None:

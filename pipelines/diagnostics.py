@@ -35,7 +35,8 @@ class Diagnostics:
         score_most: highest score.
         below_zero: how many scores are below 0.
         length_correlation: of score and tokens of a row.
-        norm_correlation: of score and norm of a row's gradient; over several checkpoints, of the norms' mean.
+        norm_correlation: of score and norm of a row's gradient, also where the method takes Adam's step on it; over
+            several checkpoints, of the norms' mean.
         common_direction: by kind of feature, the mean cosine of the rows' vectors with their common direction, 0 to 1;
             over several checkpoints, the mean.
         overlap: share of the distinct rows chosen that the last update had chosen as well.
@@ -163,10 +164,14 @@ def _spread(scores: np.ndarray) -> dict[str, Any]:
 
 
 def _norms(views: Sequence[tuple[FeatureSpec, View]], size: int) -> np.ndarray:
-    """Return the norm of every row's gradient, (N,) float64, NaN where there is none."""
+    """Return the norm of every row's gradient, (N,) float64, NaN where there is none.
+
+    Of plain gradients it is that of the projection; of Adam's steps, whose norm says little of the gradient's, the
+    gradient's own is kept beside them.
+    """
     found = [
-        np.where(view.status == Status.OK, view.scalar("norm"), np.nan)
-        for spec, view in views
+        np.where(view.status == Status.OK, view.scalar("gradient_norm" if spec.direction == "adam" else "norm"), np.nan)
+        for spec, view in _of_one_kind(views)
         if isinstance(spec, GradientSpec)
     ]
     return np.stack(found).mean(axis=0, dtype=np.float64) if found else np.full(size, np.nan)
@@ -175,12 +180,18 @@ def _norms(views: Sequence[tuple[FeatureSpec, View]], size: int) -> np.ndarray:
 def _directions(views: Sequence[tuple[FeatureSpec, View]]) -> dict[str, float]:
     """Return the share of the common direction by kind of feature. Collective."""
     by_kind: dict[str, list[float]] = {}
-    for spec, view in views:
+    for spec, view in _of_one_kind(views):
         # The other vectors, losses by token, have a width and no direction.
         share = common_direction(view) if isinstance(spec, EmbeddingSpec | GradientSpec) else None
         if share is not None:
             by_kind.setdefault(spec.kind, []).append(share)
     return {kind: _rounded(np.mean(shares)) for kind, shares in by_kind.items()}
+
+
+def _of_one_kind(views: Sequence[tuple[FeatureSpec, View]]) -> list[tuple[FeatureSpec, View]]:
+    """Leave out what a method asks for besides its first feature of a kind: a mean over both would be of neither."""
+    first: dict[str, FeatureSpec] = {}
+    return [(spec, view) for spec, view in views if first.setdefault(spec.kind, spec) == spec]
 
 
 def _rounded(value: Any) -> float:

@@ -15,8 +15,8 @@ import torch
 
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import difference, model_digest
+from dataflex.folders import model_folder
 from dataflex.pipelines.checkpoint import ADAPTER, adapter_config, by_name, tensors
-from dataflex.pipelines.folder import model_folder
 from dataflex.trainers.checkpoints import recorded
 
 log = logging.getLogger(__name__)

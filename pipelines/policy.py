@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ class PolicySource:
         stop = getattr(self._state.model, "generation_config", None)
         stops = [self._tokenizer.eos_token_id, getattr(stop, "eos_token_id", None)]
         flat = [i for each in stops for i in (each if isinstance(each, list) else [each]) if i is not None]
-        return {"tokenizer": digest(self._tokenizer.get_vocab()), "stop": sorted(set(flat))}
+        return {"tokenizer": digest(_decoding(self._tokenizer)), "stop": sorted(set(flat))}
 
     def _target(self, rows: Rows, row: int) -> Target:
         """Split a row at its first supervised token.
@@ -261,3 +262,16 @@ def _spread(found: FeatureValues, rows: Sequence[int], count: int) -> FeatureVal
     for name, column in found.scalars.items():
         scalars[name][rows] = column
     return FeatureValues(status, scalars, vectors)
+
+
+def _decoding(tokenizer: Any) -> dict[str, Any]:
+    """Return what turns tokens into text: the words, which of them are special, and how they are put together."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {
+        "class": type(tokenizer).__name__,
+        "words": tokenizer.get_vocab(),
+        "special": sorted(tokenizer.all_special_ids),
+        "added": {str(i): [token.content, token.special] for i, token in tokenizer.added_tokens_decoder.items()},
+        "decoder": None if backend is None else json.loads(backend.to_str())["decoder"],
+        "clean_up": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+    }

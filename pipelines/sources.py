@@ -12,7 +12,7 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.features.encoder import TextEncoder, encoder_identity
+from dataflex.features.encoder import TextEncoder
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.excerpt import excerpt
 from dataflex.features.spec import (
@@ -25,8 +25,8 @@ from dataflex.features.spec import (
     TokenLossSpec,
 )
 from dataflex.fingerprint import text_key
+from dataflex.folders import folder_digest, model_folder
 from dataflex.llamafactory.faults import explained
-from dataflex.pipelines.folder import model_folder
 from dataflex.pipelines.state import ModelState
 from dataflex.rows import KEY_DTYPE, Rows
 
@@ -208,7 +208,7 @@ class EncoderSource:
         self._device = state.trainer.args.device
         self._token_budget = token_budget
         self._loaded: TextEncoder | None = None
-        self._identity = encoder_identity(self._folder)
+        self._identity = {"files": folder_digest(self._folder), "text": "system\ntools\nprompt\nresponse"}
 
     @property
     def _encoder(self) -> TextEncoder:

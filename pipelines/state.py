@@ -18,8 +18,8 @@ from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.features.adam import Moments
 from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
 from dataflex.fingerprint import model_digest, plain, source_digests, tensors_digest
+from dataflex.folders import model_folder
 from dataflex.pipelines import checkpoint, frozen
-from dataflex.pipelines.folder import model_folder
 from dataflex.pipelines.moments import checkpoint_moments, live_moments
 from dataflex.source import named_classes
 from dataflex.trainers.checkpoints import is_marked, require_whole
@@ -287,11 +287,12 @@ class ModelState:
 
     def numerics(self) -> dict[str, Any]:
         """Return what the same weights are computed with."""
-        args = self.trainer.args
+        # Accelerate's: where the run file is silent, a launcher may set it (ACCELERATE_MIXED_PRECISION).
+        precision = str(self.trainer.accelerator.mixed_precision)
         frozen = next((p.dtype for p in self.model.parameters() if not p.requires_grad), None)
         return {
             "engine": ENGINE_VERSION,
-            "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
+            "autocast": {"bf16": "bfloat16", "fp16": "float16", "no": "none"}.get(precision, precision),
             "weights": str(frozen or next(self.model.parameters()).dtype),
             "attention": str(getattr(self.model.config, "_attn_implementation", "unknown")),
             "reduction": "mean over supervised tokens",

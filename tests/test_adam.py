@@ -141,6 +141,8 @@ def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any], rates:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # so that the change is not lost in the rounding of the weights
         loss(model, example).backward()
+        norm = torch.cat([p.grad.double().reshape(-1) for p in parameters.values() if p.grad is not None]).norm()
+        assert found.scalars["gradient_norm"][row] == pytest.approx(float(norm), rel=1e-5)  # of no step, not projected
         optimizer.step()
         optimizer.zero_grad()
         change = torch.cat([(weights[n] - parameters[n]).detach().reshape(-1) for n in order])

@@ -83,10 +83,12 @@ def test_figures_are_of_the_scores_and_not_of_what_a_rule_makes_of_them() -> Non
     rows.length[:] = np.arange(11) * 3 % 11
     scores, logits = np.linspace(-0.5, 0.5, 11), np.zeros(11)
     scores[[0, 1]] = np.nan, -np.inf
-    view = Held(VECTORS, scalars={"norm": np.linalg.norm(VECTORS, axis=1)})
+    norm = RNG.random(11)
+    view = Held(VECTORS, scalars={"norm": np.linalg.norm(VECTORS, axis=1), "gradient_norm": norm})
     view.status[2] = Status.NONFINITE
-    other = Held(VECTORS[::-1], scalars={"norm": np.linalg.norm(VECTORS[::-1], axis=1)})
-    views: Any = [(ADAM, view), (ADAM, other), (EmbeddingSpec(), Held(VECTORS))]
+    other = Held(VECTORS[::-1], scalars={"norm": np.linalg.norm(VECTORS, axis=1), "gradient_norm": norm[::-1]})
+    beside = GradientSpec(projection=ADAM.projection), Held(VECTORS + 9, scalars={"norm": np.arange(11)})
+    views: Any = [(ADAM, view), (ADAM, other), beside, (EmbeddingSpec(), Held(VECTORS))]
     found = diagnose(rows, Selection(np.array([9, 10]), pool=logits, judged=scores), views, None)
     usable = scores[2:]
     assert (found.scored, found.below_zero) == (9, 3)
@@ -94,7 +96,7 @@ def test_figures_are_of_the_scores_and_not_of_what_a_rule_makes_of_them() -> Non
     assert found.score_deviation == pytest.approx(usable.std(), rel=1e-5)
     assert (found.score_least, found.score_most) == pytest.approx((-0.3, 0.5))
     assert found.length_correlation == pytest.approx(spearmanr(usable, rows.length[2:]).statistic, abs=1e-5)
-    norms = (view.scalars["norm"] + other.scalars["norm"]) / 2
+    norms = (norm + norm[::-1]) / 2  # of the gradients, not of Adam's steps on them
     assert found.norm_correlation == pytest.approx(spearmanr(scores[3:], norms[3:]).statistic, abs=1e-5)
     both = mean_cosine(VECTORS[np.arange(11) != 2]), mean_cosine(VECTORS)
     assert found.common_direction == pytest.approx({"gradient": np.mean(both), "embedding": both[1]}, rel=1e-5)

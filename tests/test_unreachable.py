@@ -19,7 +19,7 @@ with explained("dataset x (hf_hub nobody/nothing)"):
     datasets.load_dataset("nobody/nothing")
 """
 MODEL = """
-from dataflex.pipelines.folder import model_folder
+from dataflex.folders import model_folder
 model_folder("nobody/nothing")
 """
 

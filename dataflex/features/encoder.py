@@ -12,7 +12,6 @@ import torch
 from dataflex.errors import ConfigError
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.spec import EmbeddingSpec, FeatureValues
-from dataflex.fingerprint import digest, file_digest
 from dataflex.rows import Status, Text
 
 
@@ -81,16 +80,6 @@ class TextEncoder:
             return int(self._sentences.get_embedding_dimension())
         config: Any = self._engine.model.config
         return int(config.hidden_size)
-
-
-def encoder_identity(folder: Path) -> dict[str, str]:
-    """Name an encoder by all its files, the tokenizer's included, for here the text is what the key knows."""
-    skip = (".md", ".gitattributes")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in skip and not p.name.startswith("."))
-    return {
-        "files": digest({p.relative_to(folder).as_posix(): file_digest(p) for p in files}),
-        "text": "system\ntools\nprompt\nresponse",
-    }
 
 
 def _sentence_transformer(folder: Path, device: torch.device) -> Any:

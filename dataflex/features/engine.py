@@ -219,6 +219,10 @@ class FeatureEngine:
                 results[i] = replace(_losses(sums.detach(), tokens, status), vectors=_by_token(losses, status, longest))
             elif isinstance(spec, GradientSpec):
                 results[i] = _vectors(next(sketched), status)
+                if spec.direction == "adam":
+                    assert sketches is not None
+                    norm = sketches.squares.sqrt().float().cpu().numpy()
+                    results[i].scalars["gradient_norm"] = np.where(results[i].status == Status.OK, norm, np.float32(0))
         return [results[i] for i in range(len(specs))]
 
 

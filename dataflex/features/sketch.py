@@ -39,6 +39,9 @@ class Sketches:
     A parameter's gradient is formed in blocks of its rows, made an Adam direction if asked, added into the sketches and
     freed. Where several modules share a parameter, or its module runs several times, it waits until all its uses are
     there, because an Adam direction needs their sum.
+
+    Attributes:
+        squares: (B,) squared norm of each row's whole gradient, if a direction is asked for; known after `finish`.
     """
 
     def __init__(self, parameters: Sequence[Parameter], targets: Sequence[Target]) -> None:
@@ -61,6 +64,7 @@ class Sketches:
         self._n, self._block = n, BLOCK_ELEMENTS.get(device.type, 1 << 26)
         self._uses: dict[str, list[Rows]] = {}
         self._sums = [t.projector.zeros(n, device, self._dtype) for t in self._targets]
+        self.squares = torch.zeros(n, device=device, dtype=self._dtype)
 
     def finish(self, total: Tensor) -> list[Tensor]:
         """Run the backward pass; return (B, K) per target.
@@ -117,6 +121,8 @@ class Sketches:
             for use in uses[1:]:
                 g = g + use(a, b)
             made: dict[Direction | None, Tensor] = {None: g}
+            if any(target.direction for target, _ in dense):
+                self.squares += g.square().sum(dim=1)
             for target, y in dense:
                 if target.direction not in made:
                     made[target.direction] = target.direction(parameter.name, a * cols, g)  # type: ignore[misc]

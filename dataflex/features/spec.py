@@ -221,9 +221,10 @@ class FeatureValues:
     Attributes:
         status: (R,) uint8 of `dataflex.rows.Status`; where it is not OK the values are zero.
         scalars: column name -> (R,) array. loss: `loss_sum` float64, `tokens` int32. embedding, gradient: `norm`
-            float32, L2 norm of the vector. token_loss: as loss; position t of the vector is the loss of the token after
-            it, as the logits have it. policy_gradient: `norm`; `reward` float64, mean of the rewards; `scored`
-            int32, responses that have one.
+            float32, L2 norm of the vector; of `direction: adam` also `gradient_norm` float32, that of the gradient
+            itself, neither stepped nor projected. token_loss: as loss; position t of the vector is the loss of the
+            token after it, as the logits have it. policy_gradient: `norm`; `reward` float64, mean of the rewards;
+            `scored` int32, responses that have one.
         vectors: (R, D) float32, or None for a feature without vectors.
     """
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from dataflex.errors import ConfigError
-from dataflex.fingerprint import file_digest
+from dataflex.folders import folder_digest
 from dataflex.rewards.base import RewardParams
 
 
@@ -68,9 +68,7 @@ class RewardModel:
 
     def identity(self) -> dict[str, Any]:
         """See `dataflex.rewards.base.Reward`; what the folder is called does not matter."""
-        skip = (".md", ".gitattributes")
-        files = sorted(p for p in self._folder.iterdir() if p.is_file() and p.suffix not in skip)
-        return {"type": "reward_model", "version": 1, "files": {p.name: file_digest(p) for p in files}}
+        return {"type": "reward_model", "version": 1, "files": folder_digest(self._folder)}
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:

@@ -1,11 +1,15 @@
-"""Where the files of a model or adapter lie."""
+"""Where the files of a model or adapter lie, and what names them all."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from dataflex.errors import MismatchError, UnavailableError
 from dataflex.faults import is_unreachable
+from dataflex.fingerprint import digest, file_digest
+
+_NOT_READ = (".md", ".gitattributes")
 
 
 def model_folder(
@@ -32,3 +36,19 @@ def model_folder(
                     "a Hub that can be reached"
                 ) from error
     raise MismatchError(f"{name_or_path}: found no configuration; expected a model or adapter, local or on the Hub")
+
+
+def folder_digest(folder: Path) -> str:
+    """Name a model that text is given to by all its files, the tokenizer's included, whatever it is called.
+
+    Of an adapter the base that it names, which Transformers loads, is part of the name.
+
+    Raises:
+        MismatchError: that base is nowhere.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix not in _NOT_READ and p.name[0] != ".")
+    parts = {p.relative_to(folder).as_posix(): file_digest(p) for p in files}
+    if "adapter_config.json" in parts and "config.json" not in parts:
+        named = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        parts["the base"] = folder_digest(model_folder(str(named)))
+    return digest(parts)
