@@ -398,20 +398,9 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
                 refuse_misplaced(settings.llamafactory["output_dir"])
             distributed.prepare()
             yield settings
-    except KeyboardInterrupt as interrupt:
-        raise Cancelled(_left(verb, settings)) from interrupt
-
-
-def _left(verb: str, settings: Settings) -> str:
-    """Say what a command that was broken off has left, and how it goes on."""
-    features = f"; features that were committed stay in {settings.store_root}" if settings.needs else ""
-    if verb != "train":
-        return f"Ctrl-C: {verb} stopped{features}, and the same command goes on from there"
-    from dataflex.trainers.checkpoints import newest_complete
-
-    checkpoint, _ = newest_complete(settings.llamafactory["output_dir"], contents=False)
-    begin = checkpoint or "the beginning: there is no complete checkpoint yet"
-    return f"Ctrl-C: training stopped{features}; the same command goes on from {begin}"
+    except KeyboardInterrupt as interrupt:  # behind the pipelines' imports it says more: `trainers.stopping`
+        rest = "the same command begins where this one would have"
+        raise Cancelled(f"Ctrl-C: {verb} stopped; what is committed stays, and {rest}") from interrupt
 
 
 @contextlib.contextmanager

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from dataflex.errors import ConfigError, Interrupted
 from dataflex.pipelines.fragments import Work
 from dataflex.status import reported
 from dataflex.trainers.checkpoints import incomplete_reason
+from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.trainer import DataflexTrainer
 
 Signal = Callable[[type, str, Callable[[Any], bool]], None]
@@ -216,3 +222,60 @@ def test_a_second_answer_to_signals_is_refused(workspace: Any) -> None:
 
     with pytest.raises(ConfigError, match=r"enable_jit_checkpoint: found true; expected it left out"):
         load(workspace.write("run", enable_jit_checkpoint=True), [])
+
+
+def broken_off(path: Path, is_time: Callable[[], bool]) -> str:
+    """Train in a process of its own, press Ctrl-C when it is time; return what it says of it, in one line."""
+    command = [sys.executable, "-m", "dataflex.cli", "-q", "train", str(path)]
+    # A shell's background jobs ignore the signal, and their children inherit that.
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    with process, ThreadPoolExecutor(1) as reader:
+        assert process.stderr is not None
+        read = reader.submit(process.stderr.read)
+        while not is_time() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        text = read.result()
+        assert process.wait() == 130, text
+    assert "Traceback" not in text
+    (said,) = [line for line in text.splitlines() if line.startswith("dataflex: Ctrl-C: stopped after step ")]
+    return said
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_what_the_same_command_does(workspace: Any) -> None:
+    keys = {"component_name": "random", "dataflex": None, "update_step": 15, "update_times": 100, "save_steps": 2}
+
+    def saved(name: str) -> int:
+        return Resumption(str(workspace.folder / "out" / name), None, False, False, False).newest(10**6)
+
+    path = workspace.write("anew", overwrite_output_dir=True, **keys)
+    assert broken_off(path, lambda: saved("anew") >= 2).endswith(
+        " of 1503; overwrite_output_dir makes the same command begin anew, resume_from_checkpoint: true beside it goes "
+        f"on from step {saved('anew')}"
+    )
+    named = str(shutil.copytree(workspace.folder / "out" / "anew" / "checkpoint-2", workspace.folder / "checkpoint-2"))
+    path = workspace.write("named", resume_from_checkpoint=named, **keys)
+    assert broken_off(path, lambda: saved("named") >= 4).endswith(
+        f" of 1503; the same command begins at {named} again; resume_from_checkpoint: true goes on from step "
+        f"{saved('named')}"
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_knows_of_a_warm_up_that_was_kept(workspace: Any) -> None:
+    path = workspace.write("kept", update_step=15, update_times=100, save_strategy="no")
+    rounds = workspace.folder / "out" / "kept" / "rounds"
+    said = broken_off(path, lambda: len(list(rounds.glob("round-*.parquet"))) > 1)
+    found = re.search(r"after step (\d+) of 1503; the same command goes on from step 3, (.*)$", said)
+    assert found is not None, said
+    lost = int(found[1]) - 3
+    assert found[2].startswith(f"{lost} step" if lost else "no step")

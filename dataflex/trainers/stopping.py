@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from dataflex import distributed, status, stop
-from dataflex.errors import Interrupted
+from dataflex.errors import Cancelled, Interrupted
 from dataflex.trainers.checkpoints import incomplete_reason
 from dataflex.trainers.resumption import Resumption
 
@@ -50,6 +50,8 @@ class Stopping(TrainerCallback):
         self._holds.close()
         if isinstance(error, Interrupted):
             error.args = (f"{error} {self.account()}",)
+        elif isinstance(error, KeyboardInterrupt):  # it stops where it comes, and nothing more is written
+            raise Cancelled(f"Ctrl-C: stopped {self.account()}") from error
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """From here on a signal is only noted."""
