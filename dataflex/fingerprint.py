@@ -99,11 +99,15 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_digest(folder: str | os.PathLike[str]) -> str:
+def model_digest(folder: str | os.PathLike[str], sums: Mapping[str, str] | None = None) -> str:
     """Name a model folder by its configuration, the weights that are loaded and its code, whatever it is called.
 
     The code is what the configuration's `auto_map` names in this folder, with what that imports relatively. The
     tokenizer is left out: it acts on the tokens, which are in the row keys.
+
+    Args:
+        folder: the folder.
+        sums: SHA-256 of weight files that is known already, by their names.
 
     Raises:
         FileNotFoundError: the folder holds no weight file.
@@ -113,9 +117,11 @@ def model_digest(folder: str | os.PathLike[str]) -> str:
     if not weights:
         raise FileNotFoundError(f"no weight file ({', '.join(_WEIGHT_SUFFIXES)}) in {root}")
     configs = [p for p in (root / "config.json", root / "adapter_config.json") if p.is_file()]
+    known = {name: sum for p in weights if (sum := (sums or {}).get(name := p.relative_to(root).as_posix()))}
+    unknown = [name for p in weights if (name := p.relative_to(root).as_posix()) not in known]
     with ThreadPoolExecutor(max_workers=4) as pool:
-        sums = list(pool.map(file_digest, weights))
-    parts: dict[str, Any] = {p.relative_to(root).as_posix(): s for p, s in zip(weights, sums, strict=True)}
+        known |= dict(zip(unknown, pool.map(file_digest, (root / name for name in unknown)), strict=True))
+    parts: dict[str, Any] = dict(known)
     written = {p.name: json.loads(p.read_text("utf-8")) for p in configs}
     parts |= {name: plain(_without_paths(config)) for name, config in written.items()}
     own = [root / f"{module}.py" for repository, module in named_classes(written.get("config.json")) if not repository]

@@ -30,6 +30,13 @@ _IMPORTING: list[str] = []
 """Modules of the plugins that are being imported, the innermost last: what is registered meanwhile is theirs."""
 _IN_USE: set[str] = set()
 """Modules of the plugins of the run file that was read last."""
+_FOUND_BY: dict[type, str | None] = {}
+"""Class -> the module that the name it was loaded by last leads to; None where nothing but the class tells."""
+_FETCHED: dict[str, list[str]] = {}
+"""Module of a plugin -> those that it fetched by `import_plugin` while it was imported."""
+
+PLUGIN = "dataflex_plugin_"
+"""What the name of a plugin's module begins with if it was imported from a file."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,8 @@ class Registry(Generic[T]):
         users = self._users(name, seen)
         if len(users) > 1:
             raise self._ambiguous(name, users)
-        for place, cls in users.items():
-            return self._checked(name, place, cls) if cls is not None else self._import(name, place)
+        for place, (cls, plugin) in users.items():
+            return self._checked(name, place, cls, plugin) if cls is not None else self._import(name, place)
         if name not in self.builtins:
             names = sorted(self.places())
             raise ConfigError(
@@ -127,16 +134,19 @@ class Registry(Generic[T]):
         file = getattr(sys.modules.get(cls.__module__), "__file__", None) or "?"
         return f"{self.kind} {name!r} is {place} ({file}), in place of the built-in {self.builtins[name]}"
 
-    def _users(self, name: str, plugins: set[str]) -> dict[str, type | None]:
-        """Return the places of what is registered or announced under a name, with the class where it is imported."""
-        found: dict[str, type | None] = {
-            each.place: each.cls
+    def _users(self, name: str, plugins: set[str]) -> dict[str, tuple[type | None, str | None]]:
+        """Return the places of what is registered or announced under a name.
+
+        With each, the class where it is imported, and the plugin that registered it.
+        """
+        found: dict[str, tuple[type | None, str | None]] = {
+            each.place: (each.cls, each.plugin)
             for each in self._registered.get(name, ())
             if each.plugin is None or each.plugin in plugins or each.cls.__module__ in plugins
         }
         for announced, place in self._entry_points():
             if announced == name:
-                found.setdefault(place, None)
+                found.setdefault(place, (None, None))
         return found
 
     def _ambiguous(self, name: str, places: Iterable[str]) -> ConfigError:
@@ -149,15 +159,15 @@ class Registry(Generic[T]):
         module_name, _, path = place.rpartition(":")
         if not module_name or not path:
             raise ConfigError(f"found {name!r}; expected a {self.kind} by its name, as module:Class or file.py:Class")
-        found: Any = import_plugin(module_name)
+        module = found = import_plugin(module_name)
         for part in path.split("."):
             if not hasattr(found, part):
                 near = did_you_mean(part, [key for key in vars(found) if not key.startswith("_")])
                 raise ConfigError(f"{self.kind} {name!r}: found no {path} in {module_name}; expected a class{near}")
             found = getattr(found, part)
-        return self._checked(name, place, found)
+        return self._checked(name, place, found, module.__name__)
 
-    def _checked(self, name: str, place: str, found: Any) -> type[T]:
+    def _checked(self, name: str, place: str, found: Any, module: str | None) -> type[T]:
         if not isinstance(found, type):
             raise ConfigError(f"{self.kind} {name!r}: found {type(found).__name__} at {place}; expected a class")
         if self.verbs and not any(callable(getattr(found, verb, None)) for verb in self.verbs):
@@ -167,6 +177,7 @@ class Registry(Generic[T]):
             )
         if missing := sorted(getattr(found, "__abstractmethods__", ())):
             raise ConfigError(f"{self.kind} {name!r}: {place} does not define {', '.join(missing)}; expected it to")
+        _FOUND_BY[found] = module
         return found
 
     def _entry_points(self) -> list[tuple[str, str]]:
@@ -193,11 +204,31 @@ def import_plugin(name: str) -> Any:
         ConfigError: there is no such module or file, or running it raises an error.
     """
     if name.endswith(".py"):
-        return _import_file(name)
-    if not all(part.isidentifier() for part in name.split(".")):
+        module = _import_file(name)
+    elif all(part.isidentifier() for part in name.split(".")):
+        with _importing(name, name):
+            module = importlib.import_module(name)
+    else:
         raise ConfigError(f"found {name!r}; expected the dotted name of a module, or a path to a .py file")
-    with _importing(name, name):
-        return importlib.import_module(name)
+    if _IMPORTING and module.__name__ not in _FETCHED.setdefault(_IMPORTING[-1], []):
+        _FETCHED[_IMPORTING[-1]].append(module.__name__)
+    return module
+
+
+def found_by(cls: type) -> list[str]:
+    """Return the module that led to a class when it was last loaded by name: the one named, or that registers it."""
+    module = _FOUND_BY.get(cls)
+    return [] if module is None else [module]
+
+
+def fetched_by(module: str) -> list[str]:
+    """Return the modules that a plugin fetched by `import_plugin` while it was imported."""
+    return list(_FETCHED.get(module, ()))
+
+
+def plugin_name(path: str) -> str:
+    """Return what the module of a plugin is called that lies in this file, whose real path is given."""
+    return f"{PLUGIN}{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def _import_file(name: str) -> Any:
@@ -206,7 +237,7 @@ def _import_file(name: str) -> Any:
         path = os.path.abspath(path)
         raise ConfigError(f"found no file {path}; expected a Python file (named in dataflex.plugins or component_name)")
     path = os.path.realpath(path)
-    module_name = f"dataflex_plugin_{Path(path).stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    module_name = plugin_name(path)
     if module_name in sys.modules:
         return sys.modules[module_name]
     spec = importlib.util.spec_from_file_location(module_name, path)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,22 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
-from dataflex.config.arguments import settings_in_identity, values
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
-from dataflex.fingerprint import difference, digest, file_digest, keys_digest, plain
+from dataflex.fingerprint import difference, digest
 from dataflex.pipelines.access import FeatureAccess
+from dataflex.pipelines.identity import run_identity
 from dataflex.pipelines.reference import check_reference
 from dataflex.pipelines.state import ModelState
-from dataflex.rewards import build_reward, reward_identity
 from dataflex.rows import Rows
 from dataflex.schedule import Round, Schedule
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
 from dataflex.trainers.checkpoints import recorded
 from dataflex.trainers.journal import Journal
-from dataflex.trainers.lineage import training_arguments
 from dataflex.trainers.rounds import DecidedRound
-from dataflex.user_code import code_digest
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +165,7 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     weighter = build(settings.weighter, settings.weighter_params, trainer)
     if stage == "train" and distributed.is_main():
         _say_what_is_idle(settings, trainer, method, weighter)
-    identity = _identity(settings, trainer, state, method)
+    identity = run_identity(settings, trainer, state, method, weighter)
     root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
     run = Run(
@@ -202,45 +198,6 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     wanted += [(spec, rows) for spec in settings.dataflex.features for some in sets.values() for rows in some]
     run.access.require(wanted)
     return run
-
-
-def _identity(settings: Any, trainer: Any, state: ModelState, method: Any) -> dict[str, Any]:
-    """Return everything that a decision depends on but the trained weights, as plain data."""
-    sets = trainer.row_sets
-    params, beside = (plain(_dumped(given)) for given in (settings.params, settings.weighter_params))
-    needs = method.needs() if hasattr(method, "needs") else ()
-    rewards = [each for need in needs if isinstance(need.spec, PolicyGradientSpec) for each in need.spec.reward]
-    plugins = settings.dataflex.plugins
-    return {
-        "component": settings.component_name or "",
-        "code": [code_digest(settings.component), code_digest(settings.weighter)],
-        "params": params,
-        "weighter": beside,
-        "files": {text: file_digest(text) for text in _texts([params, beside]) if os.path.isfile(text)},
-        "rewards": [reward_identity(build_reward(each.type, each.params(), plugins)) for each in rewards],
-        "settings": settings_in_identity(settings.keys, settings.dataflex),
-        "schedule": values(("schedule", "order"), trainer.args, trainer.finetuning_args),
-        "base": state.loaded,
-        "numerics": state.numerics(),
-        "rows": keys_digest(sets.train.keys),
-        "targets": {name: keys_digest(rows.keys) for name, rows in sets.targets.items()},
-        "global batch": trainer.global_batch,
-        **training_arguments(trainer),
-    }
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """List the texts in a parameter, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(each)
-
-
-def _dumped(params: Any) -> Any:
-    """Return a component's parameters as data, whether they are a model or, of a documented one, a mapping."""
-    return params.model_dump(mode="json") if hasattr(params, "model_dump") else params
 
 
 def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:

@@ -25,7 +25,7 @@ from dataflex.features.spec import (
     TokenLossSpec,
 )
 from dataflex.fingerprint import text_key
-from dataflex.folders import folder_digest, model_folder
+from dataflex.folders import model_folder
 from dataflex.llamafactory.faults import explained
 from dataflex.pipelines.state import ModelState
 from dataflex.rows import KEY_DTYPE, Rows
@@ -208,7 +208,7 @@ class EncoderSource:
         self._device = state.trainer.args.device
         self._token_budget = token_budget
         self._loaded: TextEncoder | None = None
-        self._identity = {"files": folder_digest(self._folder), "text": "system\ntools\nprompt\nresponse"}
+        self._identity = state.encoder(name_or_path)
 
     @property
     def _encoder(self) -> TextEncoder:

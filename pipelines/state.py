@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.features.adam import Moments
 from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
 from dataflex.fingerprint import model_digest, plain, source_digests, tensors_digest
-from dataflex.folders import model_folder
+from dataflex.folders import folder_digest, model_folder
+from dataflex.llamafactory.faults import explained
 from dataflex.pipelines import checkpoint, frozen
 from dataflex.pipelines.moments import checkpoint_moments, live_moments
 from dataflex.source import named_classes
@@ -46,12 +47,15 @@ class ModelState:
         self.is_zero3 = is_deepspeed_zero3_enabled()
         if trainer.is_fsdp_enabled:
             raise ConfigError("fsdp: per-example features of a sharded model are not supported; use DDP or DeepSpeed")
+        self._digests: dict[Path, str] = {}
         named = (self._base_identity(), self._reference_identity()) if distributed.is_main() else None
         found = distributed.broadcast(named)
         assert found is not None
         self.loaded: dict[str, Any] = found[0]
         """The base as it was loaded: its frozen weights, code, configuration and options."""
         self._reference: list[Any] = found[1]
+        self.encoders: dict[str, dict[str, Any]] = {}
+        """Identities of other models that embed, by what they are called: each is read once for the run."""
         self._checkpoint: str | None = None
         self._whole: set[str] = set()
         self._compared: set[str] = set()
@@ -207,6 +211,33 @@ class ModelState:
         begun = {"base": self.loaded, "weights": self._weights(forward_only=False), "numerics": self.numerics()}
         return begun | ({"reference": self._reference} if self._reference else {})
 
+    def encoder(self, name_or_path: str) -> dict[str, Any]:
+        """Return the identity of another model that embeds.
+
+        Raises:
+            DataflexError: there is none.
+        """
+        if name_or_path not in self.encoders:
+            with explained(f"embedding_model_name_or_path: {name_or_path}", refusal=MismatchError):
+                files = folder_digest(model_folder(name_or_path))
+            self.encoders[name_or_path] = {"files": files, "text": "system\ntools\nprompt\nresponse"}
+        return self.encoders[name_or_path]
+
+    def model_digest(self, folder: Path, sums: Mapping[str, str] | None = None) -> str:
+        """Name a model folder by content, reading it once for the run.
+
+        Args:
+            folder: the model's or adapter's.
+            sums: SHA-256 of files in it that is known already.
+
+        Raises:
+            FileNotFoundError: the folder holds no weight file.
+        """
+        place = folder.resolve()
+        if place not in self._digests:
+            self._digests[place] = model_digest(folder, sums)
+        return self._digests[place]
+
     def trainable(self) -> list[tuple[str, Any]]:
         """Return the trainable parameters by name, in the model's order."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -252,7 +283,7 @@ class ModelState:
         folder = model_folder(args.model_name_or_path, **hub)
         config = self.model.config.to_dict()
         return {
-            "weights": model_digest(folder),
+            "weights": self.model_digest(folder),
             "code": _code_elsewhere(folder, args.cache_dir) if args.trust_remote_code else {},
             "merged": [model_digest(model_folder(path, subfolder=args.adapter_folder, **hub)) for path in adapters],
             "configuration": plain({name: value for name, value in config.items() if name not in _NO_VALUE}),

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.registry import import_plugin
-from dataflex.rewards import build_reward, reward_identity
+from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, import_plugin
+from dataflex.rewards import REWARDS, build_reward, reward_identity
 from dataflex.selectors.less import Less
-from dataflex.user_code import code_digest
+from dataflex.user_code import code_digest, modules_digest
 
 PACKAGE = {
     "__init__.py": "",
@@ -180,3 +180,124 @@ def test_a_changed_reward_replays_no_round(workspace: Any) -> None:
         if changed:
             file.write_text(file.read_text() + "# changed\n")
         assert len(workspace.run("train", path)["updates"]) == changed
+
+
+SELECTOR = """
+import numpy as np
+from dataflex.selectors import Selector
+
+def make(sign):
+    class Mine(Selector):
+        def select(self, model, step_id, num_samples, *, context, **kwargs):
+            return np.argsort(sign * context.rows.length, kind="stable")[:num_samples]
+    return Mine
+"""
+
+
+@pytest.fixture
+def fresh() -> Iterator[Any]:
+    """Return a function that forgets the plugins, as a new process would."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.startswith("dataflex_plugin_")]:
+            del sys.modules[name]
+
+    yield forget
+    forget()
+
+
+def test_the_file_that_names_a_class_enters_beside_that_which_defines_it(folder: Path, fresh: Any) -> None:
+    (folder / "alone.py").write_text(SELECTOR)
+    plug = folder / "plug.py"
+    seen = []
+    for sign, comment in ((1, ""), (-1, ""), (-1, "# changed\n")):
+        plug.write_text(f"from alone import make\nMine = make({sign})\n")
+        (folder / "alone.py").write_text(SELECTOR + comment)
+        fresh()
+        seen.append(code_digest(SELECTORS.load(f"{plug}:Mine")))
+    assert len(set(seen)) == 3
+    assert None not in seen
+
+
+@pytest.mark.parametrize("registry", [SELECTORS, MIXERS, WEIGHTERS, REWARDS], ids=lambda registry: registry.kind)
+def test_a_plugin_that_registers_a_built_in_enters(folder: Path, fresh: Any, registry: Any) -> None:
+    name, place = list(registry.builtins.items())[-1]
+    module, _, cls = place.partition(":")
+    known = dict(registry._registered)
+    text = f"from dataflex.registry import *\nfrom {module} import {cls}\nfrom dataflex.rewards import REWARDS\n"
+    text += f"{registry.kind.upper()}S.register('theirs')({cls})\n"
+    seen = []
+    for i in (1, 2):
+        (folder / "plug.py").write_text(text + f"{cls}.x = {i}\n")
+        fresh()
+        seen.append(code_digest(registry.load("theirs", [str(folder / "plug.py")])))
+        seen.append(code_digest(registry.load(f"{folder / 'plug.py'}:{cls}")))
+    registry._registered = known
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert None not in seen
+    assert code_digest(registry.load(name)) is None
+
+
+@pytest.mark.parametrize(
+    "path", ["r'{folder}/base.py'", "str(Path(__file__).parent / 'base.py')"], ids=["literal", "computed"]
+)
+def test_what_a_plugin_fetches_enters(folder: Path, fresh: Any, path: str) -> None:
+    (folder / "base.py").write_text("class Base:\n    def select(self):\n        return 1\n")
+    (folder / "plug.py").write_text(
+        "from pathlib import Path\nfrom dataflex.registry import import_plugin\n"
+        f"Base = import_plugin({path.format(folder=folder)}).Base\nclass Mine(Base): ...\n"
+    )
+    mine = SELECTORS.load(f"{folder / 'plug.py'}:Mine")
+    before = code_digest(mine)
+    (folder / "base.py").write_text("class Base:\n    def select(self):\n        return 2\n")
+    assert code_digest(mine) != before
+
+
+def test_a_literal_import_within_a_function_is_followed(folder: Path, fresh: Any) -> None:
+    (folder / "base.py").write_text("x = 1\n")
+    (folder / "plug.py").write_text(
+        "class Mine:\n    def select(self):\n        import importlib\n"
+        "        from dataflex.registry import import_plugin\n"
+        f"        return import_plugin('{folder}/base.py').x + importlib.import_module('beside').b\n"
+    )
+    mine = SELECTORS.load(f"{folder / 'plug.py'}:Mine")
+    seen = [code_digest(mine)]
+    for changed in ("base.py", "beside.py"):
+        (folder / changed).write_text("x = b = 2\n")
+        seen.append(code_digest(mine))
+    assert len(set(seen)) == 3
+
+
+def test_files_of_one_name_all_enter(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    files = [folder / "plug.py", folder / "deep" / "plug.py"]
+    for file in files:
+        file.write_text("x = 1\n")
+    modules = [import_plugin(str(file)).__name__ for file in files]
+    seen = [modules_digest(modules)]
+    for file in files:
+        file.write_text("x = 2\n")
+        seen.append(modules_digest(modules))
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.slow
+def test_a_changed_factory_or_plugin_is_another_run(folder: Path, fresh: Any, workspace: Any) -> None:
+    (folder / "alone.py").write_text(SELECTOR)
+    plug, beside = folder / "plug.py", folder / "patch.py"
+    beside.write_text("from dataflex.selectors.random import Random\nRandom.x = 1\n")
+    section = {"store": str(workspace.folder / "store"), "plugins": [str(beside)]}
+    keys: dict[str, Any] = {"warmup_step": 1, "update_step": 1, "update_times": 1, "dataflex": section}
+    keys |= {"eval_dataset": None, "component_name": f"{plug}:Mine"}
+    plug.write_text("from alone import make\nMine = make(1)\n")
+    path = workspace.write("run", **keys)
+    rounds = []
+    for changed, text in ((plug, plug.read_text()), (plug, "from alone import make\nMine = make(-1)\n"), (beside, "")):
+        changed.write_text(text)
+        fresh()
+        summary = workspace.run("train", path)
+        assert len(summary["updates"]) == 1, changed
+        rounds.append(workspace.rounds("run")[-1])
+        shutil.rmtree(workspace.folder / "out" / "run" / "checkpoint-2")
+    assert rounds[0] != rounds[1] == rounds[2]
+    assert workspace.run("train", path)["updates"] == []
