@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dataflex import distributed, stop
 from dataflex.errors import ConfigError, DataflexError, Interrupted
+from dataflex.faults import told
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Report:
         if isinstance(error, DataflexError):
             self.write("failed", error.exit_code, str(error))
         else:
-            self.write("failed", 1, repr(error))
+            text, exit_code = told(error) or (repr(error), 1)
+            self.write("failed", exit_code, text)
 
     def interrupt(self, error: BaseException) -> None:
         """Write that the command was asked to stop."""

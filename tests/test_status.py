@@ -18,6 +18,7 @@ import pytest
 
 from dataflex import stop
 from dataflex.errors import Cancelled, ConfigError, CoverageError, DataflexError, Interrupted
+from dataflex.faults import told
 from dataflex.status import reported, training_begins
 
 
@@ -38,6 +39,7 @@ def test_it_runs_and_finishes(tmp_path: Path) -> None:
     [
         (CoverageError("rows are missing"), "failed", 6),
         (ZeroDivisionError(), "failed", 1),
+        (MemoryError("3 GiB"), "failed", 1),
         (KeyboardInterrupt(), "interrupted", 130),
     ],
 )
@@ -45,6 +47,13 @@ def test_errors_are_recorded_and_go_on(tmp_path: Path, error: BaseException, sta
     with pytest.raises(type(error)), reported("train", tmp_path):
         raise error
     assert status(tmp_path) == (state, code)
+
+
+def test_the_text_that_is_printed_is_kept(tmp_path: Path) -> None:
+    for error in (MemoryError("3 GiB"), FileNotFoundError(2, "No such file", "x"), CoverageError("rows are missing")):
+        with pytest.raises(type(error)), reported("train", tmp_path):
+            raise error
+        assert json.loads((tmp_path / "status.json").read_text())["message"] in (told(error) or ())
 
 
 def test_a_rank_that_fails_alone_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

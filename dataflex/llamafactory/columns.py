@@ -6,6 +6,7 @@ none, without an error.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,8 @@ def odd_record(record: Mapping[str, Any], attributes: Any) -> str | None:
         for i, turn in enumerate(turns or []):
             if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
                 return f"turn {i} of {attributes.history!r} is {turn!r:.60}; expected [prompt, answer], both texts"
+        if attributes.response and not isinstance(answer := record.get(attributes.response), str):
+            return f"{attributes.response!r} is {kind(answer)}; expected a text"
         return None
     role, content = attributes.role_tag, attributes.content_tag
     turns = record.get(attributes.messages)
@@ -83,6 +86,48 @@ def odd_record(record: Mapping[str, Any], attributes: Any) -> str | None:
             )
         if not isinstance(turn.get(content), str) and not turn.get("tool_calls"):
             return f"turn {i} has {kind(turn.get(content))} as {content!r}; expected a text"
+    calls = [turn.get(content) for turn in turns if turn[role] == attributes.function_tag]
+    for text, what in (
+        (record.get(attributes.tools) if attributes.tools else None, "tools"),
+        *((c, "call") for c in calls),
+    ):
+        if isinstance(text, str) and (odd := _odd_json(text, what)):
+            return odd
+    return _out_of_turn([turn[role] for turn in turns], attributes) if attributes.formatting == "sharegpt" else None
+
+
+def _odd_json(text: str, what: str) -> str | None:
+    """Return what is odd about the JSON of tools or of calls, or None; that it is none LLaMA-Factory says itself."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if what == "tools":
+        is_right = isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
+        return (
+            None
+            if is_right
+            else f"the tools are {text!r:.60}; expected the JSON of a list of objects, one for each tool"
+        )
+    calls = value if isinstance(value, list) else [value]
+    if all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        return None
+    return (
+        f"a function call is {text!r:.60}; expected the JSON of an object with name and arguments, or of a list of such"
+    )
+
+
+def _out_of_turn(roles: list[str], attributes: Any) -> str | None:
+    """Return what is odd about the order of a conversation's roles, or None: LLaMA-Factory drops it."""
+    begins = 1 if attributes.system_tag and roles[:1] == [attributes.system_tag] else 0
+    for i, role in enumerate(roles[begins:], begins):
+        tags = (("user_tag", "observation_tag"), ("assistant_tag", "function_tag"))[(i - begins) % 2]
+        expected = [getattr(attributes, tag) for tag in tags]
+        if role not in expected:
+            named = " or ".join(f"{value!r} ({tag})" for value, tag in zip(expected, tags, strict=True) if value)
+            return f"turn {i} has the role {role!r}; expected {named}, as users and the model take turns"
+    if (count := len(roles) - begins) % 2 or not count:
+        return f"found {count} turns; expected an even number, the last of them the model's answer"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a data file of JSON, JSON Lines or CSV, found by reading it again after loading has failed."""
+"""What is wrong with a data file of JSON, JSON Lines, CSV or Parquet, found by reading it again once loading failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from dataflex.llamafactory.faults import kind
 
@@ -76,7 +79,9 @@ def fault(path: str | os.PathLike[str]) -> str | None:
         found = ((file, fault(file)) for file in sorted(path.iterdir()) if file.is_file())
         return next((f"{file.name}: {text}" for file, text in found if text), None)
     if path.is_file() and path.suffix == ".csv":
-        return _of_csv(path)
+        return _undecodable(path.read_bytes()) or _of_csv(path)
+    if path.is_file() and path.suffix == ".parquet":
+        return _of_parquet(path)
     if not path.is_file() or path.suffix not in (".json", ".jsonl"):
         return None
     content = path.read_bytes()
@@ -84,15 +89,45 @@ def fault(path: str | os.PathLike[str]) -> str | None:
         return "found an empty file; expected records"
     if (mark := next((m for m in _MARKS if content.startswith(m)), None)) is not None:
         return f"found bytes of {_MARKS[mark]}; expected JSON in UTF-8"
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return f"line {line}: found byte 0x{content[error.start]:02x} at position {error.start}; expected UTF-8"
-    wrong = _of_text(text)
+    if undecodable := _undecodable(content):
+        return undecodable
+    wrong = _of_text(content.decode("utf-8-sig"))
     if wrong is None and content.startswith(b"\xef\xbb\xbf"):
         return "found a byte order mark before the first record; expected UTF-8 without one"
     return wrong
+
+
+def _undecodable(content: bytes) -> str | None:
+    """Return where the first byte is that is not of UTF-8, or None."""
+    try:
+        content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return f"line {line}: found byte 0x{content[error.start]:02x} at position {error.start}; expected UTF-8"
+    return None
+
+
+def _of_parquet(path: Path) -> str | None:
+    """Return what in a Parquet file, which is one, the loader of datasets does not take; None if nothing is seen."""
+    try:
+        schema, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError):
+        return None  # it is none, as the loader says
+    if rows == 0:
+        return "found 0 rows; expected at least one"
+    if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
+        return f"found several columns called {twice[0]!r}; expected a name of its own for each"
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
+        is_read = features.get("features") is None or isinstance(features["features"], dict)
+    except (ValueError, TypeError, AttributeError):
+        is_read = False
+    if not is_read:
+        return (
+            "found metadata called 'huggingface' that the datasets library did not write; expected them left out: "
+            "write the table again without them (pyarrow's table.replace_schema_metadata(None))"
+        )
+    return None
 
 
 def _of_csv(path: Path) -> str | None:

@@ -105,11 +105,11 @@ class Processing:
                 desc="Running tokenizer on dataset",
             )
         if len(rows) == 0:
-            raise DataflexError(
-                f"{places}: found no usable row among {len(records)} records after preprocessing; expected the format "
-                "that dataset_info.json describes (see LLaMA-Factory's data/README.md), and in a packed dataset at "
-                "least cutoff_len tokens"
-            )
+            found = f"found no usable row among {len(records)} records"
+            if self.is_packed:
+                raise DataflexError(f"{places}: {found}; expected at least cutoff_len tokens in all, for one block")
+            first = records[0]
+            raise DataflexError(f"{found}; {sources[first[DATASET]].about(first[INDEX])}")
         if self.training_args.should_log:
             print("eval example:" if is_eval else "training example:")
             noting.encoder.print_data_example(next(iter(rows)))
