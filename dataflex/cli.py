@@ -15,7 +15,7 @@ import typer
 
 from dataflex import distributed, stop
 from dataflex.errors import Cancelled, ConfigError, CorruptionError, DataflexError, Interrupted, MismatchError
-from dataflex.faults import told
+from dataflex.faults import of_user_code, told
 
 if TYPE_CHECKING:
     from dataflex.config import Settings
@@ -393,7 +393,7 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     for note in settings.notes if distributed.is_main() else ():
         log.warning("%s: %s", run, note)
     try:
-        with _leaving(), reported(verb, settings.llamafactory.get("output_dir")):
+        with _leaving(), reported(verb, settings.llamafactory.get("output_dir")), _staying(verb):
             if distributed.local_rank() == 0 and settings.llamafactory.get("output_dir"):
                 refuse_misplaced(settings.llamafactory["output_dir"])
             distributed.prepare()
@@ -401,6 +401,16 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     except KeyboardInterrupt as interrupt:  # behind the pipelines' imports it says more: `trainers.stopping`
         rest = "the same command begins where this one would have"
         raise Cancelled(f"Ctrl-C: {verb} stopped; what is committed stays, and {rest}") from interrupt
+
+
+@contextlib.contextmanager
+def _staying(verb: str) -> Iterator[None]:
+    """Keep code that a command runs from ending it, as a component that calls `sys.exit`: it would seem to be done."""
+    try:
+        yield
+    except SystemExit as error:
+        where = of_user_code(error) or f"SystemExit: {error.code}"
+        raise DataflexError(f"{verb} was ended by code that it ran, before it was done: {where}") from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What an exception that reached the command means to people: the text to print in place of a traceback.
 
-Only what comes from outside is told: our own errors, files and disks, memory, the network. Anything else is a fault of
-the program, and keeps its traceback.
+Only what comes from outside is told: our own errors, files and disks, memory, the network, what a user's component
+raises. Anything else is a fault of the program, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import os
 import re
 import socket
 import sys
+import traceback
 
 from dataflex.errors import DataflexError, Interrupted
+
+USERS: set[str] = set()
+"""Modules of components: imported because a run file names them, or of a class that was registered."""
 
 _ADVICE = {
     errno.ENOSPC: "make room, or write elsewhere (output_dir, dataflex.store, TMPDIR)",
@@ -57,7 +61,25 @@ def told(error: BaseException) -> tuple[str, int] | None:
         reason = error.strerror or os.strerror(error.errno)
         advice = _ADVICE.get(error.errno, "see to it, and run the same command again")
         return f"{': '.join([*files, reason])}\n  {advice}; what was committed stays", 1
-    return None
+    return (found_in, 1) if (found_in := of_user_code(error)) is not None else None
+
+
+def of_user_code(error: BaseException) -> str | None:
+    """Say where a user's component raised an error, itself or in a library that it called; None for any other."""
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", ""))
+        if module in USERS and module.partition(".")[0] != "dataflex":
+            place = f"{frame.f_code.co_filename}, line {line}, in {frame.f_code.co_qualname}"
+        elif module.partition(".")[0] == "dataflex":
+            place = None
+    if place is None:
+        return None
+    text = " ".join(str(error).split())
+    return (
+        f"{place}: {type(error).__name__}{': ' + text if text else ''}\n"
+        "  The component's own code raised it: mend it there; dataflex -v shows the traceback. What was committed stays"
+    )
 
 
 def is_of_memory(error: BaseException) -> bool:

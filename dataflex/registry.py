@@ -15,17 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataflexError, Interrupted
+from dataflex.faults import USERS
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
-_RAISED = (
-    ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
-    AssertionError, RuntimeError, OSError,
-)  # fmt: skip
-"""What the code of a plugin may raise while it is imported; errors of ours and interrupts pass."""
-
-
 _IMPORTING: list[str] = []
 """Modules of the plugins that are being imported, the innermost last: what is registered meanwhile is theirs."""
 _IN_USE: set[str] = set()
@@ -83,8 +77,14 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: another class of the same plugin has the name; both places are named.
         """
+        if not isinstance(name, str) or not name or ":" in name or name.endswith(".py"):
+            raise ConfigError(
+                f"register_{self.kind}: found {name!r}; expected a name in parentheses, without a colon: "
+                f'@register_{self.kind}("mine")'
+            )
 
         def add(cls: C) -> C:
+            USERS.add(cls.__module__)
             ours = _Registered(cls, _IMPORTING[-1] if _IMPORTING else None)
             others = self._registered.setdefault(name, [])
             for i, other in enumerate(others):
@@ -260,7 +260,10 @@ def _importing(name: str, module_name: str) -> Iterator[None]:
     _IMPORTING.append(module_name)
     try:
         yield
-    except _RAISED as error:
+        USERS.add(module_name)
+    except (DataflexError, Interrupted, KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # whatever code may raise: a script without a guard ends with SystemExit
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, ImportError | SyntaxError) else f" ({last.filename}, line {last.lineno})"
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "

@@ -104,8 +104,9 @@ def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Select
     )
     if not native:
         trainer.model.zero_grad()
-    answer: Selection = distributed.broadcast(found if isinstance(found, Selection) else Selection(_flat(found)))
-    return answer
+    with distributed.together():
+        answer = found if isinstance(found, Selection) else Selection(_flat(found, run.settings.component_name))
+    return distributed.broadcast(answer)
 
 
 def ensure_base(run: Run) -> None:
@@ -271,8 +272,19 @@ def _order(run: Run, round: Round, rows: np.ndarray) -> np.ndarray:
     return order
 
 
-def _flat(rows: Any) -> np.ndarray:
-    """Return row positions, (k,) int64, from a list, an array, or the documented list of one list."""
-    return np.asarray(
-        [int(i) for part in rows for i in (part if isinstance(part, Sequence) else [part])], dtype=np.int64
-    )
+def _flat(rows: Any, name: str) -> np.ndarray:
+    """Return row positions, (k,) int64, from a list, an array, or the documented list of one list.
+
+    Raises:
+        CoverageError: it is no list of whole numbers.
+    """
+    try:
+        given = [i for part in rows for i in (part if isinstance(part, Sequence | np.ndarray) else [part])]
+        found = np.asarray([int(i) for i in given], dtype=np.int64)
+        if any(i != whole for i, whole in zip(given, found.tolist(), strict=True)):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CoverageError(
+            f"{name}: select returned {rows!r:.80}; expected positions of rows, a list or an array of whole numbers"
+        ) from error
+    return found

@@ -94,6 +94,12 @@ def component(
         problems.say(document.origin, asked.name_at, str(error))
         return None
 
+    model = getattr(cls, "Params", BaseModel)
+    if not isinstance(model, type) or not issubclass(model, BaseModel):
+        text = f"found Params = {model!r} in {cls.__qualname__}; expected a kind of dataflex.params.Parameters"
+        problems.say(document.origin, asked.name_at, text, "Without it the constructor's arguments are the parameters")
+        return None
+
     def place(key: str) -> tuple[Origin, str]:
         in_file = key in below and key not in inline
         return (below_origin, f"{asked.bucket}.{asked.name}.params") if in_file else (document.origin, asked.params_at)

@@ -37,9 +37,10 @@ _BOUNDS: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("warmup_ratio", "lora_dropout", "label_smoothing_factor"), (0, 1, "at least 0")),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0), "at least 0")),
     **dict.fromkeys(
-        ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "neftune_noise_alpha"),
+        ("learning_rate", "weight_decay", "warmup_steps", "neftune_noise_alpha"),
         (0, math.inf, "at least 0"),
     ),
+    "adam_epsilon": (1e-38, math.inf, "more than 0 (in float32: where a gradient is zero, the step would be 0/0)"),
     "dataloader_num_workers": (0, 4096, "at least 0"),
     "preprocessing_num_workers": (1, 4096, "at least 1"),
     "cutoff_len": (1, _MOST, "at least 1 token"),
