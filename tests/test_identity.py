@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from dataflex.fingerprint import model_digest
 from dataflex.folders import folder_digest
 from dataflex.pipelines.policy import _decoding
 from dataflex.pipelines.sources import EncoderSource
+from dataflex.pipelines.state import ModelState
 
 
 def keep(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -85,11 +86,16 @@ def test_an_adapter_as_encoder_is_named_with_its_base(tiny: Any, tmp_path: Path)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(str(adapter))
     AutoTokenizer.from_pretrained(base).save_pretrained(adapter)
-    state: Any = SimpleNamespace(trainer=SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"))))
-    recipes = [EncoderSource(str(adapter), state, 64).recipe(EmbeddingSpec())]
+
+    def source() -> EncoderSource:
+        state: Any = SimpleNamespace(trainer=SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"))))
+        state.encoders, state.encoder = {}, MethodType(ModelState.encoder, state)  # of a run of its own
+        return EncoderSource(str(adapter), state, 64)
+
+    recipes = [source().recipe(EmbeddingSpec())]
     weights = load_file(base / "model.safetensors")
     keep({name: t * 2 for name, t in weights.items()}, base / "model.safetensors")
-    recipes.append(EncoderSource(str(adapter), state, 64).recipe(EmbeddingSpec()))
+    recipes.append(source().recipe(EmbeddingSpec()))
     assert recipes[0] != recipes[1]
     before = folder_digest(adapter)
     (adapter / "README.md").write_text("more")
