@@ -22,6 +22,7 @@ from dataflex.folders import folder_digest
 from dataflex.pipelines.policy import _decoding
 from dataflex.pipelines.sources import EncoderSource
 from dataflex.pipelines.state import ModelState
+from dataflex.stores.root import StoreRoot
 
 
 def keep(tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -129,6 +130,45 @@ def test_a_precision_that_a_launcher_sets_is_in_the_name(workspace: Any, monkeyp
     AcceleratorState._reset_state(True)
     assert counts[0] == counts[1] > 0
     assert counts[2] == 0
+
+
+OWN = """
+from transformers import Qwen2ForCausalLM
+
+class Own(Qwen2ForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * {factor}
+        return output
+"""
+
+
+def test_losses_by_a_models_own_code_are_computed_anew_when_it_changes(
+    workspace: Any, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    shutil.copytree(tiny.model, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}))
+    section = {"store": str(workspace.folder / "store"), "params": {"model": "base", "mode": "topk_high"}}
+    keys = {"component_name": "loss", "eval_dataset": None, "warmup_step": 0, "update_times": 1, "dataflex": section}
+    more = {"model_name_or_path": str(folder), "trust_remote_code": True}
+    found = []
+    for factor in (1, 1, 3):
+        (folder / "modeling.py").write_text(OWN.format(factor=factor))
+        computed = workspace.run("featurize", workspace.write("run", **keys, **more))["computed"]
+        stores = {store.folder: store for store in StoreRoot(workspace.folder / "store").stores()}
+        losses = {
+            name: sum(block.scalars["loss_sum"].sum() for block in store.scan()) for name, store in stores.items()
+        }
+        found.append((computed > 0, losses))
+    assert [computed for computed, _ in found] == [True, False, True]
+    assert found[0][1] == found[1][1]
+    ((name, first),) = found[0][1].items()
+    (other,) = (total for each, total in found[2][1].items() if each != name)
+    assert other > 1.5 * first  # by the changed code, and not the old one's under another name
 
 
 @pytest.mark.parametrize("value", [float("nan"), [1.0, float("inf")], {"deep": [{"er": float("-inf")}]}])

@@ -149,6 +149,7 @@ def test_two_processes_featurize_as_one_and_either_finishes_the_others_work(work
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: Any) -> None:
     path = workspace.write("two", per_device_train_batch_size=1, lora_dropout=0.1)
     launch([*TORCHRUN, ending(workspace.folder), "train", str(path)])
@@ -368,6 +369,7 @@ CHOOSING = {
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_every_way_of_choosing_is_the_same_with_two_processes(workspace: Any) -> None:
     """At the same initial state, so that nothing but the choosing could differ; also with gradient accumulation."""
 

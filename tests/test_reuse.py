@@ -20,6 +20,7 @@ def run(workspace: Any, name: str, method: str, params: dict[str, Any], **keys: 
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_later_experiments_compute_what_is_new_only(workspace: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dataflex")
     first = run(workspace, "less", "less", {"proj_dim": 256})
