@@ -140,6 +140,14 @@ pytestmark = pytest.mark.usefixtures("run_folder")
             ["train_on_prompt: found true; expected it left out. Policy gradients are of responses to a row's prompt"],
         ),
         (
+            "component_name: nice\ndataflex: {params: {reward: {type: exact_mtch}}}",
+            ["dataflex.params: found", "found 'exact_mtch'; expected a reward (", "did you mean 'exact_match'"],
+        ),
+        (
+            "component_name: nice\ndataflex: {params: {reward: {type: judge, base_url: x}}}",
+            ["reward judge: model: Field required"],
+        ),
+        (
             "component_name: nice\nstage: pt\ndataflex: {params: {reward: {type: exact_match}}}",
             ["stage: found 'pt'; expected sft. Policy gradients are of responses"],
         ),

@@ -19,7 +19,7 @@ from dataflex.features.spec import (
     Projection,
     RewardSpec,
 )
-from dataflex.rewards import REWARDS, build_reward
+from dataflex.rewards import build_reward
 from dataflex.selectors.parts.checkpoints import checkpoint_weights
 from dataflex.selectors.parts.representation import Acts, Part, Term, Vectors
 
@@ -135,8 +135,7 @@ class PolicyFields(CheckpointFields):
             raise ValueError("a reward, such as {type: exact_match}; docs/rewards.md lists them")
         try:
             for spec in self.reward:
-                if spec.type in REWARDS.places():  # one of a plugin is looked up when the run begins
-                    build_reward(spec.type, spec.params())
+                build_reward(spec.type, spec.params())
             self.policy_spec  # noqa: B018  (checks what does not fit each other)
         except ConfigError as error:
             raise ValueError(f"rewards that can be built: {error}") from error
