@@ -17,8 +17,9 @@ NAMES = "target_words,target_records,target_arithmetic"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # DeepSpeed compiles its communication first
-@pytest.mark.parametrize("stage", [2, 3])
-def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int) -> None:
+@pytest.mark.parametrize(("stage", "name"), [(2, "documented"), (3, "equal")])
+def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int, name: str) -> None:
+    """The weights of a weighter of either kind, and what a mixer sees, in both ways of sharding."""
     once: dict[str, Any] = {"dataset": NAMES, "eval_dataset": None, "lora_dropout": 0.0, "save_strategy": "no"}
     once |= {"warmup_step": None, "update_step": None, "update_times": None, "disable_shuffling": True}
     once |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": None}
@@ -33,24 +34,26 @@ def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int
     mixed = {"train_type": "dynamic_mix", "component_name": "odm", "train_step": 4}
     section = {"store": str(workspace.folder / "store")}
     dataflex("train", plain, **TWO, DS_ACCELERATOR="cpu")
-    dataflex(
-        "train", write("equal", dataflex={**section, **uniform}, **weighted, **sharded), **TWO, DS_ACCELERATOR="cpu"
-    )
-    documented = {"component_name": "own_step", "dataflex": {**section, "plugins": ["tests.test_custom_weighter"]}}
-    dataflex("train", write("documented", **{**weighted, **documented, **sharded}), **TWO, DS_ACCELERATOR="cpu")
+    weighers: dict[str, dict[str, Any]] = {
+        "equal": {"dataflex": {**section, **uniform}},
+        "documented": {
+            "component_name": "own_step",
+            "dataflex": {**section, "plugins": ["tests.test_custom_weighter"]},
+        },
+    }
+    dataflex("train", write(name, **{**weighted, **weighers[name], **sharded}), **TWO, DS_ACCELERATOR="cpu")
     dataflex("train", write("mixed", dataflex=section, **mixed, **sharded), **TWO, DS_ACCELERATOR="cpu")
-    for name in ("equal", "documented"):
-        np.testing.assert_allclose(logged(workspace, name), logged(workspace, "plain"), rtol=1e-4)
-        plain, found = workspace.weights("plain"), workspace.weights(name)
-        for key, weight in plain.items():
-            np.testing.assert_allclose(found[key], weight, atol=2e-3 * float(weight.abs().max()), err_msg=name)
+    np.testing.assert_allclose(logged(workspace, name), logged(workspace, "plain"), rtol=1e-4)
+    plain, found = workspace.weights("plain"), workspace.weights(name)
+    for key, weight in plain.items():
+        np.testing.assert_allclose(found[key], weight, atol=2e-3 * float(weight.abs().max()), err_msg=name)
     alone = write("alone", dataflex=section, **{**mixed, "gradient_accumulation_steps": 4})
     workspace.run("train", alone)
     shares = [
         [
             list(json.loads(line)["proportions"].values())
-            for line in (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8").splitlines()
+            for line in (workspace.folder / "out" / each / "mixture.jsonl").read_text("utf-8").splitlines()
         ]
-        for name in ("alone", "mixed")
+        for each in ("alone", "mixed")
     ]
     np.testing.assert_allclose(shares[1], shares[0], rtol=1e-3)
