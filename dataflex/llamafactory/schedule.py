@@ -24,7 +24,7 @@ def check_schedule(arguments: Mapping[str, Any]) -> None:
     options, kind = arguments.get("lr_scheduler_kwargs"), arguments.get("lr_scheduler_type", "linear")
     given = json.loads(options) if isinstance(options, str) else options or {}
     warmup = arguments.get("warmup_steps") or arguments.get("warmup_ratio") or 0
-    warmup = math.ceil(warmup * _STEPS if warmup < 1 else warmup)
+    warmup = min(math.ceil(warmup * _STEPS if warmup < 1 else warmup), _STEPS)  # a run may warm up for millions
     steps = warmup + _STEPS
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], arguments.get("learning_rate", 5e-5))
     try:
@@ -37,7 +37,8 @@ def check_schedule(arguments: Mapping[str, Any]) -> None:
             rates.append(optimizer.param_groups[0]["lr"])
         if not all(math.isfinite(rate) for rate in rates):
             raise ValueError("a learning rate is no number")
-    except Exception as error:  # it is computed with whatever was given
+    # Schedules of Transformers and torch compute with whatever they are given, and raise whatever that meets.
+    except Exception as error:
         text = f"{' '.join(str(error).split())} ({type(error).__name__})"
         raise ConfigError(
             f"lr_scheduler_kwargs: found {given or 'nothing'}, which lr_scheduler_type: {kind} does not work with: "

@@ -223,7 +223,7 @@ class Response:
             answer = self.ask(
                 name, do="operate", on=one._number, name=name, arguments=given, keywords={}, may_make=False
             )
-        except Exception:
+        except Exception:  # an error of the response's own class, which may be any; compared with None it is "unequal"
             if other is None:
                 return False
             raise

@@ -1,0 +1,14 @@
+"""Options of a learning-rate schedule, tried in a short run."""
+
+from __future__ import annotations
+
+import pytest
+
+from dataflex.errors import ConfigError
+from dataflex.llamafactory.schedule import check_schedule
+
+
+def test_a_warm_up_of_any_length_is_tried_in_a_moment() -> None:
+    check_schedule({"lr_scheduler_type": "cosine", "warmup_steps": 10**12})
+    with pytest.raises(ConfigError, match="lr_scheduler_kwargs: found"):
+        check_schedule({"lr_scheduler_type": "cosine", "warmup_steps": 10**12, "lr_scheduler_kwargs": {"foo": 1}})
