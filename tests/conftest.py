@@ -160,3 +160,15 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lay_out(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def namespaces() -> None:
+    """What confines the code of a response; where the system has none, the test is skipped and says so."""
+    from dataflex.errors import ConfigError
+    from dataflex.rewards import sandbox
+
+    try:
+        sandbox.namespaces()
+    except ConfigError as error:
+        pytest.skip(str(error))

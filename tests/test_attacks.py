@@ -11,6 +11,8 @@ import pytest
 
 from dataflex.rewards import build_reward, sandbox
 
+pytestmark = pytest.mark.usefixtures("namespaces")
+
 TEST = "assert double(4) == 8\nassert double(-1) == -2"
 BAD = "def double(x):\n    return 0\n"
 GOOD = "def double(x):\n    return 2 * x\n"
@@ -18,14 +20,6 @@ GOOD = "def double(x):\n    return 2 * x\n"
 
 def tried(code: str, tests: str = TEST, seconds: float = 20) -> tuple[float | None, str]:
     return sandbox.trial(code, tests, seconds, 1024, isolated=True)
-
-
-@pytest.fixture(autouse=True)
-def namespaces() -> None:
-    try:
-        sandbox.namespaces()
-    except Exception as error:
-        pytest.skip(str(error))
 
 
 RIGHT: dict[str, tuple[str, str]] = {

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dataflex.rewards import sandbox
+from tests.test_attacks import tried
 
-
-def tried(code: str, tests: str) -> tuple[float | None, str]:
-    return sandbox.trial(code, tests, 20, 1024, isolated=True)
-
-
-@pytest.fixture(autouse=True)
-def namespaces() -> None:
-    try:
-        sandbox.namespaces()
-    except Exception as error:
-        pytest.skip(str(error))
-
+pytestmark = pytest.mark.usefixtures("namespaces")
 
 RIGHT: dict[str, tuple[str, str]] = {
     "vector": (
