@@ -32,4 +32,5 @@ def _folders(files: Files) -> Iterator[tuple[str, str]]:
     for name, inner in ((FOLDER, RUN_ID), ("states", _LINEAGE)):
         yield name, name
         if not files.misplaced(name, "folder"):
+            yield name, f"{name}/tmp"
             yield from ((f"{name}/{each}",) * 2 for each in files.names(name) if inner.fullmatch(each))

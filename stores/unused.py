@@ -39,7 +39,7 @@ def unused(files: Files, folder: str, listed: Sequence[Stored]) -> Iterator[tupl
         MismatchError: a newer DataFlex wrote there.
     """
     for file in listed:
-        if "tmp" in file.path.split("/")[:2]:
+        if "tmp" in file.path.split("/")[:-1][:2]:  # under it; a file that is called so is none of ours
             yield "a write that was broken off", [file]
     if folder.startswith("states/"):
         yield from _of_state(files, folder, listed)

@@ -69,8 +69,10 @@ def dangling(path: Path) -> None:
 
 def each(root: Path, *, folders: bool) -> list[Path]:
     (store,) = (path for path in root.iterdir() if path.name.startswith("gradient-"))
-    found = [root / "runs", next((root / "runs").iterdir()), root / "states", root / "states" / LINEAGE]
-    found += [store, store / "log", store / "data"]
+    (recorded,) = (path for path in (root / "runs").iterdir() if path.name != "tmp")
+    found = [root / "runs", recorded, root / "runs" / "tmp"]
+    found += [root / "states", root / "states" / LINEAGE, root / "states" / "tmp"]
+    found += [store, store / "log", store / "data", store / "tmp"]
     return found if folders else [path for path in sorted(root.rglob("*")) if path.is_file()]
 
 

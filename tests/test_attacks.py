@@ -174,9 +174,9 @@ def test_nothing_outside_is_reached(name: str, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_bomb_of_processes_is_ended() -> None:
-    begun = time.monotonic()
-    assert tried("import os\nwhile True: os.fork()\n" + GOOD, seconds=15)[0] == 0
-    assert time.monotonic() - begun < 10  # by their number, not by the clock
+    reward, reason = tried("import os\nwhile True: os.fork()\n" + GOOD, seconds=120)
+    assert reward == 0
+    assert "seconds" not in reason  # ended by their number, not by the clock
     assert tried("import os\nfor _ in range(5):\n    if os.fork() == 0: os._exit(0)\n" + GOOD) == (1.0, "")
 
 
