@@ -1,5 +1,6 @@
 # `make demo` and `make test` need Python 3.11, 3.12 or 3.13 and nothing else: the environment is made once, from
-# constraints.txt, with the first of them that runs (a name alone may be an empty promise, as pyenv's are).
+# constraints.txt, with the first of them that runs (a name alone may be an empty promise, as pyenv's are). Packages are
+# compiled once, here: torch and transformers would take each process 20 seconds where Python keeps no bytecode.
 
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 	$$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && \
@@ -21,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	{ echo 'found no Python 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.12' >&2; exit 1; }
 	@if command -v uv >/dev/null; then test -x $(PY) || uv venv --quiet --python $(PYTHON) .venv; \
 	else $(PYTHON) -m venv .venv && $(PY) -m pip install --quiet uv; fi
-	uv pip install --python $(PY) --constraint constraints.txt --editable '.[dev]'
+	uv pip install --python $(PY) --compile-bytecode --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)
