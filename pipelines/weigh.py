@@ -22,6 +22,7 @@ from dataflex.trainers.weighing import Weighing
 from dataflex.user_code import code_digest
 from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.base import NativeWeighter
+from dataflex.weighters.documented import with_a_step
 
 _STATE_FILE = f"{FOLDER}/weighter.json"
 
@@ -46,7 +47,7 @@ class WeightDirector:
             factor = weighter_factor(self.run, self.weighter, acts_from)
             trainer.weighing = Weighing([factor], (), self.weighter.wants_states, acts_from)
         else:
-            trainer.documented = self.weighter
+            trainer.documented = with_a_step(self.weighter)
             trainer.documented_from = acts_from
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)

@@ -28,6 +28,15 @@ class Mean(Weighter):
         return losses.mean()
 
 
+@register_weighter("bare")
+class Bare:
+    """The same without the base."""
+
+    def get_weighted_loss(self, losses: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        assert sorted(kwargs) == ["ctx", "inputs", "model"]
+        return losses.mean()
+
+
 @register_weighter("own_step")
 class OwnStep(Weighter):
     """A step of its own."""
@@ -79,7 +88,7 @@ def test_a_mean_is_plain_training(workspace, equal, shape):
     """The last step of an epoch of 30 rows has fewer micro-batches, by which it is not divided either."""
     keys = shaped(shape, max_steps=3, **equal)
     workspace.run("train", weigh(workspace, "plain", None, **keys))
-    for name in ("mean", "own_step"):
+    for name in ("mean", "bare", "own_step"):
         workspace.run("train", weigh(workspace, name, name, **{**keys, "dataflex": dataflex()}))
         assert_same(workspace, "plain", name)
 
