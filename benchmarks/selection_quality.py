@@ -33,6 +33,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> component_name and
     "random": ("random", {}),
     "less": ("less", {}),
     "less, round-robin": ("less", {"aggregation": "round_robin"}),
+    "less, no momentum": ("less", {"adam_variant": "precond_only"}),
+    "less, sgd": ("less", {"gradient_type": "sgd"}),
     "less, whitened": ("less", {"proj_dim": 1024, "similarity": "whitened_cosine"}),
     "nice": (
         "nice",
