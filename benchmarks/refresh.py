@@ -29,7 +29,7 @@ import yaml
 from pydantic import Field
 
 from dataflex.config.keys import Refresh
-from dataflex.pipelines.refresh import anchors, first, moved, rest
+from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.selectors.base import Context, Selection
 from dataflex.selectors.less import Less
 

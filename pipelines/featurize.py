@@ -12,8 +12,8 @@ from dataflex import distributed
 from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE, EmbeddingSpec, FeatureSpec
 from dataflex.llamafactory import workflow
-from dataflex.pipelines.director import RoundDirector
-from dataflex.pipelines.update import choose
+from dataflex.pipelines.selecting.director import SelectingDirector
+from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.stores.faiss_cache import load_or_build
@@ -54,7 +54,7 @@ def featurize(settings: Any) -> None:
     run_until_update(settings, FeaturizeDirector(settings))
 
 
-def run_until_update(settings: Any, director: RoundDirector) -> None:
+def run_until_update(settings: Any, director: SelectingDirector) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
     # One folder for all processes of a launch, another for every other launch at the same time.
     launch = os.environ.get("MASTER_PORT") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else str(os.getpid())
@@ -68,7 +68,7 @@ def run_until_update(settings: Any, director: RoundDirector) -> None:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-class FeaturizeDirector(RoundDirector):
+class FeaturizeDirector(SelectingDirector):
     """Stops at the first update, with its features computed."""
 
     stage = "featurize"

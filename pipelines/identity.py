@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import recorded
 from dataflex.config.arguments import settings_in_identity, values
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, EmbeddingSpec, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import digest, file_digest, keys_digest, plain
 from dataflex.folders import folder_digest, model_folder
-from dataflex.pipelines.checkpoint import adapter_config
-from dataflex.pipelines.moments import MOMENTS_FILE
-from dataflex.pipelines.state import ModelState
+from dataflex.live.moments import MOMENTS_FILE
+from dataflex.live.state import ModelState
+from dataflex.live.weights import adapter_config
 from dataflex.registry import import_plugin
 from dataflex.rewards import build_reward, reward_identity
-from dataflex.trainers.checkpoints import recorded
 from dataflex.trainers.lineage import training_arguments
 from dataflex.user_code import code_digest, modules_digest
 

@@ -12,20 +12,20 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.access.feature_access import FeatureAccess
+from dataflex.checkpoints.marks import recorded
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import difference, digest
-from dataflex.pipelines.access import FeatureAccess
+from dataflex.live.state import ModelState
 from dataflex.pipelines.identity import run_identity
-from dataflex.pipelines.reference import check_reference
-from dataflex.pipelines.state import ModelState
+from dataflex.pipelines.mixing.reference import check_reference
 from dataflex.rows import Rows
 from dataflex.schedule import Round, Schedule
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
-from dataflex.trainers.checkpoints import recorded
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.rounds import DecidedRound
 

@@ -17,7 +17,7 @@ from dataflex import distributed
 from dataflex.config.outputs import refuse_unwritable
 from dataflex.errors import ConfigError
 from dataflex.pipelines.featurize import FeaturizeDirector, run_until_update
-from dataflex.pipelines.update import choose
+from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import Selection

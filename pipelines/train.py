@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dataflex.llamafactory import workflow
-from dataflex.pipelines.director import RoundDirector
-from dataflex.pipelines.mix import MixDirector
-from dataflex.pipelines.weigh import WeightDirector
+from dataflex.pipelines.mixing.director import MixingDirector
+from dataflex.pipelines.selecting.director import SelectingDirector
+from dataflex.pipelines.weighing.director import WeighingDirector
 
 
 def train(settings: Any) -> None:
@@ -17,9 +17,9 @@ def train(settings: Any) -> None:
         settings: `dataflex.config.Settings`.
     """
     directors: dict[str, Any] = {
-        "dynamic_select": RoundDirector,
-        "dynamic_mix": MixDirector,
-        "dynamic_weight": WeightDirector,
+        "dynamic_select": SelectingDirector,
+        "dynamic_mix": MixingDirector,
+        "dynamic_weight": WeighingDirector,
     }
     made = directors.get(settings.train_type)
     arguments = dict(settings.llamafactory)

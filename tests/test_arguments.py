@@ -464,7 +464,7 @@ def test_code_that_comes_with_a_model_is_part_of_its_digest(tiny: Any, tmp_path:
 
 
 def test_code_of_another_repository_is_digested_or_refused_by_name(tiny: Any, tmp_path: Path) -> None:
-    from dataflex.pipelines.state import _code_elsewhere
+    from dataflex.live.state import _code_elsewhere
 
     folder, other = tmp_path / "model", tmp_path / "other"
     folder.mkdir()

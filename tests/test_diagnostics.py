@@ -12,8 +12,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from dataflex.features.spec import EmbeddingSpec, GradientSpec, LossSpec, Projection
-from dataflex.pipelines import diagnostics
-from dataflex.pipelines.diagnostics import Diagnostics, common_direction, diagnose, rank_correlation
+from dataflex.pipelines.selecting import diagnostics
+from dataflex.pipelines.selecting.diagnostics import Diagnostics, common_direction, diagnose, rank_correlation
 from dataflex.rows import Status
 from dataflex.selectors.base import Selection
 from dataflex.stores.root import StoreRoot

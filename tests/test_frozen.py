@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dataflex.errors import MismatchError
-from dataflex.pipelines import checkpoint, frozen
+from dataflex.live import frozen
+from dataflex.live import weights as checkpoint
 
 FROZEN = "model.layers.0.self_attn.q_proj.weight"
 

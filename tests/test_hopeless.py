@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM
 from dataflex.config import load
 from dataflex.errors import ConfigError, CoverageError, DataflexError
 from dataflex.features.spec import LossSpec
-from dataflex.pipelines.director import RoundDirector
 from dataflex.pipelines.select import select
+from dataflex.pipelines.selecting.director import SelectingDirector
 from dataflex.schedule import Schedule
 from dataflex.selectors.base import Need
 from tests.held import pool
 
 
-def director(targets: dict[str, Any], needs: list[Need], steps: int = 1) -> RoundDirector:
+def director(targets: dict[str, Any], needs: list[Need], steps: int = 1) -> SelectingDirector:
     """A director whose run has ten rows that can be chosen, before its first step."""
-    made = RoundDirector(SimpleNamespace(schedule=Schedule(0, steps, 1), train_type="dynamic_select"))
+    made = SelectingDirector(SimpleNamespace(schedule=Schedule(0, steps, 1), train_type="dynamic_select"))
     rounds = [SimpleNamespace(steps=steps)]
     made.run = SimpleNamespace(  # type: ignore[assignment]
         method=SimpleNamespace(chooses_distinct=True),

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dataflex.access.policy_source import _decoding
+from dataflex.access.sources import EncoderSource
 from dataflex.features.spec import EmbeddingSpec, RewardSpec
 from dataflex.fingerprint import model_digest
 from dataflex.folders import folder_digest
-from dataflex.pipelines.policy import _decoding
-from dataflex.pipelines.sources import EncoderSource
-from dataflex.pipelines.state import ModelState
+from dataflex.live.state import ModelState
 from dataflex.stores.root import StoreRoot
 
 

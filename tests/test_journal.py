@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataflex.checkpoints.marks import incomplete_reason, mark_complete, newest_complete, require_whole, unmark
 from dataflex.errors import CorruptionError, MismatchError
 from dataflex.fingerprint import digest
 from dataflex.rows import KEY_DTYPE
 from dataflex.schedule import Round
-from dataflex.trainers.checkpoints import incomplete_reason, mark_complete, newest_complete, require_whole, unmark
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.rounds import DecidedRound, micro_batches

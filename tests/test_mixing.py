@@ -19,8 +19,8 @@ import torch
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
-from dataflex.pipelines.domains import domains_of
-from dataflex.pipelines.mix_record import by_name, in_order
+from dataflex.pipelines.mixing.domains import domains_of
+from dataflex.pipelines.mixing.record import by_name, in_order
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import _Batches
@@ -382,7 +382,7 @@ def test_the_workers_of_a_loader_change_nothing(workspace: Any) -> None:
 def test_processes_that_disagree_are_found_out(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gather = distributed.gather
     monkeypatch.setattr(
-        "dataflex.pipelines.mix.distributed.gather",
+        "dataflex.pipelines.mixing.director.distributed.gather",
         lambda value: [value, "another"] if isinstance(value, str) else gather(value),
     )
     with pytest.raises(DataflexError, match="the processes have come to different proportions at step 0"):

@@ -14,7 +14,7 @@ import torch
 
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.mixers.dynamic_moe import deltas
-from dataflex.pipelines.signals import ExpertLoads
+from dataflex.pipelines.mixing.signals import ExpertLoads
 from dataflex.trainers.trainer import DataflexTrainer, _auxiliary_weight
 from tests.test_processes import TWO, dataflex
 from tests.test_weighing import logged as logged_losses

@@ -434,7 +434,7 @@ def test_memory_that_runs_out_is_not_the_fault_of_data(kind: str) -> None:
 
     import torch
 
-    from dataflex.llamafactory.faults import at_record, explained
+    from dataflex.explanation import at_record, explained
 
     error = getattr(torch if kind == "OutOfMemoryError" else builtins, kind)
     tried: list[int] = []

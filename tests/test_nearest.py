@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from dataflex import distributed
+from dataflex.access.views import Mixed, Snapshot
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.launch import free_port
-from dataflex.pipelines.views import Mixed, Snapshot
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.base import Layout, Values
 from dataflex.stores.parquet import ParquetStore
@@ -189,7 +189,7 @@ def test_ranks_share_the_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 RANK = """
 import sys
 import numpy as np, torch.distributed as dist
-from dataflex.pipelines.views import Snapshot
+from dataflex.access.views import Snapshot
 from dataflex.stores.root import StoreRoot
 
 dist.init_process_group("gloo")

@@ -17,11 +17,11 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from dataflex.checkpoints.pickles import SUFFIXES, frozen, read_pickle, thawed
+from dataflex.checkpoints.plain import Tensors, Unplain, plain, unplain
 from dataflex.cli import main
 from dataflex.errors import MismatchError
 from dataflex.stores.record import seal, unseal
-from dataflex.trainers.pickles import SUFFIXES, frozen, read_pickle, thawed
-from dataflex.trainers.plain import Tensors, Unplain, plain, unplain
 from tests.test_training import assert_same
 
 
@@ -235,7 +235,7 @@ def test_a_kept_state_holds_no_pickle_and_no_planted_one_is_opened(
 @pytest.mark.slow
 def test_a_planted_file_of_a_checkpoint_is_not_executed(workspace: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """In a checkpoint that moments are read from, and in one that training is resumed from, its mark made right."""
-    from dataflex.trainers.checkpoints import mark_complete
+    from dataflex.checkpoints.marks import mark_complete
 
     run = workspace.write("run", component_name="random", dataflex=None, update_times=1)
     workspace.run("train", run)

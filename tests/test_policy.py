@@ -20,13 +20,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dataflex.access.policy_source import PolicySource
+from dataflex.access.responses import ResponseStore, RewardStore
 from dataflex.errors import ConfigError, DataflexError, UnavailableError
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.generation import Job
 from dataflex.features.policy import policy_gradients, response_weights
 from dataflex.features.spec import GradientSpec, Projection
-from dataflex.pipelines.policy import PolicySource
-from dataflex.pipelines.responses import ResponseStore, RewardStore
 from dataflex.rows import Status
 from dataflex.stores.root import StoreRoot
 

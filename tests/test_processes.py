@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dataflex.checkpoints.marks import incomplete_reason, mark_complete
 from dataflex.config import load
 from dataflex.features.adam import Moments
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
-from dataflex.trainers.checkpoints import incomplete_reason, mark_complete
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -178,7 +178,7 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
 STOPPED = """
 import os, signal, sys
 from dataflex.cli import main
-from dataflex.pipelines.fragments import Work
+from dataflex.access.fragments import Work
 from dataflex.trainers.trainer import DataflexTrainer
 
 where, step = os.environ["STOP_AT"], int(os.environ["STOP_STEP"])
@@ -282,7 +282,7 @@ def test_the_status_says_what_one_process_alone_failed_of(workspace: Any) -> Non
 NODE = """
 import os, sys
 import torch.distributed as dist
-from dataflex.trainers.checkpoints import agreed
+from dataflex.checkpoints.marks import agreed
 
 dist.init_process_group("gloo")
 print(agreed(sys.argv[1]))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from benchmarks.refresh import lines, reported
+from dataflex.access.views import Snapshot
 from dataflex.config.keys import Refresh
-from dataflex.pipelines.refresh import anchors, first, moved, rest
-from dataflex.pipelines.views import Snapshot
+from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot

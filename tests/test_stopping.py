@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from dataflex import stop
+from dataflex.access.fragments import Work
+from dataflex.checkpoints.marks import incomplete_reason
 from dataflex.errors import ConfigError, Interrupted
-from dataflex.pipelines.fragments import Work
 from dataflex.status import reported
-from dataflex.trainers.checkpoints import incomplete_reason
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.trainer import DataflexTrainer
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dataflex.checkpoints.marks import incomplete_reason
 from dataflex.errors import ConfigError, CorruptionError, CoverageError, DataflexError, MismatchError
 from dataflex.stores.root import StoreRoot
-from dataflex.trainers.checkpoints import incomplete_reason
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from dataflex.errors import DataflexError, UnavailableError
 from dataflex.faults import is_unreachable, told
 
 DATASET = """
-from dataflex.llamafactory.faults import explained
+from dataflex.explanation import explained
 import datasets
 with explained("dataset x (hf_hub nobody/nothing)"):
     datasets.load_dataset("nobody/nothing")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.types as kinds
 from datasets import Dataset
 
-from dataflex.llamafactory.faults import kind
+from dataflex.explanation import kind
 
 _ALPACA = ("prompt", "query", "response", "history", "system", "tools", "kto_tag", "images", "videos", "audios")
 _SHAREGPT = ("messages", "system", "tools", "kto_tag", "images", "videos", "audios")

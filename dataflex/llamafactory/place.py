@@ -10,9 +10,9 @@ from typing import Any
 from llamafactory.data.parser import get_dataset_list
 
 from dataflex.errors import ConfigError, DataflexError
+from dataflex.explanation import explained, shown
 from dataflex.llamafactory import data_file
 from dataflex.llamafactory.columns import odd_record
-from dataflex.llamafactory.faults import explained, shown
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from llamafactory.data import loader
 from llamafactory.extras.constants import IGNORE_INDEX
 
 from dataflex.errors import DataflexError
+from dataflex.explanation import at_record, explained
 from dataflex.fingerprint import row_key
-from dataflex.llamafactory.faults import at_record, explained
 from dataflex.llamafactory.place import Place
 from dataflex.llamafactory.records import DATASET, INDEX, MEDIA, column_of
 

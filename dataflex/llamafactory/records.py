@@ -16,8 +16,8 @@ from llamafactory.data import loader
 from llamafactory.data.converter import get_dataset_converter
 
 from dataflex.errors import DataflexError
+from dataflex.explanation import at_record, explained
 from dataflex.llamafactory.columns import unfit
-from dataflex.llamafactory.faults import at_record, explained
 from dataflex.llamafactory.place import Place, place_of
 
 log = logging.getLogger(__name__)

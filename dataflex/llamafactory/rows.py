@@ -18,9 +18,9 @@ from llamafactory.data.data_utils import get_dataset_module
 
 from dataflex import distributed
 from dataflex.errors import DataflexError
+from dataflex.explanation import explained
 from dataflex.fingerprint import row_key
 from dataflex.llamafactory import tokenized
-from dataflex.llamafactory.faults import explained
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.processing import (
     KEY,

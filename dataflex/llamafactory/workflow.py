@@ -17,19 +17,19 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import mark_complete, require_whole
+from dataflex.checkpoints.pickles import refused
 from dataflex.errors import ConfigError
+from dataflex.explanation import explained, raised_in
 from dataflex.llamafactory import tokenized
 from dataflex.llamafactory.exclusion import without_targets
-from dataflex.llamafactory.faults import explained, raised_in
 from dataflex.llamafactory.loaded import check_loaded
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.rows import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
 from dataflex.llamafactory.schedule import check_schedule
-from dataflex.trainers.checkpoints import mark_complete, require_whole
 from dataflex.trainers.first_step import FirstStepJudged
-from dataflex.trainers.pickles import refused
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
 from dataflex.trainers.stopping import Stopping

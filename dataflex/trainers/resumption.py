@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import agreed, incomplete_reason, is_marked, newest_complete, newest_first, step_of
 from dataflex.errors import ConfigError, CorruptionError, MismatchError
-from dataflex.trainers.checkpoints import agreed, incomplete_reason, is_marked, newest_complete, newest_first, step_of
 
 log = logging.getLogger(__name__)
 

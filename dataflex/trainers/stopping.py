@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 from dataflex import distributed, status, stop
+from dataflex.checkpoints.marks import incomplete_reason
 from dataflex.errors import Cancelled, Interrupted
-from dataflex.trainers.checkpoints import incomplete_reason
 from dataflex.trainers.resumption import Resumption
 
 log = logging.getLogger(__name__)

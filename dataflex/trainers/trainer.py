@@ -19,9 +19,9 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import mark_complete, unmark
 from dataflex.errors import DataflexError
 from dataflex.schedule import Round
-from dataflex.trainers.checkpoints import mark_complete, unmark
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.stopping import Stopping

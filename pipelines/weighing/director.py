@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import FOLDER
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.pipelines.anchors import Anchors
 from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
-from dataflex.trainers.checkpoints import FOLDER
+from dataflex.pipelines.weighing.anchors import Anchors
 from dataflex.trainers.factors import ByWeighter
 from dataflex.trainers.weighing import Weighing
 from dataflex.user_code import code_digest
@@ -27,7 +27,7 @@ from dataflex.weighters.documented import with_a_step
 _STATE_FILE = f"{FOLDER}/weighter.json"
 
 
-class WeightDirector:
+class WeighingDirector:
     """A `dataflex.trainers.trainer.Director`.
 
     Args:

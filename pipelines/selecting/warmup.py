@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import FOLDER
+from dataflex.checkpoints.pickles import frozen, thawed
 from dataflex.draws import stream
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import difference, digest
 from dataflex.pipelines.run import Run
 from dataflex.schedule import Round
 from dataflex.selectors.base import Selector
-from dataflex.trainers.checkpoints import FOLDER
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.lineage import lineage
-from dataflex.trainers.pickles import frozen, thawed
 from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dataflex.pipelines.nearest import Part, nearest
+from dataflex.access.neighbours import Part, nearest
 from dataflex.rows import Status
 from dataflex.stores.faiss_index import Metric
 from dataflex.stores.parquet import ParquetStore

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from dataflex import distributed
+from dataflex.access.views import Mixed, Snapshot
 from dataflex.draws import generator, stream
 from dataflex.errors import CoverageError
 from dataflex.features.spec import FeatureSpec, LossSpec
-from dataflex.pipelines.diagnostics import Diagnostics, diagnose
-from dataflex.pipelines.refresh import anchors, first, moved, rest
 from dataflex.pipelines.run import Run
-from dataflex.pipelines.views import Mixed, Snapshot
+from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose
+from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import BASE, Context, Need, Selection, View

@@ -14,6 +14,11 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed, stop
+from dataflex.access.fragments import NonfiniteLimit, Tally, Work
+from dataflex.access.policy_source import PolicySource
+from dataflex.access.progress import Progress
+from dataflex.access.sources import EncoderSource, ModelSource, Source, Wanted
+from dataflex.access.views import Snapshot
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.features.spec import (
     ENGINE_VERSION,
@@ -25,12 +30,7 @@ from dataflex.features.spec import (
     TokenLossSpec,
 )
 from dataflex.fingerprint import keys_digest
-from dataflex.pipelines.fragments import NonfiniteLimit, Tally, Work
-from dataflex.pipelines.policy import PolicySource
-from dataflex.pipelines.progress import Progress
-from dataflex.pipelines.sources import EncoderSource, ModelSource, Source, Wanted
-from dataflex.pipelines.state import ModelState
-from dataflex.pipelines.views import Snapshot
+from dataflex.live.state import ModelState
 from dataflex.rows import Rows, Status
 from dataflex.stores.base import Layout
 from dataflex.stores.engine import older

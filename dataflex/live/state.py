@@ -12,18 +12,18 @@ from typing import Any
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import is_marked, require_whole
 from dataflex.config.arguments import values
 from dataflex.config.combinations import QUANTISED
 from dataflex.errors import ConfigError, CoverageError, MismatchError
+from dataflex.explanation import explained
 from dataflex.features.adam import Moments
 from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
 from dataflex.fingerprint import model_digest, plain, source_digests, tensors_digest
 from dataflex.folders import folder_digest, model_folder
-from dataflex.llamafactory.faults import explained
-from dataflex.pipelines import checkpoint, frozen
-from dataflex.pipelines.moments import checkpoint_moments, live_moments
+from dataflex.live import frozen, weights
+from dataflex.live.moments import checkpoint_moments, live_moments
 from dataflex.source import named_classes
-from dataflex.trainers.checkpoints import is_marked, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class ModelState:
         else:
             self.require_whole(state)
             self.require_same_base(state)
-            entered = checkpoint.loaded(Path(state), self.model, self._scaling())
+            entered = weights.loaded(Path(state), self.model, self._scaling())
         with entered:
             self._checkpoint = state
             try:
@@ -163,7 +163,7 @@ class ModelState:
             return
         if not self.is_zero3:  # there this process holds a part of each weight
             if not is_resumed:
-                checkpoint.check(folder, self.model, self._scaling())
+                weights.check(folder, self.model, self._scaling())
             is_known = frozen.covers(folder, self.model, buffers=not is_resumed)
         if not is_known:
             frozen.require_base(folder, self.base, self.trainer.model_arguments)
@@ -314,7 +314,7 @@ class ModelState:
         if not configs:
             return {}
         config = configs[self.model.active_adapter]
-        return {name: plain(getattr(config, name)) for name in checkpoint.SCALING if getattr(config, name, None)}
+        return {name: plain(getattr(config, name)) for name in weights.SCALING if getattr(config, name, None)}
 
     def numerics(self) -> dict[str, Any]:
         """Return what the same weights are computed with."""

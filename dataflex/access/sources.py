@@ -12,6 +12,7 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
+from dataflex.explanation import explained
 from dataflex.features.encoder import TextEncoder
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.excerpt import excerpt
@@ -26,8 +27,7 @@ from dataflex.features.spec import (
 )
 from dataflex.fingerprint import text_key
 from dataflex.folders import model_folder
-from dataflex.llamafactory.faults import explained
-from dataflex.pipelines.state import ModelState
+from dataflex.live.state import ModelState
 from dataflex.rows import KEY_DTYPE, Rows
 
 _MEASURED = 16

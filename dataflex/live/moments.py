@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from dataflex.checkpoints.pickles import read_pickle
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.adam import Moments, Scalars, relative_rates
-from dataflex.trainers.pickles import read_pickle
 
 MOMENTS_FILE = "dataflex/moments.safetensors"
 """Where our checkpoints keep them, relative to the checkpoint."""

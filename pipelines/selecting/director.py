@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import FOLDER
 from dataflex.errors import CoverageError, DataflexError
-from dataflex.pipelines import update, warmup
-from dataflex.pipelines.diagnostics import Diagnostics
-from dataflex.pipelines.moments import MOMENTS_FILE
+from dataflex.live.moments import MOMENTS_FILE
 from dataflex.pipelines.run import Run, open_run
+from dataflex.pipelines.selecting import update, warmup
+from dataflex.pipelines.selecting.diagnostics import Diagnostics
 from dataflex.pipelines.summary import write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import Beginning
-from dataflex.trainers.checkpoints import FOLDER
 from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)
 
 
-class RoundDirector:
+class SelectingDirector:
     """A `dataflex.trainers.round_trainer.RoundDirector`; `featurize` and `select` stop it at the first update.
 
     Args:

@@ -17,14 +17,14 @@ from dataflex.config.mixing import dataset_names
 from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
-from dataflex.pipelines.domains import MixtureManager, domains_of
 from dataflex.pipelines.json_state import kept_by_json
-from dataflex.pipelines.mix_record import MixRecord, by_name, in_order, named
-from dataflex.pipelines.reference import reference_losses
+from dataflex.pipelines.mixing.domains import MixtureManager, domains_of
+from dataflex.pipelines.mixing.record import MixRecord, by_name, in_order, named
+from dataflex.pipelines.mixing.reference import reference_losses
+from dataflex.pipelines.mixing.signals import freeze_routers, signals
 from dataflex.pipelines.run import Run, open_run
-from dataflex.pipelines.signals import freeze_routers, signals
 from dataflex.pipelines.summary import write_summary
-from dataflex.pipelines.weigh import weighter_factor
+from dataflex.pipelines.weighing.director import weighter_factor
 from dataflex.schedule import Round
 from dataflex.trainers.factors import ByDomain
 from dataflex.trainers.micro_batch import ROWS, MicroBatch
@@ -37,7 +37,7 @@ from dataflex.user_code import code_digest
 log = logging.getLogger(__name__)
 
 
-class MixDirector:
+class MixingDirector:
     """A `dataflex.trainers.round_trainer.RoundDirector`.
 
     The proportions of a step follow from the statistics of all steps before it: the lag is 0, and a loader's workers

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.checkpoints.marks import FOLDER
 from dataflex.errors import MismatchError
-from dataflex.trainers.checkpoints import FOLDER
 
 _STATE = f"{FOLDER}/mixture.json"
 _MARK = "as it was"

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.trainer_pt_utils import safe_globals
 
+from dataflex.checkpoints.plain import Tensors, Unplain, plain, unplain
 from dataflex.errors import MismatchError
-from dataflex.trainers.plain import Tensors, Unplain, plain, unplain
 
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _NOT_NEEDED = ("training_args.bin", "dataflex/complete.json")

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dataflex import distributed, stop
+from dataflex.access.progress import Progress
+from dataflex.access.sources import Source
 from dataflex.errors import DataflexError, Interrupted
 from dataflex.features.batching import count_batches
 from dataflex.features.spec import FeatureSpec, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import keys_digest
-from dataflex.pipelines.progress import Progress
-from dataflex.pipelines.sources import Source
 from dataflex.rows import Rows, Status
 from dataflex.stores.base import Layout, Values
 from dataflex.stores.parquet import ParquetStore

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.access.responses import ResponseStore, RewardStore, keys_of
+from dataflex.access.sources import ModelSource, Wanted
 from dataflex.errors import ConfigError
+from dataflex.explanation import explained
 from dataflex.features.generation import Generator, Job, ModelGenerator
 from dataflex.features.policy import policy_gradients, response_weights
 from dataflex.features.served import ServerGenerator
@@ -25,10 +28,7 @@ from dataflex.features.spec import (
     RewardSpec,
 )
 from dataflex.fingerprint import IGNORE_INDEX, digest, row_key, text_key
-from dataflex.llamafactory.faults import explained
-from dataflex.pipelines.responses import ResponseStore, RewardStore, keys_of
-from dataflex.pipelines.sources import ModelSource, Wanted
-from dataflex.pipelines.state import ModelState
+from dataflex.live.state import ModelState
 from dataflex.rewards import Reward, build_reward, reward_identity
 from dataflex.rows import Rows, Status
 from dataflex.stores.root import StoreRoot, folder_name

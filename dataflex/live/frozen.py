@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from dataflex.checkpoints.marks import recorded
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import difference, model_digest
 from dataflex.folders import model_folder
-from dataflex.pipelines.checkpoint import ADAPTER, adapter_config, by_name, tensors
-from dataflex.trainers.checkpoints import recorded
+from dataflex.live.weights import ADAPTER, adapter_config, by_name, tensors
 
 log = logging.getLogger(__name__)
 

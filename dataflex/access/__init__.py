@@ -1,0 +1,1 @@
+"""Features of rows for whoever asks: the stores first, then what computes them."""

@@ -1,0 +1,1 @@
+"""Runs with a mixer: domains, their shares, and what a mixture leaves behind."""

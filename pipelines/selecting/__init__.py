@@ -1,0 +1,1 @@
+"""Runs with a selector: warm-up, updates, and what is recorded of them."""
