@@ -355,9 +355,9 @@ def fit_proportions(
     as_json: Json = False,
 ) -> None:
     """Fit how metrics follow from mixtures to finished runs, and solve for the best mixture; trains nothing."""
-    from dataflex.mixers.fitting.fit import fit_mixture, lines_of, write
-    from dataflex.mixers.fitting.goal import read_goal
-    from dataflex.mixers.fitting.table import read_runs
+    from dataflex.fitting.fit import fit_mixture, lines_of, write
+    from dataflex.fitting.goal import read_goal
+    from dataflex.fitting.table import read_runs
 
     read = read_runs(runs)
     if read.unused:

@@ -62,13 +62,18 @@ class Registry(Generic[T]):
         group: entry-point group in which other distributions announce theirs.
         builtins: name -> "module:Class".
         verbs: methods of which a class of this kind has at least one.
+        adapters: "module:function" that makes any class of this kind one with all that its base declares; empty: they
+            stay as they are.
     """
 
-    def __init__(self, kind: str, group: str, builtins: Mapping[str, str], verbs: Sequence[str] = ()):
+    def __init__(
+        self, kind: str, group: str, builtins: Mapping[str, str], verbs: Sequence[str] = (), adapters: str = ""
+    ):
         self.kind = kind
         self.group = group
         self.builtins = dict(builtins)
         self.verbs = tuple(verbs)
+        self._adapters = adapters
         self._registered: dict[str, list[_Registered]] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -175,10 +180,14 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r}: found a class without {' or '.join(self.verbs)} at {place}; expected a "
                 f"{self.kind}, which has such a method"
             )
-        if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        module_name, _, function = self._adapters.partition(":")
+        adapted: type[T] = getattr(importlib.import_module(module_name), function)(found) if function else found
+        if missing := sorted(
+            {*getattr(found, "__abstractmethods__", ()), *getattr(adapted, "__abstractmethods__", ())}
+        ):
             raise ConfigError(f"{self.kind} {name!r}: {place} does not define {', '.join(missing)}; expected it to")
-        _FOUND_BY[found] = module
-        return found
+        _FOUND_BY[found] = _FOUND_BY[adapted] = module
+        return adapted
 
     def _entry_points(self) -> list[tuple[str, str]]:
         from importlib.metadata import entry_points  # 40 ms, which `--help` is spared
@@ -300,6 +309,7 @@ SELECTORS: Registry[Any] = Registry(
         "composed": "dataflex.selectors.composed:Composed",
     },
     ("select",),
+    "dataflex.selectors.classic:adapted_selector",
 )
 
 MIXERS: Registry[Any] = Registry(
@@ -318,6 +328,7 @@ MIXERS: Registry[Any] = Registry(
         "dynamic_moe": "dataflex.mixers.dynamic_moe:DynamicMoe",
     },
     ("mix",),
+    "dataflex.mixers.classic:adapted_mixer",
 )
 
 WEIGHTERS: Registry[Any] = Registry(
@@ -329,6 +340,7 @@ WEIGHTERS: Registry[Any] = Registry(
         "feature": "dataflex.weighters.feature:ByFeature",
     },
     ("weights", "get_weighted_loss", "training_step"),
+    "dataflex.weighters.classic:adapted_weighter",
 )
 
 register_selector = SELECTORS.register

@@ -47,7 +47,7 @@ def featurize(settings: Any) -> None:
     Raises:
         ConfigError: the method asks for no features, and `dataflex.features` names none.
     """
-    is_declared = settings.component is None or hasattr(settings.component, "Params")
+    is_declared = settings.component is None or settings.component.declares_needs
     if is_declared and not settings.needs and not settings.dataflex.features:
         name = settings.component_name or "train_type: static"
         raise ConfigError(f"{name} asks for no features; name some under dataflex.features")
@@ -111,7 +111,7 @@ class FeaturizeDirector(SelectingDirector):
                     load_faiss()  # where it is missing, every rank says so
                     if distributed.is_main():
                         load_or_build(store, kind=kind_for(len(self.run.rows)))
-        if getattr(self.run.method, "is_adaptive", False):
+        if self.settings.train_type == "dynamic_select" and self.run.selector.is_adaptive:
             choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))
         distributed.barrier()
 

@@ -10,6 +10,7 @@ from typing import Any
 from dataflex import distributed
 from dataflex.checkpoints.marks import recorded
 from dataflex.config.arguments import settings_in_identity, values
+from dataflex.config.settings import Settings
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, EmbeddingSpec, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import digest, file_digest, keys_digest, plain
@@ -17,6 +18,7 @@ from dataflex.folders import folder_digest, model_folder
 from dataflex.live.moments import MOMENTS_FILE
 from dataflex.live.state import ModelState
 from dataflex.live.weights import adapter_config
+from dataflex.method import Method
 from dataflex.registry import import_plugin
 from dataflex.rewards import build_reward, reward_identity
 from dataflex.trainers.lineage import training_arguments
@@ -26,7 +28,7 @@ _SCRATCH = "cache_dir"
 """The parameter that names a folder to write to; its content is no input."""
 
 
-def run_identity(settings: Any, trainer: Any, state: ModelState, method: Any, weighter: Any) -> dict[str, Any]:
+def run_identity(settings: Settings, trainer: Any, state: ModelState, methods: Sequence[Method]) -> dict[str, Any]:
     """Return everything that a decision depends on but the trained weights, as plain data. Collective.
 
     A file or folder that a parameter names stands there by its content, not by its path. Plugins enter whether the run
@@ -36,9 +38,10 @@ def run_identity(settings: Any, trainer: Any, state: ModelState, method: Any, we
         DataflexError: an encoder or reference that is named is not there.
     """
     sets, plugins = trainer.row_sets, settings.dataflex.plugins
-    params, beside = (plain(_dumped(given)) for given in (settings.params, settings.weighter_params))
-    methods = [each for each in (method, weighter) if each is not None]
-    needs = [need for each in methods if hasattr(each, "needs") for need in each.needs()]
+    params, beside = (
+        plain(given and given.model_dump(mode="json")) for given in (settings.params, settings.weighter_params)
+    )
+    needs = [need for each in methods for need in each.needs()]
     rewards = [each for need in needs if isinstance(need.spec, PolicyGradientSpec) for each in need.spec.reward]
     named: dict[str, Any] = {}
     with distributed.together():
@@ -65,10 +68,10 @@ def run_identity(settings: Any, trainer: Any, state: ModelState, method: Any, we
     }
 
 
-def _models(state: ModelState, needs: Sequence[Need], methods: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def _models(state: ModelState, needs: Sequence[Need], methods: Sequence[Method]) -> dict[str, dict[str, Any]]:
     """Return the content of the models that methods name: checkpoints, encoders, a reference that stands beside."""
     found: dict[str, dict[str, Any]] = {}
-    specs = [need.spec for need in needs] + [spec for each in methods for spec in getattr(each, "asked", ())]
+    specs = [need.spec for need in needs] + [spec for each in methods for spec in each.asked]
     for spec in specs:
         if isinstance(spec, EmbeddingSpec) and (name := spec.embedding_model_name_or_path) is not None:
             found[name] = {"encoder": state.encoder(name)}
@@ -78,7 +81,7 @@ def _models(state: ModelState, needs: Sequence[Need], methods: Sequence[Any]) ->
             has_moments = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in asked)
             found.setdefault(folder, {})["checkpoint"] = _checkpoint(state, Path(folder), has_moments)
     for each in methods:
-        reference = getattr(getattr(each, "params", None), "reference_model_path", None)
+        reference = each.reference_model_path
         if reference is not None and "checkpoint" not in found.get(reference, {}):
             found[reference] = {"reference": _reference(state, Path(reference))}
     return found
@@ -110,7 +113,7 @@ def _model(state: ModelState, folder: Path, sums: Mapping[str, str] | None = Non
         return None
 
 
-def _files(settings: Any, params: Any, beside: Any) -> dict[str, dict[str, Any]]:
+def _files(settings: Settings, params: Any, beside: Any) -> dict[str, dict[str, Any]]:
     """Return the content of the files that parameters name, and of the folders that those of a user's class name.
 
     A built-in's folders are those of `_models`; any other text of its is a word, even if a folder is called so.
@@ -147,8 +150,3 @@ def _texts(value: Any) -> Iterator[str]:
         for key, each in pairs:
             if key != _SCRATCH:
                 yield from _texts(each)
-
-
-def _dumped(params: Any) -> Any:
-    """Return a component's parameters as data, whether they are a model or, of a documented one, a mapping."""
-    return params.model_dump(mode="json") if hasattr(params, "model_dump") else params

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,19 +14,23 @@ from dataflex import distributed
 from dataflex.access.feature_access import FeatureAccess
 from dataflex.checkpoints.marks import recorded
 from dataflex.config.idle import idle_note, known_steps
+from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
 from dataflex.fingerprint import difference, digest
 from dataflex.live.state import ModelState
+from dataflex.method import Method
 from dataflex.pipelines.identity import run_identity
 from dataflex.pipelines.mixing.reference import check_reference
 from dataflex.rows import Rows
 from dataflex.schedule import Round, Schedule
+from dataflex.selectors.base import NativeSelector
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.rounds import DecidedRound
+from dataflex.weighters.base import NativeWeighter
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,7 @@ class Run:
         about: what `identity` is the digest of, in clear.
     """
 
-    settings: Any
+    settings: Settings
     trainer: Any
     rows: Rows
     targets: Mapping[str, Rows]
@@ -65,15 +68,26 @@ class Run:
     state: ModelState
     access: FeatureAccess
     journal: Journal
-    method: Any
-    weighter: Any
+    method: Method | None
+    weighter: NativeWeighter | None
     identity: str
     about: Mapping[str, Any]
 
     @property
+    def methods(self) -> Sequence[Method]:
+        """The method, and the weighter beside it, as far as there are any."""
+        return [each for each in (self.method, self.weighter) if each is not None]
+
+    @property
+    def selector(self) -> NativeSelector:
+        """The method of a run that selects."""
+        assert isinstance(self.method, NativeSelector)
+        return self.method
+
+    @property
     def needs(self) -> Sequence[Need]:
-        """The features that the methods ask for; those of the documented kind declare none."""
-        return [n for each in (self.method, self.weighter) if hasattr(each, "needs") for n in each.needs()]
+        """The features that the methods declare; those of the classic interface declare none."""
+        return [need for each in self.methods for need in each.needs()]
 
     @property
     def live_needs(self) -> list[Need]:
@@ -117,11 +131,11 @@ class Run:
 
         Raises:
             CoverageError: it has another number of rows, positions that the training set does not have, or rows without
-                a label; the last is a warning for a selector of the documented kind.
+                a label; the last is a warning for a selector of the classic interface.
         """
         low, high = rows.min(initial=0), rows.max(initial=0)
         unlabelled = int((self.rows.supervised[rows] == 0).sum()) if low >= 0 and high < len(self.rows) else 0
-        if unlabelled and hasattr(self.method, "needs"):
+        if unlabelled and not self.selector.may_choose_unlabelled:
             raise CoverageError(
                 f"{self.settings.component_name}: {unlabelled} of the chosen rows have no supervised token; there is "
                 "nothing to learn from them"
@@ -148,8 +162,8 @@ class Run:
         return found
 
 
-def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
-    """Put a run together; `runtime` goes to the constructor of a documented method that asks for it. Collective.
+def open_run(settings: Settings, trainer: Any, stage: str, **runtime: Any) -> Run:
+    """Put a run together; `runtime` goes to methods that want objects of the run. Collective.
 
     Raises:
         ConfigError: no training row has a supervised token; gradients are asked for of a quantised base; the code of
@@ -161,11 +175,13 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
     eligible = np.flatnonzero(found.train.supervised > 0)
     _report(found.train, found.targets, len(eligible))
     state = ModelState(trainer)
-    method = build(settings.component, settings.params, trainer, **runtime)
-    weighter = build(settings.weighter, settings.weighter_params, trainer)
+    method, weighter = settings.new_method(), settings.new_weighter()
+    methods = [each for each in (method, weighter) if each is not None]
+    for each in methods:
+        each.bind(_runtime(trainer, **runtime))
     if stage == "train" and distributed.is_main():
-        _say_what_is_idle(settings, trainer, method, weighter)
-    identity = run_identity(settings, trainer, state, method, weighter)
+        _say_what_is_idle(settings, trainer, methods)
+    identity = run_identity(settings, trainer, state, methods)
     root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
     run = Run(
@@ -194,19 +210,15 @@ def open_run(settings: Any, trainer: Any, stage: str, **runtime: Any) -> Run:
             run.state.require_same_base(folder)
     sets = {"train": [run.rows], "targets": list(run.targets.values())}
     wanted = [(need.spec, rows) for need in run.needs for rows in sets[need.of]]
-    wanted += [(spec, run.rows) for spec in getattr(method, "asked", ())]
+    wanted += [(spec, run.rows) for each in methods for spec in each.asked]
     wanted += [(spec, rows) for spec in settings.dataflex.features for some in sets.values() for rows in some]
     run.access.require(wanted)
     return run
 
 
-def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:
-    """Construct a method: from its `Params`, or by name from the documented constructor arguments."""
-    if component is None:
-        return None
-    if hasattr(component, "Params"):
-        return component(params)
-    runtime = {
+def _runtime(trainer: Any, **more: Any) -> dict[str, Any]:
+    """Return the objects of the run that a class of the classic interface may ask for in its constructor."""
+    return {
         "dataset": trainer.train_dataset,
         "eval_dataset": trainer.eval_dataset,
         "accelerator": trainer.accelerator,
@@ -214,11 +226,9 @@ def build(component: Any, params: Any, trainer: Any, **more: Any) -> Any:
         "cache_dir": str(Path(trainer.args.output_dir) / "selector_cache"),
         **more,
     }
-    wanted = inspect.signature(component).parameters
-    return component(**({name: value for name, value in runtime.items() if name in wanted} | dict(params or {})))
 
 
-def _say_what_is_idle(settings: Any, trainer: Any, method: Any, weighter: Any) -> None:
+def _say_what_is_idle(settings: Settings, trainer: Any, methods: Sequence[Method]) -> None:
     """Warn of methods without an effect, where `validate` could not yet know how many steps there are."""
     schedule, args = settings.schedule, trainer.args
     if known_steps(settings.keys, schedule, settings.llamafactory) is not None:
@@ -229,8 +239,8 @@ def _say_what_is_idle(settings: Any, trainer: Any, method: Any, weighter: Any) -
     else:
         total = min(schedule.total(**size), schedule.flex_steps(**size))
     beside = settings.dataflex.weighter
-    named = [(settings.component_name, method)] + ([(beside.name, weighter)] if beside else [])
-    for name, each in named:
+    names = [settings.component_name or "", *([beside.name] if beside else [])]
+    for name, each in zip(names, methods, strict=True):
         if note := idle_note(name, each, schedule, total):
             log.warning("%s", note)
 

@@ -105,7 +105,7 @@ def test_random_computes_nothing_so_dora_and_quantisation_stay_allowed():
 def test_plain_selector_takes_constructor_arguments():
     changes = "component_name: plugin_under_test\ndataflex:\n  plugins: [./plugin.py]\n  params: {depth: 2}"
     loaded = load(write(changes))
-    assert loaded.params == {"depth": 2}
+    assert loaded.params.model_dump() == {"depth": 2}
     assert loaded.component is not None
     assert loaded.component.__name__ == "Plain"
     text = refusal(changes.replace("{depth: 2}", "{widht: 2, dataset: x}"))

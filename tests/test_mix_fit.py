@@ -18,12 +18,12 @@ from scipy.stats import spearmanr
 
 from dataflex.cli import main
 from dataflex.errors import ConfigError
-from dataflex.mixers.fitting.fit import fit_mixture
-from dataflex.mixers.fitting.goal import Goal, read_goal
-from dataflex.mixers.fitting.law import HUBER, fit_law
-from dataflex.mixers.fitting.optimum import best_mixture
-from dataflex.mixers.fitting.quality import held_out, r_squared, rank_correlation
-from dataflex.mixers.fitting.table import Runs, read_runs
+from dataflex.fitting.fit import fit_mixture
+from dataflex.fitting.goal import Goal, read_goal
+from dataflex.fitting.law import HUBER, fit_law
+from dataflex.fitting.optimum import best_mixture
+from dataflex.fitting.quality import held_out, r_squared, rank_correlation
+from dataflex.fitting.table import Runs, read_runs
 from dataflex.mixers.static import proportions_of
 
 ROOT = Path(__file__).parents[1]

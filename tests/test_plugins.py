@@ -180,7 +180,7 @@ def test_a_reward_follows_it_too(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from dataflex.rewards import register_reward\nfrom dataflex.rewards.base import RewardParams\n\n\n"
         "@register_reward('exact_match')\nclass Mine:\n    class Params(RewardParams):\n        mine: int = 3\n\n"
-        "    def __init__(self, params): ...\n    def score(self, *texts): ...\n"
+        "    def __init__(self, params): ...\n    def score(self, *texts): ...\n    def identity(self): ...\n"
     )
     builtin = type(build_reward("exact_match", {}))
     assert type(build_reward("exact_match", {"mine": 4}, ["./mine.py"])).__name__ == "Mine"

@@ -27,6 +27,7 @@ from dataflex.features.engine import FeatureEngine
 from dataflex.features.generation import Job
 from dataflex.features.policy import policy_gradients, response_weights
 from dataflex.features.spec import GradientSpec, Projection
+from dataflex.rewards import Reward
 from dataflex.rows import Status
 from dataflex.stores.root import StoreRoot
 
@@ -447,10 +448,11 @@ def test_rows_without_a_prompt_are_refused(probe: Probe, tiny: Any) -> None:
         probe.train("one", keys)
 
 
-class Scripted:
+class Scripted(Reward):
     """A reward whose scores are given."""
 
     def __init__(self, *scores: float | None):
+        super().__init__(None)
         self.scores = list(scores)
 
     def score(self, prompts: Any, responses: Any, references: Any) -> list[float | None]:

@@ -112,9 +112,8 @@ class PolicySource:
         specs = [spec for spec, _ in wanted if isinstance(spec, PolicyGradientSpec)]
         for each in [each for spec in specs for each in spec.reward]:
             reward = self._reward(each)
-            if hasattr(reward, "prepare"):
-                with distributed.together(), explained(f"reward {each.type}", refusal=ConfigError):
-                    reward.prepare()
+            with distributed.together(), explained(f"reward {each.type}", refusal=ConfigError):
+                reward.prepare()
 
     def compute(
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int

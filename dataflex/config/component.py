@@ -9,23 +9,26 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from dataflex.adapter import written
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.config.runfile import Document, read
 from dataflex.errors import ConfigError
+from dataflex.features.need import Need
+from dataflex.method import RUNTIME, Arguments, Method, constructor_params
 from dataflex.params import Parameters
 from dataflex.registry import Registry, did_you_mean
 
+M = TypeVar("M", bound=Method)
+
 DEFAULT_FILE = "configs/components.yaml"
-RUNTIME = ("dataset", "eval_dataset", "accelerator", "data_collator", "mixture_manager")
-"""Constructor arguments of a documented component that are objects of the run, never parameters."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class Asked(Generic[M]):
     """A component that the run file names.
 
     Attributes:
@@ -37,7 +40,7 @@ class Asked:
     """
 
     name: str
-    registry: Registry[Any]
+    registry: Registry[M]
     params: Any
     name_at: str = "component_name"
     params_at: str = "dataflex.params"
@@ -49,29 +52,36 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Component:
+class Component(Generic[M]):
     """A component as the run file asks for it.
 
     Attributes:
         name: what the run file calls it.
-        cls: the class.
-        params: an instance of `cls.Params`; for a class without one, the constructor arguments given.
-        needs: the features it declares (`dataflex.selectors.base.Need`).
-        asked: features of some rows that it asks for while choosing.
-        refreshes: the refresh policies that it works under.
+        cls: the class, with all that its base declares.
+        method: one made from the parameters; it knows no run.
+        needs: the features it declares.
     """
 
     name: str
-    cls: type[Any]
-    params: BaseModel | dict[str, Any]
-    needs: tuple[Any, ...]
-    asked: tuple[Any, ...] = ()
-    refreshes: tuple[str, ...] = ("full", "rotating", "static")
+    cls: type[M]
+    method: M
+    needs: tuple[Need, ...]
+
+    @property
+    def params(self) -> BaseModel:
+        """Its parameters."""
+        params: BaseModel = self.method.params
+        return params
 
 
 def component(
-    asked: Asked, document: Document, file: str | None, plugins: tuple[str, ...], output_dir: Any, problems: Problems
-) -> Component | None:
+    asked: Asked[M],
+    document: Document,
+    file: str | None,
+    plugins: tuple[str, ...],
+    output_dir: Any,
+    problems: Problems,
+) -> Component[M] | None:
     """Find the class and check its parameters; None if that was not possible, the reasons among the problems.
 
     Args:
@@ -94,9 +104,8 @@ def component(
         problems.say(document.origin, asked.name_at, str(error))
         return None
 
-    model = getattr(cls, "Params", BaseModel)
-    if not isinstance(model, type) or not issubclass(model, BaseModel):
-        text = f"found Params = {model!r} in {cls.__qualname__}; expected a kind of dataflex.params.Parameters"
+    if not isinstance(cls.Params, type) or not issubclass(cls.Params, BaseModel):
+        text = f"found Params = {cls.Params!r} in {cls.__qualname__}; expected a kind of dataflex.params.Parameters"
         problems.say(document.origin, asked.name_at, text, "Without it the constructor's arguments are the parameters")
         return None
 
@@ -114,16 +123,12 @@ def component(
     params = _checked(cls, values, place, problems)
     if params is None:
         return None
-    if not isinstance(params, BaseModel) or not hasattr(cls, "needs"):
-        return Component(asked.name, cls, params, ())
     try:
-        made = cls(params)
-        needs = tuple(made.needs())
+        method = cls(params)
+        return Component(asked.name, cls, method, tuple(method.needs()))
     except ConfigError as error:
         problems.say(document.origin, asked.params_at, str(error))
         return None
-    policies = getattr(made, "refreshes", Component.refreshes)
-    return Component(asked.name, cls, params, needs, tuple(getattr(made, "asked", ())), policies)
 
 
 def _located(name: str, run_file: Path) -> str:
@@ -158,17 +163,8 @@ def replaced(value: Any, output_dir: Any, origin: Origin, path: str, problems: P
     return text
 
 
-def constructor_params(cls: type[Any]) -> dict[str, inspect.Parameter]:
-    """Return the parameters of a documented component: its constructor's arguments but those of the run."""
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(cls).parameters.items()
-        if name not in RUNTIME and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-
-
 def _from_file(
-    asked: Asked, document: Document, file: str | None, has_inline: bool, problems: Problems
+    asked: Asked[Any], document: Document, file: str | None, has_inline: bool, problems: Problems
 ) -> tuple[dict[str, Any], Origin]:
     """Return the parameters in the components file, and where they are written."""
     path = find_file(file or DEFAULT_FILE, document.origin.file)
@@ -209,28 +205,33 @@ def _from_file(
 
 
 def _checked(
-    cls: type[Any], values: dict[str, Any], place: Callable[[str], tuple[Origin, str]], problems: Problems
-) -> BaseModel | dict[str, Any] | None:
-    """Check parameters against the class's `Params`, or against its constructor."""
-    model = getattr(cls, "Params", None)
+    cls: type[Method], values: dict[str, Any], place: Callable[[str], tuple[Origin, str]], problems: Problems
+) -> BaseModel | None:
+    """Check parameters against the class's `Params`, or against the constructor of one of the classic interface."""
+    model = cls.Params
     # A run's identity is JSON, which knows neither NaN nor infinity; those of our own say so for each field.
-    is_ours = isinstance(model, type) and issubclass(model, Parameters)
-    endless = [] if is_ours else [key for key, value in values.items() if not _is_finite(value)]
+    endless = [] if issubclass(model, Parameters) else [key for key, value in values.items() if not _is_finite(value)]
     for key in endless:
         origin, prefix = place(key)
         problems.add(origin, f"{prefix}.{key}", "finite numbers", values[key])
     if endless:
         return None
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        wrong: set[str] = set()
-        while isinstance(
-            params := validated(model, {k: v for k, v in values.items() if k not in wrong}), ValidationError
-        ):
-            found = problems.add_invalid(params, model, values, place, left_out=wrong)
-            if not found & values.keys() - wrong:  # what is wrong is their being together, or what is not there
-                return None
-            wrong |= found  # on with the others: what they are together, and with the rest of the run file, is seen too
-        return params  # type: ignore[no-any-return]
+    if issubclass(model, Arguments):
+        return _arguments(written(cls), values, place, problems)
+    wrong: set[str] = set()
+    while isinstance(params := validated(model, {k: v for k, v in values.items() if k not in wrong}), ValidationError):
+        found = problems.add_invalid(params, model, values, place, left_out=wrong)
+        if not found & values.keys() - wrong:  # what is wrong is their being together, or what is not there
+            return None
+        wrong |= found  # on with the others: what they are together, and with the rest of the run file, is seen too
+    checked: BaseModel = params
+    return checked
+
+
+def _arguments(
+    cls: type[Any], values: dict[str, Any], place: Callable[[str], tuple[Origin, str]], problems: Problems
+) -> Arguments | None:
+    """Check parameters against a constructor."""
     accepted = constructor_params(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
     unknown = [key for key in values if key in RUNTIME or not (takes_any or key in accepted)]
@@ -241,7 +242,7 @@ def _checked(
     for key in required:
         origin, prefix = place(key)
         problems.add(origin, f"{prefix}.{key}", f"a value, which {cls.__qualname__} requires", NOTHING)
-    return None if unknown or required else values
+    return None if unknown or required else Arguments(values)
 
 
 def _is_finite(value: Any) -> bool:

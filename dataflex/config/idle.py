@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dataflex.config.keys import FlatKeys
+from dataflex.method import Method
 from dataflex.schedule import Schedule
 
 
@@ -17,7 +18,7 @@ def known_steps(flat: FlatKeys, schedule: Schedule, llamafactory: Mapping[str, A
     return None if schedule.needs_rows else schedule.total()
 
 
-def idle_note(name: str, method: Any, schedule: Schedule, total: int) -> str | None:
+def idle_note(name: str, method: Method, schedule: Schedule, total: int) -> str | None:
     """Say why a method has no effect in a run of so many steps; None if it has one, as far as can be told.
 
     It is asked at `warmup_step` and, a mixer, every `update_step` steps after it; what it answers holds for the steps
@@ -25,16 +26,16 @@ def idle_note(name: str, method: Any, schedule: Schedule, total: int) -> str | N
 
     Args:
         name: what the run file calls it.
-        method: the method; one of the documented kind does not tell more than its schedule does.
+        method: the method; one of the classic interface does not tell more than its schedule does.
         schedule: of the run.
         total: optimizer steps of the run.
     """
     first, interval = schedule.warmup_step, schedule.update_step
     if first >= total:
         why, lower = f"warmup_step is {first}", "warmup_step"
-    elif (own := int(getattr(method, "idle_steps", 0))) >= total:
+    elif (own := method.idle_steps) >= total:
         why, lower = f"it stays at the initial proportions for {own} steps", " or ".join(method.idle_by)
-    elif getattr(method, "watches", False) and first == 0 and interval >= total:
+    elif method.watches and first == 0 and interval >= total:
         why, lower = f"the first losses that it sees are those of step {interval}", "update_step"
     else:
         return None

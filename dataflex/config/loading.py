@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dataflex.config.combinations import Combinations
-from dataflex.config.component import Asked, Component, component, find_file, replaced, validated
+from dataflex.config.component import Asked, Component, M, component, find_file, replaced, validated
 from dataflex.config.evaluation import check_evaluation
 from dataflex.config.files import check_files, repeated
 from dataflex.config.idle import idle_note, known_steps
@@ -25,8 +25,11 @@ from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
 from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE, EmbeddingSpec, GradientSpec, PolicyGradientSpec
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, import_plugin, use_plugins
+from dataflex.mixers.base import NativeMixer
+from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, Registry, import_plugin, use_plugins
 from dataflex.schedule import Schedule
+from dataflex.selectors.base import REFRESHES
+from dataflex.weighters.base import NativeWeighter
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
@@ -67,16 +70,16 @@ class _Loading:
         schedule = Schedule(flat.warmup_step, flat.update_step, flat.update_times, flat.train_step, epochs)
         found, weighter = self._components(flat, section, llamafactory.get("output_dir"))
         if flat.train_type == "dynamic_mix":
-            schedule = mixing_schedule(flat, epochs, found.cls if found else None)
-            weighs = weighter is not None or (found is not None and watches(found.cls))
+            mixer: Component[NativeMixer] | None = found
+            schedule = mixing_schedule(flat, epochs, mixer.method if mixer else None)
+            weighs = weighter is not None or (mixer is not None and watches(mixer.method))
             self.notes += check_mixing(
-                flat, llamafactory, found, section.mixture.unit, weighs, self.origin, self.problems
+                flat, llamafactory, mixer, section.mixture.unit, weighs, self.origin, self.problems
             )
         self._cross_check(flat, llamafactory, stage, schedule, found, weighter, section)
         total = known_steps(flat, schedule, llamafactory)
         for each in (found, weighter):
-            made = each.cls(each.params) if each and hasattr(each.cls, "Params") else None
-            if each and total and (note := idle_note(each.name, made, schedule, total)):
+            if each and total and (note := idle_note(each.name, each.method, schedule, total)):
                 self.notes.append(note)
         params = found.params if found else None
         root = store_root(section.store, getattr(params, "cache_dir", None) if found and found.needs else None)
@@ -198,19 +201,20 @@ class _Loading:
 
     def _components(
         self, flat: FlatKeys, section: DataflexKeys, output_dir: Any
-    ) -> tuple[Component | None, Component | None]:
+    ) -> tuple[Component[Any] | None, Component[NativeWeighter] | None]:
         """Return the method of the run, and the weighter beside a mixer."""
         written = self.document.values.get("dataflex")
         written = written if isinstance(written, dict) else {}
         params, beside = written.get("params"), written.get("weighter")
 
-        def found(asked: Asked) -> Component | None:
+        def found(asked: Asked[M]) -> Component[M] | None:
             file = flat.components_cfg_file
             made = component(asked, self.document, file, section.plugins, output_dir, self.problems)
             if made is not None and (said := asked.registry.override(asked.name, made.cls)):
                 self.notes.append(said)
             return made
 
+        kinds: dict[str, Registry[Any]]
         kinds = {"dynamic_select": SELECTORS, "dynamic_mix": MIXERS, "dynamic_weight": WEIGHTERS}
         registry = kinds.get(flat.train_type)
         if section.weighter is not None and registry is not MIXERS:
@@ -230,8 +234,8 @@ class _Loading:
         if section.weighter is not None and registry is MIXERS and isinstance(beside, dict):
             at = ("dataflex.weighter.name", "dataflex.weighter.params")
             weighter = found(Asked(section.weighter.name, WEIGHTERS, beside.get("params"), *at))
-            if weighter is not None and not hasattr(weighter.cls, "weights"):
-                why = "A weighter of the documented kind computes the whole loss, so it acts alone: dynamic_weight"
+            if weighter is not None and weighter.method.acts_alone:
+                why = "A weighter of the classic interface computes the whole loss, so it acts alone: dynamic_weight"
                 self.problems.add(self.origin, at[0], "a weighter that gives weights", section.weighter.name, why=why)
         return found(asked), weighter
 
@@ -241,8 +245,8 @@ class _Loading:
         llamafactory: Mapping[str, Any],
         stage: str,
         schedule: Schedule,
-        found: Component | None,
-        weighter: Component | None,
+        found: Component[Any] | None,
+        weighter: Component[NativeWeighter] | None,
         section: DataflexKeys,
     ) -> None:
         """Hold the keys against each other, as far as the run makes use of them."""
@@ -252,9 +256,10 @@ class _Loading:
             check.check_exclusion(flat.train_type)
         is_dynamic = flat.train_type != "static"
         needs = tuple(need for each in (found, weighter) if each for need in each.needs)
-        specs = [*(need.spec for need in needs), *(found.asked if found else ()), *section.features]
-        if found and section.refresh.policy not in found.refreshes:
-            expected = f"{' or '.join(found.refreshes)} with these parameters"
+        specs = [*(need.spec for need in needs), *(found.method.asked if found else ()), *section.features]
+        policies_taken = found.method.refreshes if found and flat.train_type == "dynamic_select" else REFRESHES
+        if section.refresh.policy not in policies_taken:
+            expected = f"{' or '.join(policies_taken)} with these parameters"
             why = "What the method compares must be of one state of the model"
             self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
         policies = [spec for spec in specs if isinstance(spec, PolicyGradientSpec)]
@@ -271,11 +276,11 @@ class _Loading:
         if (
             flat.train_type == "dynamic_weight"
             or weighter is not None
-            or (flat.train_type == "dynamic_mix" and found is not None and watches(found.cls))
+            or (flat.train_type == "dynamic_mix" and found is not None and watches(found.method))
         ):
             check.check_losses()
         if any(need.of == "targets" for need in needs) or any(
-            getattr(each.cls, "needs_targets", False) for each in (found, weighter) if each
+            each.method.needs_targets for each in (found, weighter) if each
         ):
             check.check_targets()
         else:

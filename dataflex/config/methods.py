@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from dataflex.config.component import constructor_params
+from dataflex.adapter import written
 from dataflex.errors import ConfigError
+from dataflex.method import Arguments, Method, constructor_params
 from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS
 
 KINDS = (SELECTORS, MIXERS, WEIGHTERS)
@@ -49,12 +50,12 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _params(cls: type[Any]) -> list[dict[str, Any]]:
-    model = getattr(cls, "Params", None)
-    if not (isinstance(model, type) and issubclass(model, BaseModel)):
+def _params(cls: type[Method]) -> list[dict[str, Any]]:
+    model = cls.Params
+    if issubclass(model, Arguments):
         return [
             _param(name, Any if p.annotation is p.empty else p.annotation, p.default, p.default is p.empty, "")
-            for name, p in constructor_params(cls).items()
+            for name, p in constructor_params(written(cls)).items()
         ]
     return [
         _param(name, f.annotation, f.get_default(call_default_factory=True), f.is_required(), f.description)

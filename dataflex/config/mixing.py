@@ -11,6 +11,7 @@ from dataflex.config import files
 from dataflex.config.component import Asked, Component
 from dataflex.config.keys import FlatKeys
 from dataflex.config.problems import Origin, Problems
+from dataflex.mixers.base import NativeMixer
 from dataflex.schedule import Schedule
 
 CONSTANT = 1000
@@ -18,12 +19,12 @@ CONSTANT = 1000
 _RULES = ("stratified", "uniform")
 
 
-def watches(mixer: Any) -> bool:
-    """Say whether a mixer's class has the losses of the training watched or weighted: all of the documented kind do."""
-    return bool(getattr(mixer, "watches", not hasattr(mixer, "Params"))) or hasattr(mixer, "loss_form")
+def watches(mixer: NativeMixer) -> bool:
+    """Say whether a mixer has the losses of the training watched or weighted."""
+    return mixer.watches or mixer.loss_form is not None
 
 
-def mixer_asked(flat: FlatKeys, asked: Asked, notes: list[str]) -> Asked:
+def mixer_asked(flat: FlatKeys, asked: Asked[NativeMixer], notes: list[str]) -> Asked[NativeMixer]:
     """Return the mixer that `component_name`, `static_mix` and `mixture_sample_rule` name together."""
     rule = flat.mixture_sample_rule
     if flat.static_mix:
@@ -36,9 +37,9 @@ def mixer_asked(flat: FlatKeys, asked: Asked, notes: list[str]) -> Asked:
     return asked
 
 
-def mixing_schedule(flat: FlatKeys, epochs: float, mixer: Any) -> Schedule:
+def mixing_schedule(flat: FlatKeys, epochs: float, mixer: NativeMixer | None) -> Schedule:
     """Return the schedule: without `update_step` the mixer's own interval, until the run ends."""
-    interval = flat.update_step or getattr(mixer, "interval", 1) or CONSTANT
+    interval = flat.update_step or (mixer.interval if mixer else 1) or CONSTANT
     times = flat.update_times if flat.update_step else -1
     return Schedule(flat.warmup_step, interval, times, flat.train_step, epochs, spans_run=True)
 
@@ -51,7 +52,7 @@ def dataset_names(llamafactory: Mapping[str, Any]) -> list[str]:
 def check_mixing(
     flat: FlatKeys,
     llamafactory: Mapping[str, Any],
-    mixer: Component | None,
+    mixer: Component[NativeMixer] | None,
     unit: str,
     weighs: bool,
     origin: Origin,
@@ -67,16 +68,15 @@ def check_mixing(
             problems.add(origin, "init_mixture_proportions", expected, list(shares))
         elif min(shares, default=0) < 0 or not 0 < sum(shares) < math.inf:
             problems.add(origin, "init_mixture_proportions", "numbers of 0 or more, not all 0", list(shares))
-        elif mixer is not None and getattr(mixer.cls, "needs_every_domain", False) and min(shares) == 0:
+        elif mixer is not None and mixer.method.needs_every_domain and min(shares) == 0:
             expected = f"more than 0 for every domain, as {mixer.name} compares all of them"
             problems.add(origin, "init_mixture_proportions", expected, list(shares))
     name = mixer.name if mixer else None
     if flat.mixture_sample_rule in _RULES and name not in (None, flat.mixture_sample_rule):
         why = f"{flat.mixture_sample_rule} would take no notice of the mixer {name}. Set mixture, or leave it out"
         problems.add(origin, "mixture_sample_rule", "mixture", flat.mixture_sample_rule, why=why)
-    if mixer is not None and hasattr(mixer.cls, "check"):
-        for text in mixer.cls(mixer.params).check(names, unit):
-            problems.say(origin, "dataflex.params", text)
+    for text in mixer.method.check(names, unit) if mixer is not None else ():
+        problems.say(origin, "dataflex.params", text)
     for key, right in (("mix_strategy", ("concat",)), ("interleave_probs", ())):
         value = llamafactory.get(key)
         if value is not None and value not in right:

@@ -9,7 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataflex.config.keys import DataflexKeys, FlatKeys
+from dataflex.features.need import Need
+from dataflex.method import Method
 from dataflex.schedule import Schedule
+from dataflex.weighters.base import NativeWeighter
 
 
 class Settings(BaseModel):
@@ -21,17 +24,23 @@ class Settings(BaseModel):
     llamafactory: dict[str, Any] = Field(description="LLaMA-Factory's keys as written; `stage` is said in any case")
     keys: FlatKeys = Field(description="DataFlex's keys at the top level")
     component_name: str | None = Field(description="the method's name; None with train_type static")
-    component: type[Any] | None = Field(description="its class")
-    params: Any = Field(
-        description="an instance of its Params; for a documented selector a dict of constructor arguments"
-    )
-    weighter: Any = Field(None, description="the class of a weighter beside a mixer")
-    weighter_params: Any = Field(None, description="its parameters, as `params`")
-    needs: tuple[Any, ...] = Field(description="features it declares (dataflex.selectors.base.Need)")
+    component: type[Method] | None = Field(description="its class, with all that the base of its kind declares")
+    params: Any = Field(description="an instance of its Params; each class has a model of its own")
+    weighter: type[NativeWeighter] | None = Field(None, description="the class of a weighter beside a mixer")
+    weighter_params: Any = Field(None, description="its parameters")
+    needs: tuple[Need, ...] = Field(description="features they declare")
     schedule: Schedule
     dataflex: DataflexKeys = Field(description="the `dataflex:` mapping")
     store_root: str = Field(description="path or URL under which the stores lie")
     notes: tuple[str, ...] = Field(description="what is allowed but probably not meant")
+
+    def new_method(self) -> Method | None:
+        """Return a new instance of the method, which knows no run yet."""
+        return self.component(self.params) if self.component is not None else None
+
+    def new_weighter(self) -> NativeWeighter | None:
+        """Return a new instance of the weighter beside the mixer."""
+        return self.weighter(self.weighter_params) if self.weighter is not None else None
 
     @property
     def train_type(self) -> str:

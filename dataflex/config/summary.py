@@ -21,8 +21,7 @@ def summary(settings: Settings) -> list[str]:
     lines.append(f"  batch       {_batch(settings)}")
     if settings.component_name is not None:
         lines.append(f"  method      {settings.component_name}")
-        params = settings.params if isinstance(settings.params, dict) else settings.params.model_dump()
-        lines += [f"              {name}: {value}" for name, value in params.items()]
+        lines += [f"              {name}: {value}" for name, value in settings.params.model_dump().items()]
     if settings.dataflex.weighter is not None:
         lines.append(f"  weighter    {settings.dataflex.weighter.name}")
         lines += [f"              {name}: {value}" for name, value in settings.weighter_params.model_dump().items()]

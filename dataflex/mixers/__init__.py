@@ -1,8 +1,9 @@
-"""Mixers: which share of every step each domain has. `Mixer` and `register_mixer` are for your own."""
+"""Mixers: which share of every step each domain has. `NativeMixer` and `Mixer` are the bases of your own."""
 
 from __future__ import annotations
 
-from dataflex.mixers.base import Mixer
+from dataflex.mixers.base import MixContext, NativeMixer
+from dataflex.mixers.classic import Mixer
 from dataflex.registry import register_mixer
 
-__all__ = ["Mixer", "register_mixer"]
+__all__ = ["MixContext", "Mixer", "NativeMixer", "register_mixer"]

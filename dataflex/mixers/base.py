@@ -5,7 +5,7 @@ K domains, in the order of `dataset:` in the run file; every artefact names them
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,8 +14,12 @@ import numpy as np
 
 from dataflex.draws import generator
 from dataflex.errors import DataflexError
-from dataflex.features.need import Need
+from dataflex.method import Method
 from dataflex.params import Parameters
+
+LossForm = Literal["domain_mean", "token"]
+LAST_BATCH = "last micro-batch"
+"""The signal that mixers of the classic interface are handed."""
 
 
 class MixerParams(Parameters):
@@ -151,41 +155,29 @@ class MixContext:
     step: int
     update: int
     seed: int
-    ask: Mapping[str, Callable[[], np.ndarray]]
+    ask: Mapping[str, Callable[[], Any]]
 
     def rng(self, *names: int | str) -> np.random.Generator:
         """Return a generator that is a function of the run's seed and the names alone."""
         return generator(self.seed, *names)
 
 
-class NativeMixer(ABC):
-    """A mixer written for DataFlex: its parameters are a pydantic model beside it, called `Params`.
+class NativeMixer(Method):
+    """Base of mixers: override `mix`, and of the rest what differs. See also `dataflex.method.Method`.
 
-    Every rank holds one, gives it the same statistics, and so gets the same proportions.
+    Every rank holds one, gives it the same statistics, and so gets the same proportions. One that `watches` looks at
+    `MixContext.statistics`.
 
     Attributes:
-        watches: whether it looks at `MixContext.statistics`.
         interval: `update_step` where the run file gives none; 0: the proportions never change.
         needs_every_domain: whether each domain must have a share from the start.
         draws: how rows are dealt to the proportions by default: `greedy` (no randomness, near the shares at any
             time) or `random` (independent draws, which a bandit's estimates assume).
-        whole_batches: whether all rows of a micro-batch come from one domain.
-        idle_by: the parameters that `idle_steps` follows from.
     """
 
-    watches: ClassVar[bool] = False
     interval: ClassVar[int] = 0
     needs_every_domain: ClassVar[bool] = False
     draws: ClassVar[Literal["greedy", "random"]] = "greedy"
-    idle_by: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, params: Any):
-        self.params = params
-
-    @property
-    def idle_steps(self) -> int:
-        """Optimizer steps at a run's head for which it stays at the initial proportions, whatever it sees."""
-        return 0
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -197,9 +189,19 @@ class NativeMixer(ABC):
         """Whether all rows of a micro-batch come from one domain."""
         return False
 
-    def needs(self) -> Sequence[Need]:
-        """Return the stored features of the training rows that the losses are held against."""
-        return ()
+    @property
+    def loss_form(self) -> LossForm | None:
+        """How `loss_weights` act on the loss (`dataflex.trainers.factors.ByDomain`); None: they never do."""
+        return None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step's own losses move the weights before that step is trained on, at a forward pass more."""
+        return False
+
+    def check(self, names: Sequence[str], unit: str) -> list[str]:
+        """Return what is wrong with the parameters for domains of these names and proportions in `unit`."""
+        return []
 
     @abstractmethod
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
@@ -209,7 +211,8 @@ class NativeMixer(ABC):
             model: the live model.
             step_id: optimizer steps done.
             context: domains and statistics.
-            kwargs: what the documented interface passes beside.
+            kwargs: has_initial, whether the run file gives proportions; vocabulary, tokens of the tokenizer; budget,
+                the run's rows or tokens.
 
         Raises:
             DataflexError: the signal that it lives on is missing.
@@ -235,21 +238,6 @@ class NativeMixer(ABC):
     def outcome(self) -> np.ndarray | None:
         """Return the proportions that a later run should take, (K,), if that is what the method is for."""
         return None
-
-
-class Mixer(ABC):
-    """Base of mixers written against the documented interface.
-
-    Args:
-        mixture_manager: has `names`, `sizes`, `initial_proportions`, and `sources` (name -> processed dataset).
-    """
-
-    def __init__(self, mixture_manager: Any):
-        self.mixture_manager = mixture_manager
-
-    @abstractmethod
-    def mix(self, model: Any, step_id: int, **kwargs: Any) -> np.ndarray:
-        """Return proportions in the order of `mixture_manager.names`."""
 
 
 def normalised(weights: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.features.need import Need
-from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
+from dataflex.mixers.base import LossForm, MixContext, MixerParams, NativeMixer, normalised
 from dataflex.mixers.reference import REFERENCE_KINDS, ReferencePath, reference_needs
 
 
@@ -73,14 +73,25 @@ class Doremi(NativeMixer):
         self._total = np.zeros(0)
         self._updates = 0
 
+    @property
+    def reference_model_path(self) -> str | None:
+        """Folder of the reference model."""
+        path: str | None = self.params.reference_model_path
+        return path
+
     def needs(self) -> Sequence[Need]:
         """Need the reference's loss of every token, unless its model stands beside."""
         return reference_needs(self.params)
 
     @property
-    def loss_form(self) -> Literal["domain_mean", "token"]:
+    def loss_form(self) -> LossForm:
         """How the weights of `loss_weights` act."""
         return "domain_mean" if self.params.loss == "paper" else "token"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether alpha is moved by a batch before it weighs that batch's loss."""
+        return self.params.exact
 
     def mix(
         self,
@@ -100,7 +111,7 @@ class Doremi(NativeMixer):
             context: domains and statistics.
             has_initial: whether the run file gives proportions; uniform ones are taken if not.
             vocabulary: tokens of the tokenizer, for `absent: official`.
-            kwargs: what the documented interface passes beside.
+            kwargs: as of `NativeMixer.mix`.
 
         Raises:
             ConfigError: a proportion is 0, or `absent: official` was told no vocabulary.

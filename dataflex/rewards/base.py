@@ -3,40 +3,64 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from dataflex.adapter import adapted
 from dataflex.errors import ConfigError
 from dataflex.params import Parameters
 from dataflex.registry import Registry
 from dataflex.user_code import code_digest
 
 
-class Reward(Protocol):
-    """Scores responses. Its parameters are a pydantic model beside it, called `Params`, which it is made from."""
+class RewardParams(Parameters):
+    """Base of the parameters of a reward."""
 
+
+class Reward(ABC):
+    """Base of rewards: override `score` and `identity`, and `prepare` if something has to be loaded.
+
+    Attributes:
+        Params: its parameters, a frozen model.
+    """
+
+    Params: ClassVar[type[BaseModel]] = RewardParams
+
+    def __init__(self, params: Any):
+        self.params = params
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to load
+        """Load what it needs, before the first step.
+
+        Raises:
+            DataflexError: it cannot be had.
+        """
+
+    @abstractmethod
     def score(self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[str]) -> list[float | None]:
         """Return the reward of each response, larger is better; None where it cannot be scored.
 
         Raises:
             UnavailableError: what scores is not there now; what was scored before is kept.
         """
-        ...
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return plain data that names everything a score depends on beside the texts."""
-        ...
 
 
-class RewardParams(Parameters):
-    """Base of the parameters of a reward."""
+def adapted_reward(cls: type[Any]) -> type[Reward]:
+    """Return a class as one of ours: itself, or made around it."""
+    found: type[Reward] = adapted(cls, Reward)
+    return found
 
 
 log = logging.getLogger(__name__)
 
-REWARDS: Registry[Any] = Registry(
+REWARDS: Registry[Reward] = Registry(
     "reward",
     "dataflex.rewards",
     {
@@ -50,6 +74,7 @@ REWARDS: Registry[Any] = Registry(
         "function": "dataflex.rewards.function:Function",
     },
     ("score",),
+    "dataflex.rewards.base:adapted_reward",
 )
 
 register_reward = REWARDS.register
@@ -75,7 +100,7 @@ def build_reward(name: str, params: Mapping[str, Any], plugins: Iterable[str] = 
         faults = (f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}" for e in error.errors())
         known = ", ".join(cls.Params.model_fields) or "none"
         raise ConfigError(f"reward {name}: {'; '.join(faults)}. Its parameters: {known}") from error
-    return cls(checked)  # type: ignore[no-any-return]
+    return cls(checked)
 
 
 def reward_identity(reward: Reward) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 
 
 def normalised(text: str, case_sensitive: bool = False, punctuation: bool = True) -> str:
@@ -20,7 +20,7 @@ def normalised(text: str, case_sensitive: bool = False, punctuation: bool = True
     return " ".join(text.split())
 
 
-class ExactMatch:
+class ExactMatch(Reward):
     """1 where the response equals the reference after normalisation, else 0."""
 
     class Params(RewardParams):

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.registry import import_plugin
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 from dataflex.user_code import code_digest
 
 
-class Function:
+class Function(Reward):
     """What `function(prompts, responses, references, **arguments)` returns: numbers, or None where it cannot say.
 
     The identity is the file that the function stands in, and those of yours that it imports (`code_digest`).

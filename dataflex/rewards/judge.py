@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from dataflex.chat import ChatServer
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 
 _TEMPLATE = """Judge how well the response answers the request.
 
@@ -25,7 +25,7 @@ Response:
 Reply with one line, "Score: " and a number from 0 (useless) to 10 (perfect)."""
 
 
-class Judge:
+class Judge(Reward):
     """The number that the judge's reply gives; a reply without one cannot be scored.
 
     A server's replies may change from day to day, so the reply to a text is kept and never asked for again.

@@ -16,12 +16,12 @@ from pydantic import Field
 
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.rewards import sandbox
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 
 _START_SECONDS = 120.0  # importing sympy on a busy machine
 
 
-class MathVerify:
+class MathVerify(Reward):
     """1 where math-verify finds response and reference equivalent, else 0; None where the reference is no mathematics.
 
     Symbolic comparison can take forever or fill the memory, so it is done in a process that is killed then: such a

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 
 _NUMBER = re.compile(
     r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?|(?<![\w.])-?\.\d+"
@@ -22,7 +22,7 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
-class Number:
+class Number(Reward):
     """1 where the last numbers of response and reference are equal up to a tolerance, else 0.
 
     A response without a number gets 0; with a reference without one, nothing can be scored.

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 from dataflex.rewards.exact_match import normalised
 
 
-class Regex:
+class Regex(Reward):
     r"""1 where the answer extracted from the response equals the reference's, after normalisation, else 0.
 
     The answer is the first group, or the whole match where there is no group. A reference in which nothing is found is

@@ -11,10 +11,10 @@ from pydantic import Field
 
 from dataflex.errors import ConfigError
 from dataflex.folders import folder_digest
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 
 
-class RewardModel:
+class RewardModel(Reward):
     """The raw logit of a sequence-classification model, as a rule of no fixed zero: use an estimator with a baseline.
 
     The model reads the conversation in its own chat template; without one, prompt and response as a pair of texts. A

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dataflex.rewards import sandbox
-from dataflex.rewards.base import RewardParams
+from dataflex.rewards.base import Reward, RewardParams
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def code_of(response: str) -> str:
     return found.group(1) if found else response
 
 
-class UnitTests:
+class UnitTests(Reward):
     """1 where the reference, run with the names that the response's code defines, comes to its end; else 0.
 
     The reference is the test: code that raises where the response is wrong, such as `assert` statements, or functions

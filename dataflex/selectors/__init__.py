@@ -1,8 +1,9 @@
-"""Selectors: which rows the next round is trained on. `Selector` and `register_selector` are for your own."""
+"""Selectors: which rows the next round is trained on. `NativeSelector` and `Selector` are the bases of your own."""
 
 from __future__ import annotations
 
 from dataflex.registry import register_selector
-from dataflex.selectors.base import Context, Need, Selection, Selector
+from dataflex.selectors.base import Context, NativeSelector, Need, Selection
+from dataflex.selectors.classic import Selector
 
-__all__ = ["Context", "Need", "Selection", "Selector", "register_selector"]
+__all__ = ["Context", "NativeSelector", "Need", "Selection", "Selector", "register_selector"]

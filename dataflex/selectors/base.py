@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from dataflex.features.need import Need as Need
 from dataflex.features.need import View as View
 from dataflex.features.spec import BASE as BASE
 from dataflex.features.spec import FeatureSpec
+from dataflex.method import Method
 from dataflex.rows import Rows
 from dataflex.schedule import Round
+
+REFRESHES = ("full", "rotating", "static")
 
 
 @dataclass(frozen=True)
@@ -90,51 +93,52 @@ class Selection:
     judged: np.ndarray | None = None
 
 
-class NativeSelector(Protocol):
-    """A selector written for DataFlex: its parameters are a pydantic model beside it, called `Params`."""
-
-    def needs(self) -> Sequence[Need]:
-        """Return the features of all training rows, or of all targets, that `select` will ask for."""
-        ...
-
-    def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
-        """Choose `num_samples` rows. Called on every rank alike; the answer of rank 0 counts."""
-        ...
+Answer = Selection | Sequence[int] | np.ndarray
+"""What a selector may return: positions alone will do."""
 
 
-class Selector(ABC):
-    """Base of selectors written against the documented four-argument interface. `select` is called on every rank.
+class NativeSelector(Method):
+    """Base of selectors: override `select`, and of the rest what differs. See also `dataflex.method.Method`.
 
-    Args:
-        dataset: the processed training set.
-        accelerator: the trainer's `accelerate.Accelerator`.
-        data_collator: the trainer's collator.
-        cache_dir: a folder that the selector may write to.
+    Attributes:
+        is_adaptive: whether `select` asks for features that only it knows, so that featurizing ahead lets it choose.
+        may_choose_unlabelled: whether rows without a supervised token among its choice are a warning, not an error.
+        leaves_gradients: whether it may leave gradients in the model, which are removed then.
     """
 
-    def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: str):
-        self.dataset = dataset
-        self.accelerator = accelerator
-        self.data_collator = data_collator
-        self.cache_dir = cache_dir
-        self.seed = 42
+    is_adaptive: ClassVar[bool] = False
+    may_choose_unlabelled: ClassVar[bool] = False
+    leaves_gradients: ClassVar[bool] = False
 
-    def warmup(self, num_samples: int, replacement: bool) -> list[int]:
-        """Return the rows of a warm-up round; override it to warm up on rows of your own."""
-        rng = generator(self.seed, "warmup")
-        size = len(self.dataset)
-        return [
-            int(i)
-            for i in (rng.integers(size, size=num_samples) if replacement else rng.permutation(size)[:num_samples])
-        ]
+    @property
+    def chooses_distinct(self) -> bool:
+        """Whether an update holds each row once, so that it cannot be larger than the pool."""
+        return False
+
+    @property
+    def refreshes(self) -> tuple[str, ...]:
+        """The refresh policies that it works under."""
+        return REFRESHES
+
+    def prepare(self, beginning: Beginning) -> None:
+        """Check what can be checked before the first step and before any feature is computed.
+
+        Raises:
+            DataflexError: no update could be chosen.
+        """
+
+    def warmup_rows(self, count: int) -> np.ndarray | None:
+        """Return the rows of a warm-up round, (count,) int64, or None for the run's own random draw."""
+        return None
 
     @abstractmethod
-    def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> Sequence[int]:
-        """Return the positions of `num_samples` rows.
+    def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Answer:
+        """Choose `num_samples` rows. Called on every rank alike; the answer of rank 0 counts.
 
         Args:
             model: the live model, as the trainer wraps it.
             step_id: optimizer steps done.
             num_samples: rows wanted.
-            kwargs: optimizer_state, scheduler_state, current_update_times (1-based), update_times, tokenizer, context.
+            context: rows, targets, features and history.
+            kwargs: optimizer_state, scheduler_state, current_update_times (1-based), update_times, tokenizer.
         """

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Status
-from dataflex.selectors.base import Beginning, Context, Need, Selection, View
+from dataflex.selectors.base import Beginning, Context, NativeSelector, Need, Selection, View
 from dataflex.selectors.parts.choice import NEIGHBOURLY, Choice, RoundRobin, TopK
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.numbers import DeltaLoss, InstructionDifficulty, Loss
-from dataflex.selectors.parts.representation import Numbers, Part, Vectors
+from dataflex.selectors.parts.representation import Numbers, Vectors
 from dataflex.selectors.parts.similarity import (
     Compared,
     Similarity,
@@ -78,17 +78,17 @@ class Composition(Compared):
         return isinstance(self.rule, NEIGHBOURLY) or (isinstance(self.rule, RoundRobin) and self.rule.over == "rows")
 
 
-class Composed:
+class Composed(NativeSelector):
     """Judges rows by a representation and chooses by a rule.
 
     Raises:
         ConfigError: the vectors that the parameters ask for are too wide to be whitened.
     """
 
-    Params: type[Part] = Composition
+    Params = Composition
 
     def __init__(self, params: Any):
-        self.params = params
+        super().__init__(params)
         self.parts = self.composition(params)
         self._require_whitenable(lambda spec: known_width(spec) or 0)
 

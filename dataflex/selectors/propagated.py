@@ -10,7 +10,7 @@ from pydantic import Field
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Status
-from dataflex.selectors.base import Context, Need, Selection, View
+from dataflex.selectors.base import Context, NativeSelector, Need, Selection, View
 from dataflex.selectors.parts.choice import RoundRobin, TopK
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.regression import kernel_ridge
@@ -36,21 +36,29 @@ class PropagatedFields(GradientFields):
     )
 
 
-class Propagated:
+class Propagated(NativeSelector):
     """Base: exact scores of the rows that `sources` names, carried over to the others."""
 
     is_adaptive = True
-    chooses_distinct = True
-    refreshes = ("full",)
     Params = PropagatedFields
 
     def __init__(self, params: Any):
-        self.params = params
+        super().__init__(params)
         self._embedding = EmbeddingVectors(
             pooling=params.pooling,
             layer=params.embedding_layer,
             embedding_model_name_or_path=params.embedding_model_name_or_path,
         ).terms()[0]
+
+    @property
+    def chooses_distinct(self) -> bool:
+        """An update holds each row once."""
+        return True
+
+    @property
+    def refreshes(self) -> tuple[str, ...]:
+        """What is carried over must be of one state of the model."""
+        return ("full",)
 
     def needs(self) -> list[Need]:
         """Need the embeddings of all rows and the gradients of the targets; of a few rows gradients are asked for."""

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from dataflex.draws import generator
 from dataflex.params import Parameters
-from dataflex.selectors.base import Context, Need, Selection
+from dataflex.selectors.base import Context, NativeSelector, Selection
 from dataflex.selectors.parts.sampling import sample
 
 
-class Random:
+class Random(NativeSelector):
     """A new draw at every update."""
 
     class Params(Parameters):
@@ -23,17 +23,10 @@ class Random:
         replacement: bool = Field(False, description="draw with replacement within an update")
         cache_dir: str | None = Field(None, description="accepted for compatibility; nothing is cached")
 
-    def __init__(self, params: Params):
-        self.params = params
-
     @property
     def chooses_distinct(self) -> bool:
         """Whether an update holds each row once."""
         return not self.params.replacement
-
-    def needs(self) -> list[Need]:
-        """Need nothing."""
-        return []
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Draw `num_samples` of the rows that have supervised tokens.

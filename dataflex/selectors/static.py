@@ -13,24 +13,17 @@ from dataflex.draws import stream
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.params import Parameters
 from dataflex.rows import KEY_DTYPE, Rows
-from dataflex.selectors.base import Beginning, Context, Need, Selection
+from dataflex.selectors.base import Beginning, Context, NativeSelector, Selection
 from dataflex.selectors.parts.files import ExistingFile
 
 
-class Static:
+class Static(NativeSelector):
     """Passes over a fixed list of rows, each pass in a new order."""
 
     class Params(Parameters):
         """Parameters of `static`."""
 
         path: ExistingFile = Field(description="Parquet written by `dataflex select`, or JSON: a list of row positions")
-
-    def __init__(self, params: Params):
-        self.params = params
-
-    def needs(self) -> list[Need]:
-        """Need nothing."""
-        return []
 
     def prepare(self, beginning: Beginning) -> None:
         """Hold the list against the training set.

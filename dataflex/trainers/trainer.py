@@ -26,6 +26,7 @@ from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.stopping import Stopping
 from dataflex.trainers.weighing import Weighing
+from dataflex.weighters.base import OwnStep
 
 
 class Stopped(Exception):
@@ -81,8 +82,8 @@ class DataflexTrainer(Trainer):
         self.model_arguments = model_args
         self.global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.weighing: Weighing | None = None
-        self.documented: Any = None
-        self.documented_from = 0
+        self.own_step: OwnStep | None = None
+        self.own_step_from = 0
         self.last_batch: Any = None
         self.parameter_groups: Sequence[dict[str, Any]] = ()
         self._stopped = False
@@ -111,14 +112,14 @@ class DataflexTrainer(Trainer):
         return optimizer
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Train on a micro-batch: by the weighter's own step, where one of the documented kind has one."""
-        if self.documented is None:
+        """Train on a micro-batch: by the weighter's own step, where it has one."""
+        if self.own_step is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        acts = self.state.global_step >= self.documented_from
+        acts = self.state.global_step >= self.own_step_from
         # It divides by the accumulation steps itself.
         items = None if num_items_in_batch is None else num_items_in_batch / self.args.gradient_accumulation_steps
         with _scaled_once(self.accelerator):
-            return self.documented.training_step(self, model, inputs, items, acts)
+            return self.own_step(self, model, inputs, items, acts)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return the micro-batches of the next step, which `weighing` sees first."""

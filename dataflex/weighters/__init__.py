@@ -1,21 +1,9 @@
-"""Weighters: what each example's loss counts. `Weighter` and `register_weighter` are for your own."""
+"""Weighters: what each example's loss counts. `NativeWeighter` and `Weighter` are the bases of your own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from dataflex.registry import register_weighter
+from dataflex.weighters.base import Examples, Group, NativeWeighter
+from dataflex.weighters.classic import Weighter
 
-if TYPE_CHECKING:
-    from dataflex.weighters.documented import Weighter
-
-__all__ = ["Weighter", "register_weighter"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import `Weighter` when it is asked for: it needs torch, and a run file is checked without."""
-    if name != "Weighter":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dataflex.weighters.documented import Weighter
-
-    return Weighter
+__all__ = ["Examples", "Group", "NativeWeighter", "Weighter", "register_weighter"]

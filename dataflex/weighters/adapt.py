@@ -70,8 +70,13 @@ class Adapt(NativeWeighter):
 
     @property
     def compares(self) -> bool:
-        """Whether an example alone always has the weight 1."""
+        """True for the relative form, whose weights have the mean 1 over the group."""
         return self.params.form == "relative"
+
+    @property
+    def anchor_batch_size(self) -> int:
+        """Target rows embedded at a time."""
+        return self.params.anchor_batch_size
 
     def due(self, step: int) -> bool:
         """Say whether the anchors are to be embedded before the step that `step` steps were done before.

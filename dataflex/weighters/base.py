@@ -8,14 +8,15 @@ micro-batch of all ranks together, or all of an optimizer step.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from dataflex.features.need import Need
+from dataflex.method import Method
 from dataflex.params import Parameters
 from dataflex.rows import Rows
 
@@ -85,33 +86,50 @@ class Group:
         return self.losses.isfinite()
 
 
-class NativeWeighter(ABC):
-    """A weighter written for DataFlex: its parameters are a model beside it, called `Params`.
+class OwnStep(Protocol):
+    """A weighter's own training step (`dataflex.weighters.classic.Weighter.training_step`)."""
+
+    def __call__(self, ctx: Any, model: Any, inputs: Any, num_items_in_batch: Any, use_weighter: bool) -> Tensor:
+        """Train on a micro-batch; return its part of the step's loss, without gradient."""
+        ...
+
+
+class NativeWeighter(Method):
+    """Base of weighters: override `weights`, and of the rest what differs. See also `dataflex.method.Method`.
 
     Attributes:
         wants_states: whether `signal` reads the last hidden states.
-        needs_targets: whether it holds examples against the target rows.
+        acts_alone: whether it computes the whole loss, so that it cannot stand beside a mixer.
     """
 
+    Params: ClassVar[type[BaseModel]] = WeighterParams
     wants_states: ClassVar[bool] = False
-    needs_targets: ClassVar[bool] = False
+    acts_alone: ClassVar[bool] = False
 
-    class Params(WeighterParams):
-        """Parameters."""
+    @property
+    def anchor_batch_size(self) -> int:
+        """Target rows embedded at a time, for one that needs targets."""
+        return 8
 
-    def __init__(self, params: Any):
-        self.params = params
+    @property
+    def own_step(self) -> OwnStep | None:
+        """The step that it trains by in place of the trainer's, for one that acts alone."""
+        return None
 
     @property
     def compares(self) -> bool:
-        """Whether an example alone always has the weight 1, or 0."""
+        """Whether weights depend on the other examples, so that a group of one is pointless."""
         return False
 
-    def needs(self) -> Sequence[Need]:
-        """Return the stored features of the training rows that `prepare` will be given."""
-        return ()
+    def due(self, step: int) -> bool:
+        """Say whether the target rows are to be embedded before the step that `step` others were done before."""
+        return False
 
-    def prepare(self, values: Mapping[Need, Any], *, rows: Rows) -> None:  # noqa: B027 - most take none
+    def set_anchors(self, mean: Tensor, step: int) -> None:
+        """Take the mean of the target rows' unit vectors, (H,), embedded after `step` steps."""
+        raise NotImplementedError(f"{type(self).__name__} needs no targets")
+
+    def prepare(self, values: Mapping[Need, Any], *, rows: Rows) -> None:
         """Take the features that were declared. Called once, before the first step.
 
         Args:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
 
 from dataflex import distributed
 from dataflex.config.mixing import dataset_names
+from dataflex.config.settings import Settings
 from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
-from dataflex.mixers.base import MixContext, NativeMixer, Statistics, normalised
+from dataflex.mixers.base import LAST_BATCH, MixContext, NativeMixer, Statistics, normalised
 from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.mixing.domains import MixtureManager, domains_of
 from dataflex.pipelines.mixing.record import MixRecord, by_name, in_order, named
@@ -49,7 +49,7 @@ class MixingDirector:
 
     interrupts = False
 
-    def __init__(self, settings: Any):
+    def __init__(self, settings: Settings):
         self.settings = settings
         self.schedule = settings.schedule
         self._begun = time.monotonic()
@@ -64,8 +64,8 @@ class MixingDirector:
         given = self.settings.keys.init_mixture_proportions
         self.initial = self.domains.natural if given is None else normalised(given)
         self.run: Run = open_run(self.settings, trainer, "train", mixture_manager=self._manager())
+        assert isinstance(self.run.method, NativeMixer)
         self.mixer = self.run.method
-        self.is_native = isinstance(self.mixer, NativeMixer)
         self._stream = self._new_stream()
         self._refuse_hopeless(np.ones(len(self.domains), dtype=bool), trainer.args.max_steps)
         self._proportions, self._pending = self.initial, Statistics.zeros(len(self.domains))
@@ -73,7 +73,8 @@ class MixingDirector:
         self._restored: Mapping[str, Any] | None = None
         self._last_rows: np.ndarray | None = None
         self._update, self._counted = 0, 0
-        self._signals = signals(self.run, self.settings, self._members, self.domains.names)
+        self._signals = signals(self.run, self.mixer, self.settings, self._members, self.domains.names)
+        self._signals[LAST_BATCH] = self._handed
         if self.settings.keys.freeze_gate:
             freeze_routers(trainer.model)
         self._watch(rows)
@@ -124,7 +125,7 @@ class MixingDirector:
             self._log(round)
         else:
             self._proportions = self._mixed(round)
-            if self.is_native and self.mixer.interval == 0:  # they stay
+            if self.mixer.interval == 0:  # they stay
                 self._refuse_hopeless(self._proportions > 0, self.trainer.args.max_steps - round.first_step)
             self._update += 1
             self._log(round)
@@ -147,10 +148,7 @@ class MixingDirector:
             "vocabulary": len(self.trainer.processing_class),
             "budget": self.trainer.args.max_steps * self.trainer.global_batch * self._unit_per_row(),
         }
-        if not self.is_native:
-            more |= self._documented()
         found = self.mixer.mix(self.trainer.model_wrapped, round.first_step, context=context, **more)
-        found = found if self.is_native else distributed.broadcast(found)
         name = self.settings.component_name
         try:
             shares = normalised(found)
@@ -166,11 +164,11 @@ class MixingDirector:
         return shares
 
     def _weights_now(self) -> list[float] | None:
-        found = self.mixer.loss_weights() if self.is_native else None
+        found = self.mixer.loss_weights()
         return None if found is None else [float(w) for w in found]
 
-    def _documented(self) -> dict[str, Any]:
-        """Return what the documented interface passes beside: the last micro-batch of this rank and its domains."""
+    def _handed(self) -> dict[str, Any]:
+        """Return what the classic interface passes beside: the last micro-batch of this rank and its domains."""
         trainer, args = self.trainer, self.trainer.args
         if trainer.last_batch is None and self._last_rows is not None:  # trained on before this run was resumed
             parts = micro_batches(
@@ -197,8 +195,8 @@ class MixingDirector:
     def _new_stream(self) -> MixtureStream:
         keys, args = self.settings.dataflex.mixture, self.trainer.args
         passes = keys.passes if keys.exhausted == "cycle" else keys.passes or 1.0
-        group = args.per_device_train_batch_size if self.is_native and self.mixer.whole_batches else 1
-        draws: Any = keys.draws or (self.mixer.draws if self.is_native else "greedy")
+        group = args.per_device_train_batch_size if self.mixer.whole_batches else 1
+        draws = keys.draws or self.mixer.draws
         policy = Exhaustion(keys.exhausted, passes)
         return MixtureStream(self.domains.names, self._members, args.seed, draws, group, policy)
 
@@ -226,12 +224,12 @@ class MixingDirector:
         number = np.full(len(rows), -1, np.int64)
         for domain, members in enumerate(self._members):
             number[members] = domain
-        reference = reference_losses(self.run) if self.is_native else None
+        reference = reference_losses(self.run, mixer)
         self._observer = Observer(number, len(self.domains), trainer.args.device, reference)
         factors: list[Any] = []
         before = beside = None
-        if self.is_native and hasattr(mixer, "loss_form"):
-            before = self._ahead if getattr(mixer.params, "exact", False) else None
+        if mixer.loss_form is not None:
+            before = self._ahead if mixer.looks_ahead else None
             by_domain = ByDomain(self._observer.domains, mixer.loss_weights, mixer.loss_form, before)
             factors.append(by_domain)
             beside = by_domain.of
@@ -239,11 +237,10 @@ class MixingDirector:
         if self.run.weighter is not None:
             factors.append(weighter_factor(self.run, self.run.weighter, acts_from, beside))
             wants_states = self.run.weighter.wants_states
-        watches = not self.is_native or mixer.watches
-        if watches or factors:
+        if mixer.watches or factors:
             # Where a step's losses are seen before it is trained on, they are not seen again.
-            observers = [self._observer] if watches and before is None else []
-            prefetch = getattr(reference, "prefetch", None)
+            observers = [self._observer] if mixer.watches and before is None else []
+            prefetch = None if reference is None else reference.prefetch
             trainer.weighing = Weighing(factors, observers, wants_states, acts_from, prefetch)
 
     def _ahead(self, batches: Sequence[MicroBatch]) -> None:
@@ -297,9 +294,9 @@ class MixingDirector:
         Raises:
             DataflexError: JSON would change it.
         """
-        weighter, is_native = self.run.weighter, self.is_native
+        weighter = self.run.weighter
         return {
-            "mixer": by_name(self.domains.names, kept_by_json(self.mixer.state(), "mixer state")) if is_native else {},
+            "mixer": by_name(self.domains.names, kept_by_json(self.mixer.state(), "mixer state")),
             "weighter": kept_by_json(weighter.state(), "weighter state") if weighter is not None else {},
         }
 
@@ -316,8 +313,7 @@ class MixingDirector:
             "methods": methods,
             "code": {kind: found for kind, found in code.items() if found},
             "parameters": {
-                kind: some.model_dump(mode="json") if isinstance(some, BaseModel) else some
-                for kind, some in given.items()
+                kind: None if some is None else some.model_dump(mode="json") for kind, some in given.items()
             },
             "domains": list(names),
             "rows": rows,
@@ -343,15 +339,14 @@ class MixingDirector:
         self._proportions = np.array(in_order(names, state["proportions"]))
         self._stream.restore(state["stream"])
         self._pending = Statistics.restored(in_order(names, state["pending"]))
-        if self.is_native:
-            self.mixer.restore(in_order(names, state["mixer"]))
+        self.mixer.restore(in_order(names, state["mixer"]))
         if self.run.weighter is not None:
             self.run.weighter.restore(state["weighter"])
 
     def finish(self, trainer: Any, stopped: bool) -> None:
         """Write what came out: proportions for a later run, and the shares that were realised."""
         self._count(trainer.state.global_step)
-        if self.is_native and hasattr(self.mixer, "loss_form"):  # what comes out counts the last step as well
+        if self.mixer.loss_form is not None:  # what comes out counts the last step as well
             end = Round(-1, "update", trainer.state.global_step, 0, 0, 0)
             if self._pending.steps:
                 self._mixed(end)
@@ -361,7 +356,7 @@ class MixingDirector:
             self._stream.restore(self._at_round)
             self._draw(replace(self._round, steps=min(trained, self._round.steps)))
         served, names = self._stream.served, self.domains.names
-        outcome = self.mixer.outcome() if self.is_native else None
+        outcome = self.mixer.outcome()
         about = {
             "steps": trainer.state.global_step,
             "unit": self.domains.unit,
@@ -380,7 +375,7 @@ class MixingDirector:
         log.info("rows trained on: %s", shown)
         if outcome is not None:
             self.record.outcome(
-                names, outcome, self.domains.unit, trainer.state.global_step, self.settings.component_name
+                names, outcome, self.domains.unit, trainer.state.global_step, self.settings.component_name or ""
             )
         if distributed.is_main():
             self.run.access.record.finish()
@@ -401,7 +396,7 @@ class MixingDirector:
             line["loss"] = {name: None if np.isnan(x) else x for name, x in zip(names, mean, strict=True)}
             line["tokens"] = named(names, self._pending.tokens)
             line["nonfinite_tokens"] = named(names, self._pending.nonfinite)
-        for key, value in (self.mixer.record() if self.is_native else {}).items():
+        for key, value in self.mixer.record().items():
             is_by_domain = isinstance(value, list) and len(value) == len(names)
             line[key] = named(names, value) if is_by_domain else value
         self.record.add(line)

@@ -12,7 +12,7 @@ from dataflex.mixers.base import Domains
 
 
 class MixtureManager:
-    """The domains as a mixer of the documented kind knows them.
+    """The domains as a mixer of the classic interface knows them.
 
     Attributes:
         names: of the domains, in order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.loss import token_losses
 from dataflex.features.spec import TokenLossSpec
+from dataflex.mixers.base import NativeMixer
 from dataflex.rows import Status
 from dataflex.trainers.micro_batch import MicroBatch
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # a run checks its reference when it is put together
     from dataflex.pipelines.run import Run
 
 
-def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
+def reference_losses(run: Run, mixer: NativeMixer) -> StoredReference | LiveReference | None:
     """Return what gives a micro-batch's reference losses (B, T), or None where the mixer has no reference. Collective.
 
     Raises:
@@ -32,10 +33,10 @@ def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
         ConfigError: rows are padded on the left, so that stored losses are not where the tokens are; or the reference
             is to stand beside a model that ZeRO-3 has sharded.
     """
-    path = check_reference(run)
+    path = mixer.reference_model_path
     if path is None:
         return None
-    if run.method.params.reference == "live":
+    if mixer.params.reference == "live":
         if run.state.is_zero3:
             raise ConfigError(
                 "reference: found live under ZeRO-3, which would shard the reference without running it; take "
@@ -46,23 +47,21 @@ def reference_losses(run: Run) -> Callable[[MicroBatch], Tensor] | None:
         raise ConfigError(
             "padding_side: found left; a reference's stored losses expect rows that begin at their first token"
         )
-    (need,) = (need for need in run.method.needs() if isinstance(need.spec, TokenLossSpec))
+    (need,) = (need for need in mixer.needs() if isinstance(need.spec, TokenLossSpec))
     (store,) = run.access.ensure([need.spec], run.rows, need.state)
     return StoredReference(run.access.view(need.spec, run.rows, store), run.trainer.args.device)
 
 
-def check_reference(run: Run) -> str | None:
-    """Return the folder of the method's reference model, None if it has none.
+def check_reference(run: Run) -> None:
+    """Look at the folder of the method's reference model, if it has one.
 
     Raises:
         CorruptionError: it is a damaged checkpoint.
         MismatchError: its tokenizer is not the run's.
     """
-    path: str | None = getattr(getattr(run.method, "params", None), "reference_model_path", None)
-    if path is not None:
+    for path in [each.reference_model_path for each in run.methods if each.reference_model_path is not None]:
         run.state.require_whole(path)
         _check_vocabulary(path, run.trainer.processing_class)
-    return path
 
 
 class StoredReference:
@@ -128,6 +127,9 @@ class LiveReference:
         }
         self._model = loader.from_pretrained(path, **alike).to(trainer.args.device).eval()
         self._accelerator = trainer.accelerator
+
+    def prefetch(self, rows: Sequence[Tensor]) -> None:
+        """Read nothing: it computes the losses of each micro-batch as it comes."""
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from dataflex import distributed
+from dataflex.config.settings import Settings
 from dataflex.draws import generator
 from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
 from dataflex.features.evaluation import evaluation
 from dataflex.features.spec import BASE, LossSpec
+from dataflex.mixers.base import NativeMixer
 from dataflex.pipelines.run import Run
 from dataflex.rows import Status
 
@@ -22,18 +24,18 @@ _BIASES = ("correction_bias", "expert_bias")
 
 
 def signals(
-    run: Run, settings: Any, members: Sequence[np.ndarray], names: Sequence[str]
-) -> Mapping[str, Callable[[], np.ndarray]]:
-    """Return the signals that the mixer asks for.
+    run: Run, mixer: NativeMixer, settings: Settings, members: Sequence[np.ndarray], names: Sequence[str]
+) -> dict[str, Callable[[], Any]]:
+    """Return the signals that the mixer asks for and that are of the model or the stores.
 
     Raises:
         ConfigError: the model has no experts, or there are no rows to route.
     """
     made: dict[str, Callable[[], Callable[[], np.ndarray]]] = {
-        "expert_loads": lambda: ExpertLoads(run, settings, members, names),
+        "expert_loads": lambda: ExpertLoads(run, mixer.params, settings, members, names),
         "base_losses": lambda: BaseLosses(run, members),
     }
-    return {name: made[name]() for name in getattr(run.method, "signals", ())}
+    return {name: made[name]() for name in mixer.signals if name in made}
 
 
 class BaseLosses:
@@ -68,6 +70,7 @@ class ExpertLoads:
 
     Args:
         run: has the model and the rows.
+        params: say how many rows are routed.
         settings: name the held-out datasets.
         members: K arrays, rows of each domain.
         names: (K,) of the domains.
@@ -76,8 +79,8 @@ class ExpertLoads:
         ConfigError: the model's experts are unknown.
     """
 
-    def __init__(self, run: Run, settings: Any, members: Sequence[np.ndarray], names: Sequence[str]):
-        self._run, self._params = run, run.method.params
+    def __init__(self, run: Run, params: Any, settings: Settings, members: Sequence[np.ndarray], names: Sequence[str]):
+        self._run, self._params = run, params
         config = run.trainer.model.config.get_text_config()
         self._k = getattr(config, "num_experts_per_tok", None)
         if self._k is None or not hasattr(config, "output_router_logits"):

@@ -71,10 +71,9 @@ class SelectingDirector:
         if self.settings.train_type != "dynamic_select":
             return
         largest = self._largest()
-        if getattr(run.method, "chooses_distinct", False) and largest > len(run.eligible):
+        if run.selector.chooses_distinct and largest > len(run.eligible):
             raise CoverageError(self._too_many(largest))
-        if hasattr(run.method, "needs") and hasattr(run.method, "prepare"):
-            run.method.prepare(Beginning(run.rows, run.targets, largest, run.access.width))
+        run.selector.prepare(Beginning(run.rows, run.targets, largest, run.access.width))
 
     def _largest(self) -> int:
         """Return the rows that the largest choice will be of at least; 0 where nothing is chosen."""

@@ -86,12 +86,12 @@ def choose(run: Run, round: Round, count: int) -> Chosen:
 
 def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:
     """Return the selector's answer, the same on every rank. Collective."""
-    trainer, native = run.trainer, hasattr(run.method, "needs")
+    trainer = run.trainer
     history = [run.decided(r).rows for r in run.updates if r.number < round.number]
     updates = sum(r.epoch == round.epoch for r in run.updates)
     context = Context(run.rows, run.targets, features.get, round, features.update, updates, history, trainer.args.seed)
     # It may ask for features and score its share of the rows, so it is called everywhere; rank 0's answer counts.
-    found = run.method.select(
+    found = run.selector.select(
         trainer.model_wrapped,
         step_id=round.first_step,
         num_samples=count,
@@ -102,10 +102,10 @@ def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Select
         update_times=run.settings.schedule.update_times,
         tokenizer=trainer.processing_class,
     )
-    if not native:
+    if run.selector.leaves_gradients:
         trainer.model.zero_grad()
     with distributed.together():
-        answer = found if isinstance(found, Selection) else Selection(_flat(found, run.settings.component_name))
+        answer = found if isinstance(found, Selection) else Selection(_flat(found, run.settings.component_name or ""))
     return distributed.broadcast(answer)
 
 
@@ -273,7 +273,7 @@ def _order(run: Run, round: Round, rows: np.ndarray) -> np.ndarray:
 
 
 def _flat(rows: Any, name: str) -> np.ndarray:
-    """Return row positions, (k,) int64, from a list, an array, or the documented list of one list.
+    """Return row positions, (k,) int64, from a list, an array, or, of the classic interface, a list of one list.
 
     Raises:
         CoverageError: it is no list of whole numbers.

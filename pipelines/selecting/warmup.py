@@ -18,7 +18,7 @@ from dataflex.errors import MismatchError
 from dataflex.fingerprint import difference, digest
 from dataflex.pipelines.run import Run
 from dataflex.schedule import Round
-from dataflex.selectors.base import Selector
+from dataflex.selectors.base import NativeSelector
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.lineage import lineage
 from dataflex.trainers.rounds import DecidedRound
@@ -29,11 +29,12 @@ log = logging.getLogger(__name__)
 def draw(run: Run, round: Round) -> DecidedRound:
     """Draw a warm-up: random rows without replacement, a new permutation for every epoch and every full pass.
 
-    A selector of the documented kind that overrides `warmup` draws its own, with the arguments it is documented to get.
+    A selector may have rows of its own.
     """
     count = round.steps * run.trainer.global_batch
-    if isinstance(run.method, Selector) and type(run.method).warmup is not Selector.warmup:
-        rows = np.asarray(run.method.warmup(count, replacement=True), dtype=np.int64).reshape(-1)
+    own = run.method.warmup_rows(count) if isinstance(run.method, NativeSelector) else None
+    if own is not None:
+        rows = own
         run.check(rows, count)
     else:
         rows = stream(run.eligible, 0, count, run.trainer.args.seed, "warmup", round.epoch)

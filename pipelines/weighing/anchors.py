@@ -13,7 +13,8 @@ from dataflex.features.batching import collate
 from dataflex.features.evaluation import evaluation
 from dataflex.pipelines.run import Run
 from dataflex.trainers.micro_batch import capturing
-from dataflex.weighters.adapt import Adapt, pool, unit
+from dataflex.weighters.adapt import pool, unit
+from dataflex.weighters.base import NativeWeighter
 
 
 class Anchors:
@@ -27,7 +28,7 @@ class Anchors:
         ConfigError: there are no target rows.
     """
 
-    def __init__(self, run: Run, weighter: Adapt):
+    def __init__(self, run: Run, weighter: NativeWeighter):
         self._run, self._weighter = run, weighter
         self._examples = [rows.examples[i] for rows in run.targets.values() for i in range(len(rows))]
         if not self._examples:
@@ -39,7 +40,7 @@ class Anchors:
         if not self._weighter.due(step):
             return
         trainer: Any = self._run.trainer
-        size, world = self._weighter.params.anchor_batch_size, distributed.world()
+        size, world = self._weighter.anchor_batch_size, distributed.world()
         mine = list(distributed.shard(self._examples, distributed.rank(), world))
         # As many passes on every rank: sharded weights are put together by all of them at once.
         passes = math.ceil(math.ceil(len(self._examples) / world) / size)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.checkpoints.marks import FOLDER
+from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.run import Run, open_run
@@ -20,9 +21,7 @@ from dataflex.pipelines.weighing.anchors import Anchors
 from dataflex.trainers.factors import ByWeighter
 from dataflex.trainers.weighing import Weighing
 from dataflex.user_code import code_digest
-from dataflex.weighters.adapt import Adapt
 from dataflex.weighters.base import NativeWeighter
-from dataflex.weighters.documented import with_a_step
 
 _STATE_FILE = f"{FOLDER}/weighter.json"
 
@@ -34,21 +33,22 @@ class WeighingDirector:
         settings: the validated run file.
     """
 
-    def __init__(self, settings: Any):
+    def __init__(self, settings: Settings):
         self.settings = settings
         self._begun = time.monotonic()
 
     def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
         """Put the run together, and take up the state of a checkpoint."""
         self.run: Run = open_run(self.settings, trainer, "train")
+        assert isinstance(self.run.method, NativeWeighter)
         self.weighter = self.run.method
         acts_from = self.settings.keys.warmup_step
-        if isinstance(self.weighter, NativeWeighter):
+        if self.weighter.own_step is None:
             factor = weighter_factor(self.run, self.weighter, acts_from)
             trainer.weighing = Weighing([factor], (), self.weighter.wants_states, acts_from)
         else:
-            trainer.documented = with_a_step(self.weighter)
-            trainer.documented_from = acts_from
+            trainer.own_step = self.weighter.own_step
+            trainer.own_step_from = acts_from
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
             self.run.say_what_has_changed(checkpoint)
@@ -57,8 +57,6 @@ class WeighingDirector:
         return checkpoint
 
     def _state(self) -> dict[str, Any]:
-        if not isinstance(self.weighter, NativeWeighter):
-            return {}
         state: dict[str, Any] = kept_by_json(self.weighter.state(), "weighter state")
         return state
 
@@ -81,8 +79,7 @@ class WeighingDirector:
                 f"{path}: the code of {found['weighter']} has changed since it was written; resume with the code that "
                 "the run was begun with, or start anew with another output_dir"
             )
-        if isinstance(self.weighter, NativeWeighter):
-            self.weighter.restore(found["state"])
+        self.weighter.restore(found["state"])
 
     def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
         """Add the weighter's state to a checkpoint."""
@@ -132,5 +129,5 @@ def weighter_factor(
         (store,) = run.access.ensure([need.spec], run.rows, need.state)
         found[need] = run.access.view(need.spec, run.rows, store)
     weighter.prepare(found, rows=run.rows)
-    before = Anchors(run, weighter) if isinstance(weighter, Adapt) else None
+    before = Anchors(run, weighter) if weighter.needs_targets else None
     return ByWeighter(weighter, args.per_device_train_batch_size, acts_from, before, beside)

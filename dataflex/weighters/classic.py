@@ -1,20 +1,22 @@
-"""The base of weighters written against the documented interface."""
+"""Weighters of the classic interface, which compute the whole loss of a micro-batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.nn.functional import pad
-
+from dataflex.adapter import adapted
 from dataflex.errors import ConfigError
-from dataflex.features.loss import token_losses
 from dataflex.fingerprint import IGNORE_INDEX
+from dataflex.method import Arguments, constructed
+from dataflex.weighters.base import Group, NativeWeighter, OwnStep
+
+if TYPE_CHECKING:  # a run file is checked without torch
+    from torch import Tensor
 
 
 class Weighter:
-    """Base of weighters written against the documented interface: override `get_weighted_loss`, or `training_step`."""
+    """Base of weighters of the classic interface: override `get_weighted_loss`, or `training_step`."""
 
     def __init__(self, **kwargs: Any):
         pass
@@ -80,15 +82,37 @@ class Weighter:
             labels: (B, T), not yet shifted.
             ignore_index: label of a token that is no target.
         """
+        from torch.nn.functional import pad
+
+        from dataflex.features.loss import token_losses
+
         targets = pad(labels[:, 1:], (0, 1), value=ignore_index)
         targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
         losses = token_losses(logits, targets)
         return losses.sum(dim=1) / (targets >= 0).sum(dim=1).clamp(min=1)
 
 
-def with_a_step(weighter: Any) -> Any:
-    """Return a weighter of the documented kind with its own `training_step`, or, if it has none, the base's."""
-    return weighter if callable(getattr(weighter, "training_step", None)) else _LossOnly(weighter)
+class ClassicWeighter(NativeWeighter):
+    """A weighter around a class of the classic interface, which may or may not inherit from `Weighter`."""
+
+    Params = Arguments
+    declares_needs = False
+    acts_alone = True
+
+    def bind(self, runtime: Mapping[str, Any]) -> None:
+        """Construct it; one that has no step of its own gets the base's."""
+        made = constructed(self.wraps, self.params, runtime)
+        self._made = made if callable(getattr(made, "training_step", None)) else _LossOnly(made)
+
+    @property
+    def own_step(self) -> OwnStep:
+        """Its step."""
+        step: OwnStep = self._made.training_step
+        return step
+
+    def weights(self, group: Group) -> Tensor:
+        """Refuse: it computes the whole loss."""
+        raise NotImplementedError(f"{self.wraps.__name__} acts alone")
 
 
 class _LossOnly(Weighter):
@@ -96,3 +120,9 @@ class _LossOnly(Weighter):
 
     def __init__(self, weighter: Any):
         self.get_weighted_loss = weighter.get_weighted_loss  # type: ignore[method-assign]
+
+
+def adapted_weighter(cls: type[Any]) -> type[NativeWeighter]:
+    """Return a class as one of ours: itself, or made around it."""
+    found: type[NativeWeighter] = adapted(cls, NativeWeighter, ClassicWeighter)
+    return found

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.config.problems import NOTHING, Origin, Problems
-from dataflex.mixers.fitting.table import Runs
+from dataflex.fitting.table import Runs
 from dataflex.registry import did_you_mean
 
 _MOST = sys.float_info.max

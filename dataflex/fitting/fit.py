@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dataflex.mixers.fitting.goal import Goal
-from dataflex.mixers.fitting.law import LogLinear, directions, fit_law
-from dataflex.mixers.fitting.optimum import best_mixture
-from dataflex.mixers.fitting.quality import held_out, r_squared, rank_correlation
-from dataflex.mixers.fitting.table import Runs
+from dataflex.fitting.goal import Goal
+from dataflex.fitting.law import LogLinear, directions, fit_law
+from dataflex.fitting.optimum import best_mixture
+from dataflex.fitting.quality import held_out, r_squared, rank_correlation
+from dataflex.fitting.table import Runs
 
 
 def fit_mixture(runs: Runs, goal: Goal) -> dict[str, Any]:

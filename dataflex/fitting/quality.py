@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from dataflex.draws import generator
-from dataflex.mixers.fitting.law import fit_law
-from dataflex.mixers.fitting.table import Runs
+from dataflex.fitting.law import fit_law
+from dataflex.fitting.table import Runs
 
 FOLDS = 10
 """Parts that are left out in turn; with fewer mixtures, one mixture at a time."""

@@ -1,0 +1,59 @@
+"""Mixers of the classic interface: constructed with a `mixture_manager`, asked by `mix(model, step_id, **kwargs)`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dataflex import distributed
+from dataflex.adapter import adapted
+from dataflex.method import Arguments, constructed
+from dataflex.mixers.base import LAST_BATCH, MixContext, NativeMixer
+
+
+class Mixer(ABC):
+    """Base of mixers of the classic interface.
+
+    Args:
+        mixture_manager: has `names`, `sizes`, `initial_proportions`, and `sources` (name -> processed dataset).
+    """
+
+    def __init__(self, mixture_manager: Any):
+        self.mixture_manager = mixture_manager
+
+    @abstractmethod
+    def mix(self, model: Any, step_id: int, **kwargs: Any) -> np.ndarray:
+        """Return proportions in the order of `mixture_manager.names`."""
+
+
+class ClassicMixer(NativeMixer):
+    """A mixer around a class of the classic interface, whose answer on rank 0 counts."""
+
+    Params = Arguments
+    declares_needs = False
+    watches = True
+    interval = 1
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """It is handed the last micro-batch."""
+        return (LAST_BATCH,)
+
+    def bind(self, runtime: Mapping[str, Any]) -> None:
+        """Construct it."""
+        self._made = constructed(self.wraps, self.params, runtime)
+
+    def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
+        """Return what it answers."""
+        more = context.ask[LAST_BATCH]()
+        found: np.ndarray = distributed.broadcast(self._made.mix(model, step_id, context=context, **kwargs, **more))
+        return found
+
+
+def adapted_mixer(cls: type[Any]) -> type[NativeMixer]:
+    """Return a class as one of ours: itself, or made around it."""
+    found: type[NativeMixer] = adapted(cls, NativeMixer, ClassicMixer)
+    return found

@@ -1,0 +1,90 @@
+"""Selectors of the classic interface: four constructor arguments, and `select(model, step_id, num_samples, **kwargs)`.
+
+It is the interface of DataFlex's reference implementation, which knows no features; a class written against it runs
+unchanged but for its import line.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dataflex.adapter import adapted
+from dataflex.draws import generator
+from dataflex.method import Arguments, constructed
+from dataflex.selectors.base import Answer, Context, NativeSelector
+
+
+class Selector(ABC):
+    """Base of selectors of the classic interface. `select` is called on every rank.
+
+    Args:
+        dataset: the processed training set.
+        accelerator: the trainer's `accelerate.Accelerator`.
+        data_collator: the trainer's collator.
+        cache_dir: a folder that the selector may write to.
+    """
+
+    def __init__(self, dataset: Any, accelerator: Any, data_collator: Any, cache_dir: str):
+        self.dataset = dataset
+        self.accelerator = accelerator
+        self.data_collator = data_collator
+        self.cache_dir = cache_dir
+        self.seed = 42
+
+    def warmup(self, num_samples: int, replacement: bool) -> list[int]:
+        """Return the rows of a warm-up round; override it to warm up on rows of your own."""
+        rng = generator(self.seed, "warmup")
+        size = len(self.dataset)
+        return [
+            int(i)
+            for i in (rng.integers(size, size=num_samples) if replacement else rng.permutation(size)[:num_samples])
+        ]
+
+    def warmup_rows(self, count: int) -> np.ndarray | None:
+        """Return what an overridden `warmup` draws, as `NativeSelector.warmup_rows`."""
+        if type(self).warmup is Selector.warmup:
+            return None
+        return np.asarray(self.warmup(count, replacement=True), dtype=np.int64).reshape(-1)
+
+    @abstractmethod
+    def select(self, model: Any, step_id: int, num_samples: int, **kwargs: Any) -> Sequence[int]:
+        """Return the positions of `num_samples` rows.
+
+        Args:
+            model: the live model, as the trainer wraps it.
+            step_id: optimizer steps done.
+            num_samples: rows wanted.
+            kwargs: optimizer_state, scheduler_state, current_update_times (1-based), update_times, tokenizer, context.
+        """
+
+
+class ClassicSelector(NativeSelector):
+    """A selector around a class of the classic interface."""
+
+    Params = Arguments
+    declares_needs = False
+    may_choose_unlabelled = True
+    leaves_gradients = True
+
+    def bind(self, runtime: Mapping[str, Any]) -> None:
+        """Construct it."""
+        self._made = constructed(self.wraps, self.params, runtime)
+
+    def warmup_rows(self, count: int) -> np.ndarray | None:
+        """Return what it draws, if it overrides `warmup`."""
+        return self._made.warmup_rows(count) if isinstance(self._made, Selector) else None
+
+    def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Answer:
+        """Return its answer."""
+        found: Answer = self._made.select(model, step_id=step_id, num_samples=num_samples, context=context, **kwargs)
+        return found
+
+
+def adapted_selector(cls: type[Any]) -> type[NativeSelector]:
+    """Return a class as one of ours: itself, or made around it."""
+    found: type[NativeSelector] = adapted(cls, NativeSelector, ClassicSelector)
+    return found
