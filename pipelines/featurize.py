@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dataflex import distributed
+from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError
-from dataflex.features.spec import BASE, EmbeddingSpec, FeatureSpec
+from dataflex.features.spec import BASE, FeatureSpec
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.selecting.director import SelectingDirector
 from dataflex.pipelines.selecting.update import choose
@@ -19,6 +22,7 @@ from dataflex.schedule import Round
 from dataflex.stores.faiss_cache import load_or_build
 from dataflex.stores.faiss_index import kind_for, load_faiss
 from dataflex.trainers.rounds import DecidedRound
+from dataflex.trainers.trainer import Directing
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ _QUIET: dict[str, Any] = {
 }  # what a run does beside changing its weights
 
 
-def featurize(settings: Any) -> None:
+def featurize(settings: Settings) -> None:
     """Compute what is missing of the run's features into the stores. Call it on every rank.
 
     The model state is the checkpoints that the method names, or the end of the run file's own warm-up, which is run
@@ -51,18 +55,23 @@ def featurize(settings: Any) -> None:
     if is_declared and not settings.needs and not settings.dataflex.features:
         name = settings.component_name or "train_type: static"
         raise ConfigError(f"{name} asks for no features; name some under dataflex.features")
-    run_until_update(settings, FeaturizeDirector(settings))
+    run_until_update(settings, FeaturizeDirector.stage, partial(FeaturizeDirector, settings))
 
 
-def run_until_update(settings: Any, director: SelectingDirector) -> None:
+def run_until_update(settings: Settings, stage: str, begin: Callable[[Any, str | None], SelectingDirector]) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
     # One folder for all processes of a launch, another for every other launch at the same time.
     launch = os.environ.get("MASTER_PORT") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else str(os.getpid())
-    scratch = Path(settings.llamafactory["output_dir"]) / f".{director.stage}-{launch}"
+    scratch = Path(settings.llamafactory["output_dir"]) / f".{stage}-{launch}"
     arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
     arguments.pop("max_steps", None)
     try:
-        workflow.run(arguments, director, is_training=False, exclude_targets=settings.dataflex.exclude_targets)
+        workflow.run(
+            arguments,
+            Directing(begin, settings.schedule, interrupts=True),
+            is_training=False,
+            exclude_targets=settings.dataflex.exclude_targets,
+        )
     finally:
         if distributed.is_main():
             shutil.rmtree(scratch, ignore_errors=True)
@@ -73,23 +82,31 @@ class FeaturizeDirector(SelectingDirector):
 
     stage = "featurize"
 
-    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
-        """Leave the warm-up out where no feature is of the live model after it."""
-        start = super().begin(trainer, checkpoint)
+    def _rounds(self, trainer: Any) -> Sequence[Round]:
+        """Leave the warm-up out if no feature depends on the trained state."""
+        if any(need.state is None for need in self.settings.needs):
+            return super()._rounds(trainer)
+        return [Round(0, "update", 0, 1, 0, 1)]
+
+    def _start(self, checkpoint: str | None) -> str | None:
+        """Start from the kept state, if a feature depends on it."""
+        start = super()._start(checkpoint)
         if not self.run.live_needs:
-            trainer.rounds[:] = [Round(0, "update", 0, 1, 0, 1)]
             return None
-        if trainer.rounds[0].kind == "update" and not trainer.model_arguments.adapter_name_or_path:
+        if self.rounds[0].kind == "update" and not self.run.trainer.model_arguments.adapter_name_or_path:
             log.warning(
                 "there is no warm-up and there are no checkpoints: at LoRA's initialisation B is zero and the "
                 "gradients of A vanish. Set warmup_step, or name checkpoints"
             )
         return start
 
-    def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
+    def _largest(self) -> int:
+        return 0
+
+    def decide(self, round: Round) -> DecidedRound | None:
         """Stop at the first update, its work done."""
         if round.kind == "warmup":
-            return super().decide(trainer, round)
+            return super().decide(round)
         self.warm.keep(round)
         self.at_update(round)
         return None
@@ -107,7 +124,7 @@ class FeaturizeDirector(SelectingDirector):
             found = [(specs, access.ensure(specs, rows, state)) for specs, rows, state in wanted]
         for specs, stores in found:
             for spec, store in zip(specs, stores, strict=True):
-                if isinstance(spec, EmbeddingSpec):
+                if spec.is_indexed:
                     load_faiss()  # where it is missing, every rank says so
                     if distributed.is_main():
                         load_or_build(store, kind=kind_for(len(self.run.rows)))
@@ -115,7 +132,7 @@ class FeaturizeDirector(SelectingDirector):
             choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))
         distributed.barrier()
 
-    def finish(self, trainer: Any, stopped: bool) -> None:
+    def finish(self) -> None:
         """Write the summary beside the run's output."""
         self.summarise(Path(self.settings.llamafactory["output_dir"]) / f"dataflex_{self.stage}.json")
 

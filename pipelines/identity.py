@@ -12,7 +12,7 @@ from dataflex.checkpoints.marks import recorded
 from dataflex.config.arguments import settings_in_identity, values
 from dataflex.config.settings import Settings
 from dataflex.features.need import Need
-from dataflex.features.spec import BASE, EmbeddingSpec, GradientSpec, PolicyGradientSpec
+from dataflex.features.spec import BASE
 from dataflex.fingerprint import digest, file_digest, keys_digest, plain
 from dataflex.folders import folder_digest, model_folder
 from dataflex.live.moments import MOMENTS_FILE
@@ -42,7 +42,7 @@ def run_identity(settings: Settings, trainer: Any, state: ModelState, methods: S
         plain(given and given.model_dump(mode="json")) for given in (settings.params, settings.weighter_params)
     )
     needs = [need for each in methods for need in each.needs()]
-    rewards = [each for need in needs if isinstance(need.spec, PolicyGradientSpec) for each in need.spec.reward]
+    rewards = [each for need in needs for each in need.spec.rewards]
     named: dict[str, Any] = {}
     with distributed.together():
         if distributed.is_main():
@@ -73,12 +73,12 @@ def _models(state: ModelState, needs: Sequence[Need], methods: Sequence[Method])
     found: dict[str, dict[str, Any]] = {}
     specs = [need.spec for need in needs] + [spec for each in methods for spec in each.asked]
     for spec in specs:
-        if isinstance(spec, EmbeddingSpec) and (name := spec.embedding_model_name_or_path) is not None:
+        if (name := spec.encoder) is not None:
             found[name] = {"encoder": state.encoder(name)}
     for folder in dict.fromkeys(need.state for need in needs):
         if folder is not None and folder != BASE:
             asked = [need.spec for need in needs if need.state == folder]
-            has_moments = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in asked)
+            has_moments = any(spec.needs_moments for spec in asked)
             found.setdefault(folder, {})["checkpoint"] = _checkpoint(state, Path(folder), has_moments)
     for each in methods:
         reference = each.reference_model_path

@@ -17,7 +17,7 @@ from dataflex.config.idle import idle_note, known_steps
 from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
-from dataflex.features.spec import BASE, GradientSpec, PolicyGradientSpec
+from dataflex.features.spec import BASE
 from dataflex.fingerprint import difference, digest
 from dataflex.live.state import ModelState
 from dataflex.method import Method
@@ -47,7 +47,8 @@ class Run:
 
     Attributes:
         settings: the validated run file.
-        trainer: the `RoundTrainer`.
+        trainer: the `DataflexTrainer`.
+        rounds: those that are run, in order; empty where LLaMA-Factory itself orders the rows.
         rows: training rows.
         targets: target sets by name.
         eligible: training rows with supervised tokens, the only ones that are ever trained on.
@@ -62,6 +63,7 @@ class Run:
 
     settings: Settings
     trainer: Any
+    rounds: Sequence[Round]
     rows: Rows
     targets: Mapping[str, Rows]
     eligible: np.ndarray
@@ -97,7 +99,7 @@ class Run:
     @property
     def updates(self) -> list[Round]:
         """The run's updates, in order."""
-        return [r for r in self.trainer.rounds if r.kind == "update"]
+        return [r for r in self.rounds if r.kind == "update"]
 
     def update_number(self, round: Round) -> int:
         """Return how many updates come before a round."""
@@ -162,7 +164,7 @@ class Run:
         return found
 
 
-def open_run(settings: Settings, trainer: Any, stage: str, **runtime: Any) -> Run:
+def open_run(settings: Settings, trainer: Any, stage: str, rounds: Sequence[Round], **runtime: Any) -> Run:
     """Put a run together; `runtime` goes to methods that want objects of the run. Collective.
 
     Raises:
@@ -187,6 +189,7 @@ def open_run(settings: Settings, trainer: Any, stage: str, **runtime: Any) -> Ru
     run = Run(
         settings=settings,
         trainer=trainer,
+        rounds=rounds,
         rows=found.train,
         targets=found.targets,
         eligible=eligible,
@@ -201,7 +204,7 @@ def open_run(settings: Settings, trainer: Any, stage: str, **runtime: Any) -> Ru
     specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
     if specs:
         run.access.reach(bool(run.live_needs) and settings.dataflex.must_write(settings.schedule))
-    if any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in specs):
+    if any(spec.gradient for spec in specs):
         state.refuse_quantised()
     check_reference(run)  # its tokenizer first: of another one, the weights would be of another shape too
     for folder in dict.fromkeys(need.state for need in run.needs):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from dataflex import distributed
 from dataflex.config.outputs import refuse_unwritable
+from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError
 from dataflex.pipelines.featurize import FeaturizeDirector, run_until_update
 from dataflex.pipelines.selecting.update import choose
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 _NO_RECORDS = "tokenized_path: the raw records of a tokenized dataset are unknown; remove the key"
 
 
-def select(settings: Any, num: int, output: Path) -> None:
+def select(settings: Settings, num: int, output: Path) -> None:
     """Choose `num` rows with the run's method and write them; missing features are computed first.
 
     Writes `output` (JSON, the raw records with all their fields, best first), an entry for it in the
@@ -54,7 +56,7 @@ def select(settings: Any, num: int, output: Path) -> None:
     tokenized = str(arguments.get("tokenized_path") or "")
     if os.path.isdir(tokenized) and os.listdir(tokenized):  # LLaMA-Factory's own rule for a dataset that is there
         raise ConfigError(_NO_RECORDS)
-    run_until_update(settings, SelectDirector(settings, num, output))
+    run_until_update(settings, SelectDirector.stage, partial(SelectDirector, settings, num, output))
 
 
 class SelectDirector(FeaturizeDirector):
@@ -62,17 +64,13 @@ class SelectDirector(FeaturizeDirector):
 
     stage = "select"
 
-    def __init__(self, settings: Any, num: int, output: Path):
-        super().__init__(settings)
+    def __init__(self, settings: Settings, num: int, output: Path, trainer: Any, checkpoint: str | None):
+        if not trainer.row_sets.raw:
+            raise ConfigError(_NO_RECORDS)
         self.num = num
         self.output = output
         self._found: list[dict[str, Any]] = []
-
-    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
-        """Refuse rows without records, which could not be written."""
-        if not trainer.row_sets.raw:
-            raise ConfigError(_NO_RECORDS)
-        return super().begin(trainer, checkpoint)
+        super().__init__(settings, trainer, checkpoint)
 
     def _largest(self) -> int:
         return self.num

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
+from dataflex.config.settings import Settings
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.mixing.director import MixingDirector
 from dataflex.pipelines.selecting.director import SelectingDirector
 from dataflex.pipelines.weighing.director import WeighingDirector
+from dataflex.trainers.trainer import Directing
 
 
-def train(settings: Any) -> None:
+def train(settings: Settings) -> None:
     """Train as the run file says. Call it on every rank.
 
     Args:
-        settings: `dataflex.config.Settings`.
+        settings: the validated run file.
     """
-    directors: dict[str, Any] = {
-        "dynamic_select": SelectingDirector,
-        "dynamic_mix": MixingDirector,
-        "dynamic_weight": WeighingDirector,
-    }
-    made = directors.get(settings.train_type)
+    directing = {
+        "static": None,
+        "dynamic_select": Directing(partial(SelectingDirector, settings), settings.schedule, interrupts=True),
+        "dynamic_mix": Directing(partial(MixingDirector, settings), settings.schedule),
+        "dynamic_weight": Directing(partial(WeighingDirector, settings)),
+    }[settings.train_type]
     arguments = dict(settings.llamafactory)
     if settings.train_type == "dynamic_weight" and settings.keys.train_step:
         arguments["max_steps"] = settings.keys.train_step
     workflow.run(
         arguments,
-        made(settings) if made else None,
+        directing,
         settings.keys.early_stopping_min_delta,
         settings.dataflex.checkpoint_on_signal,
         exclude_targets=settings.dataflex.exclude_targets,

@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -209,7 +208,7 @@ class Opened:
         from dataflex.pipelines.run import open_run
         from dataflex.trainers.lineage import lineage
 
-        run = open_run(self.settings, self.trainer, "train")
+        run = open_run(self.settings, self.trainer, "train", self.trainer.rounds)
         story = lineage(self.trainer, run.state.origin(), run.rows.keys[:12], 0, 3)
         return digest(run.state.recipe(LossSpec())), digest(story), run.identity
 
@@ -217,18 +216,18 @@ class Opened:
 @pytest.fixture(scope="module")
 def opened(workspace_class: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     from dataflex.llamafactory import workflow
+    from dataflex.trainers.trainer import Directing
 
     workspace = workspace_class(tmp_path_factory.mktemp("opened"), tiny)
     settings = load(workspace.write("run", lora_dropout=0.0))
     made: list[Any] = []
 
-    def begin(trainer: Any, checkpoint: str | None) -> None:
+    def begin(trainer: Any, checkpoint: str | None) -> Any:
         made.append(trainer)
         raise Stop
 
-    director = SimpleNamespace(begin=begin, decide=None, schedule=settings.schedule, interrupts=True)
     with pytest.raises(Stop):
-        workflow.run(settings.llamafactory, director)  # type: ignore[arg-type]
+        workflow.run(settings.llamafactory, Directing(begin, settings.schedule))
     return Opened(workspace, settings, made[0])
 
 
@@ -400,7 +399,7 @@ def settings_named(opened: Opened, beside: dict[str, Any], **changes: Any) -> tu
     section |= {name: value for name, value in changes.items() if name in IN_SECTION}
     keys = beside | {name: value for name, value in changes.items() if name not in IN_SECTION}
     settings = load(opened.workspace.write("own", **({"lora_dropout": 0.0} | keys | {"dataflex": section})))
-    run = open_run(settings, opened.trainer, "train")
+    run = open_run(settings, opened.trainer, "train", opened.trainer.rounds)
     return run.identity, run.about
 
 

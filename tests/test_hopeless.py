@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,38 +14,24 @@ from dataflex.config import load
 from dataflex.errors import ConfigError, CoverageError, DataflexError
 from dataflex.features.spec import LossSpec
 from dataflex.pipelines.select import select
-from dataflex.pipelines.selecting.director import SelectingDirector
-from dataflex.schedule import Schedule
+from dataflex.pipelines.selecting.director import refuse_silent_targets
 from dataflex.selectors.base import Need
 from tests.held import pool
 
 
-def director(targets: dict[str, Any], needs: list[Need], steps: int = 1) -> SelectingDirector:
-    """A director whose run has ten rows that can be chosen, before its first step."""
-    made = SelectingDirector(SimpleNamespace(schedule=Schedule(0, steps, 1), train_type="dynamic_select"))
-    rounds = [SimpleNamespace(steps=steps)]
-    made.run = SimpleNamespace(  # type: ignore[assignment]
-        method=SimpleNamespace(chooses_distinct=True),
-        updates=rounds,
-        trainer=SimpleNamespace(global_batch=4),
-        needs=needs,
-        targets=targets,
-        eligible=np.arange(10),
-    )
-    return made
-
-
 def test_targets_without_a_label() -> None:
     targets = {"good": pool(3), "empty": pool(2, np.zeros(2, np.int32))}
+    looking, blind = ([Need(LossSpec(), of)] for of in ("targets", "train"))
     with pytest.raises(CoverageError, match="target set empty: none of its 2 rows has a supervised token"):
-        director(targets, [Need(LossSpec(), "targets")])._refuse_hopeless()
-    director(targets, [Need(LossSpec(), "train")])._refuse_hopeless()  # a method that does not look at them
+        refuse_silent_targets(SimpleNamespace(targets=targets, needs=looking))  # type: ignore[arg-type]
+    refuse_silent_targets(SimpleNamespace(targets=targets, needs=blind))  # type: ignore[arg-type]
 
 
-def test_more_rows_than_there_are() -> None:
-    director({}, [Need(LossSpec(), "train")], steps=2)._refuse_hopeless()
+def test_more_rows_than_there_are(workspace):
+    keys = {"component_name": "random", "dataflex": None, "warmup_step": 0, "update_times": 1, "max_samples": 10}
     with pytest.raises(CoverageError, match=r"an update needs 12 rows \(3 steps of 4\), found 10"):
-        director({}, [Need(LossSpec(), "train")], steps=3)._refuse_hopeless()
+        workspace.run("train", workspace.write("many", **keys, update_step=3))
+    workspace.run("train", workspace.write("few", **keys, update_step=2))
 
 
 def test_a_parameter_without_a_rule_is_found_before_the_first_step(workspace):

@@ -20,15 +20,7 @@ from dataflex.access.progress import Progress
 from dataflex.access.sources import EncoderSource, ModelSource, Source, Wanted
 from dataflex.access.views import Snapshot
 from dataflex.errors import CoverageError, DataflexError
-from dataflex.features.spec import (
-    ENGINE_VERSION,
-    EmbeddingSpec,
-    FeatureSpec,
-    GradientSpec,
-    LossSpec,
-    PolicyGradientSpec,
-    TokenLossSpec,
-)
+from dataflex.features.spec import ENGINE_VERSION, FeatureSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.live.state import ModelState
 from dataflex.rows import Rows, Status
@@ -83,7 +75,7 @@ class FeatureAccess:
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
-        return {**self._source(spec).recipe(spec), "storage": self._storage(spec)}
+        return {**self._source(spec).recipe(spec), "storage": spec.stored_as(self._section.storage)}
 
     def width(self, spec: FeatureSpec) -> int:
         """Return the numbers of a feature's vector; 0 for a feature without."""
@@ -95,8 +87,7 @@ class FeatureAccess:
         Raises:
             DataflexError: they could not.
         """
-        policies = [(spec, rows) for spec, rows in wanted if isinstance(spec, PolicyGradientSpec)]
-        wanted = [*wanted, *((GradientSpec(projection=spec.projection), rows) for spec, rows in policies)]
+        wanted = [*wanted, *((spec.gradient, rows) for spec, rows in wanted if spec.gradient)]  # whoever asks its rules
         for source in dict.fromkeys(self._source(spec) for spec, _ in wanted):
             source.require([(spec, rows) for spec, rows in wanted if self._source(spec) is source])
 
@@ -226,13 +217,8 @@ class FeatureAccess:
                 raise CoverageError(f"{said}. Run `dataflex featurize`, or set dataflex.on_missing: compute")
             if distributed.is_main():
                 log.info("%s: computing", said)
-        is_loss = isinstance(spec, LossSpec | TokenLossSpec)
-        scalars = {"loss_sum": "float64", "tokens": "int32"} if is_loss else {"norm": "float32"}
-        if isinstance(spec, PolicyGradientSpec):
-            scalars |= {"reward": "float64", "scored": "int32"}
-        if isinstance(spec, GradientSpec) and spec.direction == "adam":
-            scalars |= {"gradient_norm": "float32"}
-        return self.root.open(spec.kind, recipe, Layout(scalars, self._source(spec).width(spec), self._storage(spec)))
+        layout = Layout(dict(spec.scalars), self._source(spec).width(spec), spec.stored_as(self._section.storage))
+        return self.root.open(spec.kind, recipe, layout)
 
     def _say_what_is_older(self) -> None:
         """Say once, where something has to be computed, that values of an older engine are there and not used."""
@@ -246,19 +232,14 @@ class FeatureAccess:
             )
             log.info(said, len(found), self.url, ENGINE_VERSION)
 
-    def _storage(self, spec: FeatureSpec) -> str:
-        """Return the type that vectors are kept in; token losses are not kept in eight bits."""
-        kept: str = self._section.storage
-        return "float16" if isinstance(spec, TokenLossSpec) and kept == "int8" else kept
-
     def _source(self, spec: FeatureSpec) -> Source:
         """Return what computes a feature."""
-        if isinstance(spec, PolicyGradientSpec):
+        if spec.rewards:
             if self._policy is None:
                 note = partial(self.note, "store")
                 self._policy = PolicySource(self._model, self._state, self.root, self._section, note)
             return self._policy
-        name = spec.embedding_model_name_or_path if isinstance(spec, EmbeddingSpec) else None
+        name = spec.encoder
         if name is None:
             return self._model
         if name not in self._encoders:

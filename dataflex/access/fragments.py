@@ -17,7 +17,7 @@ from dataflex.access.progress import Progress
 from dataflex.access.sources import Source
 from dataflex.errors import DataflexError, Interrupted
 from dataflex.features.batching import count_batches
-from dataflex.features.spec import FeatureSpec, GradientSpec, PolicyGradientSpec
+from dataflex.features.spec import FeatureSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import Rows, Status
 from dataflex.stores.base import Layout, Values
@@ -135,7 +135,7 @@ class Work:
                     tally.skipped[status.name.lower()] = tally.skipped.get(status.name.lower(), 0) + count
         lengths = self.rows.length[at]
         tally.computed += len(at) * len(self.specs)
-        tally.gradients += len(at) * any(isinstance(spec, GradientSpec | PolicyGradientSpec) for spec in self.specs)
+        tally.gradients += len(at) * any(spec.gradient is not None for spec in self.specs)
         tally.tokens += int(lengths.sum())
         tally.batches += max(least, count_batches(lengths, self.token_budget))
         bad = max(int((values.status == Status.NONFINITE).sum()) for values in found)

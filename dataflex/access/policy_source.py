@@ -22,7 +22,6 @@ from dataflex.features.served import ServerGenerator
 from dataflex.features.spec import (
     FeatureSpec,
     FeatureValues,
-    GradientSpec,
     LossSpec,
     PolicyGradientSpec,
     RewardSpec,
@@ -88,7 +87,7 @@ class PolicySource:
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the feature with its rewards by content, the model's state, tokenizer and stop tokens."""
         assert isinstance(spec, PolicyGradientSpec)
-        recipe = self._state.recipe(GradientSpec(projection=spec.projection))
+        recipe = self._state.recipe(spec.gradient)
         rewards = [{"weight": each.weight, **reward_identity(self._reward(each))} for each in spec.reward]
         self._note(folder_name("response", self._response_recipe(spec)))
         for each in spec.reward:
@@ -98,7 +97,7 @@ class PolicySource:
     def width(self, spec: FeatureSpec) -> int:
         """Return D."""
         assert isinstance(spec, PolicyGradientSpec)
-        return self._model.width(GradientSpec(projection=spec.projection))
+        return self._model.width(spec.gradient)
 
     def require(self, wanted: Sequence[Wanted]) -> None:
         """Look whether every row has a prompt, and whether what judges can be loaded.
@@ -109,8 +108,7 @@ class PolicySource:
         for rows in {id(rows): rows for _, rows in wanted}.values():
             for row in range(len(rows)):
                 self._target(rows, row)
-        specs = [spec for spec, _ in wanted if isinstance(spec, PolicyGradientSpec)]
-        for each in [each for spec in specs for each in spec.reward]:
+        for each in [each for spec, _ in wanted for each in spec.rewards]:
             reward = self._reward(each)
             with distributed.together(), explained(f"reward {each.type}", refusal=ConfigError):
                 reward.prepare()

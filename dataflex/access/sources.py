@@ -16,15 +16,8 @@ from dataflex.explanation import explained
 from dataflex.features.encoder import TextEncoder
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.excerpt import excerpt
-from dataflex.features.spec import (
-    ENGINE_VERSION,
-    EmbeddingSpec,
-    FeatureSpec,
-    FeatureValues,
-    GradientSpec,
-    LossSpec,
-    TokenLossSpec,
-)
+from dataflex.features.feature import Sizes
+from dataflex.features.spec import ENGINE_VERSION, FeatureSpec, FeatureValues, LossSpec
 from dataflex.fingerprint import text_key
 from dataflex.folders import model_folder
 from dataflex.live.state import ModelState
@@ -106,12 +99,11 @@ class ModelSource:
         """
         # An engine of its own: where the model is now need not be where its batches will go.
         engine = self._new_engine()
-        for rows in [rows for spec, rows in wanted if isinstance(spec, GradientSpec)][:1]:
+        for rows in [rows for spec, rows in wanted if spec.gradient][:1]:
             count = max(1, int(np.searchsorted(np.cumsum(rows.length), self._token_budget)))
             engine.require_rules([rows.examples[row] for row in range(min(count, len(rows)))])
-        if embeddings := list(dict.fromkeys(spec for spec, _ in wanted if isinstance(spec, EmbeddingSpec))):
-            engine.require_layers(embeddings)
-        kept = [rows for spec, rows in wanted if isinstance(spec, TokenLossSpec)]
+        engine.require_layers(list(dict.fromkeys(spec for spec, _ in wanted)))
+        kept = [rows for spec, rows in wanted if spec.is_by_token]
         longest = max((int(rows.length.max(initial=0)) for rows in kept), default=0)
         if longest > self._cutoff_len:
             raise ConfigError(
@@ -125,22 +117,13 @@ class ModelSource:
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the feature, the model's state, and the numerics. Collective under ZeRO-3."""
-        width = {"cutoff_len": self._cutoff_len} if isinstance(spec, TokenLossSpec) else {}
+        width = {"cutoff_len": self._cutoff_len} if spec.is_by_token else {}
         return {**self._state.recipe(spec), **width}
 
     def width(self, spec: FeatureSpec) -> int:
         """Return D."""
-        if isinstance(spec, TokenLossSpec):
-            return self._cutoff_len
-        if isinstance(spec, EmbeddingSpec):
-            return int(self._state.model.config.hidden_size)
-        if not isinstance(spec, GradientSpec):
-            return 0
-        return (
-            sum(p.numel() for _, p in self._state.trainable())
-            if spec.projection.type == "identity"
-            else spec.projection.dim
-        )
+        trainable = sum(p.numel() for _, p in self._state.trainable())
+        return spec.width(Sizes(int(self._state.model.config.hidden_size), trainable, self._cutoff_len))
 
     def compute(
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
@@ -151,13 +134,12 @@ class ModelSource:
             CoverageError: the base model is asked for, and is no longer at hand.
         """
         self._state.require_runnable()
-        adam = any(isinstance(spec, GradientSpec) and spec.direction == "adam" for spec in specs)
-        self.engine.moments = self._state.moments() if adam else None
+        self.engine.moments = self._state.moments() if any(spec.needs_moments for spec in specs) else None
         if not self._ran:  # what was measured for others meanwhile
             self.engine.measured[:] = 0
         self._ran = True
         examples = [rows.examples[int(row)] for row in at]
-        of_excerpts = [spec for spec in specs if isinstance(spec, LossSpec) and spec != LossSpec()]
+        of_excerpts = [spec for spec in specs if spec.is_of_excerpt]
         together = [spec for spec in specs if spec not in of_excerpts]
         found: dict[FeatureSpec, FeatureValues] = {}
         alone: list[list[FeatureSpec]] = [[spec] for spec in of_excerpts]
@@ -185,7 +167,7 @@ class ModelSource:
 
     def _as_wide(self, spec: FeatureSpec, values: FeatureValues) -> FeatureValues:
         """Fill token losses up to the width that all rows have."""
-        if not isinstance(spec, TokenLossSpec) or values.vectors is None:
+        if not spec.is_by_token or values.vectors is None:
             return values
         missing = self._cutoff_len - values.vectors.shape[1]
         return replace(values, vectors=np.pad(values.vectors, ((0, 0), (0, missing))))
@@ -225,7 +207,7 @@ class EncoderSource:
             MismatchError: it cannot be loaded.
         """
         with distributed.together():
-            self._encoder.require_layers([spec for spec, _ in wanted if isinstance(spec, EmbeddingSpec)])
+            self._encoder.require_layers([spec for spec, _ in wanted])
 
     def keys(self, rows: Rows) -> np.ndarray:
         """Return the keys of the texts."""
@@ -243,5 +225,4 @@ class EncoderSource:
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
     ) -> list[FeatureValues]:
         """Embed the rows' texts."""
-        embeddings = [spec for spec in specs if isinstance(spec, EmbeddingSpec)]
-        return self._encoder.compute([rows.text(int(row)) for row in at], embeddings)
+        return self._encoder.compute([rows.text(int(row)) for row in at], specs)

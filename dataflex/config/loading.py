@@ -24,7 +24,7 @@ from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
 from dataflex.errors import ConfigError
-from dataflex.features.spec import BASE, EmbeddingSpec, GradientSpec, PolicyGradientSpec
+from dataflex.features.spec import BASE
 from dataflex.mixers.base import NativeMixer
 from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, Registry, import_plugin, use_plugins
 from dataflex.schedule import Schedule
@@ -262,9 +262,7 @@ class _Loading:
             expected = f"{' or '.join(policies_taken)} with these parameters"
             why = "What the method compares must be of one state of the model"
             self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
-        policies = [spec for spec in specs if isinstance(spec, PolicyGradientSpec)]
-        gradients = [spec for spec in specs if isinstance(spec, GradientSpec)]
-        gradients += [GradientSpec(projection=spec.projection) for spec in policies]
+        gradients = [spec.gradient for spec in specs if spec.gradient is not None]
         if not is_dynamic and not specs:
             if not llamafactory.get("model_name_or_path"):
                 self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")
@@ -290,12 +288,11 @@ class _Loading:
         if gradients:
             is_live = bool(section.features) or any(need.state is None for need in needs)
             check.check_gradients(schedule, gradients, is_live)
-        if any(spec.direction == "adam" for spec in gradients):
+        if any(spec.needs_moments for spec in specs):
             check.check_adam()
-        if policies:
+        if any(spec.rewards for spec in specs):
             check.check_policies()
-        encoders = [spec.embedding_model_name_or_path for spec in specs if isinstance(spec, EmbeddingSpec)]
-        check.check_encoders(dict.fromkeys(name for name in encoders if name is not None))
+        check.check_encoders(dict.fromkeys(spec.encoder for spec in specs if spec.encoder is not None))
         for state in dict.fromkeys(need.state for need in needs if need.state not in (None, BASE)):
             if not os.path.isdir(state):
                 self.problems.add(self.origin, "dataflex.params", "checkpoint folders that exist", state)

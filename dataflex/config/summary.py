@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from dataflex.config.settings import Settings
-from dataflex.features.spec import BASE, EmbeddingSpec, FeatureSpec, GradientSpec
+from dataflex.features.spec import BASE
 
 
 def summary(settings: Settings) -> list[str]:
@@ -50,15 +50,7 @@ def _features(settings: Settings) -> list[str]:
     for need in settings.needs:
         which = "training rows" if need.of == "train" else "targets"
         state = live if need.state is None else "of the base model" if need.state == BASE else f"at {need.state}"
-        found.append(f"{_name(need.spec)} of the {which}, {state}")
+        found.append(f"{need.spec.describe()} of the {which}, {state}")
     for spec in settings.dataflex.features:
-        found.append(f"{_name(spec)} of training rows and targets, as asked for in dataflex.features")
+        found.append(f"{spec.describe()} of training rows and targets, as asked for in dataflex.features")
     return found or ["none"]
-
-
-def _name(spec: FeatureSpec) -> str:
-    if isinstance(spec, GradientSpec):
-        projection = spec.projection
-        width = "whole" if projection.type == "identity" else f"{projection.type} to {projection.dim}"
-        return f"gradient ({spec.direction}, {width})"
-    return f"embedding ({spec.pooling}, layer {spec.layer})" if isinstance(spec, EmbeddingSpec) else spec.kind

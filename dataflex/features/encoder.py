@@ -11,7 +11,7 @@ import torch
 
 from dataflex.errors import ConfigError
 from dataflex.features.engine import FeatureEngine
-from dataflex.features.spec import EmbeddingSpec, FeatureValues
+from dataflex.features.spec import FeatureSpec, FeatureValues
 from dataflex.rows import Status, Text
 
 
@@ -44,7 +44,7 @@ class TextEncoder:
         self._limit = min(int(limit), int(self._tokenizer.model_max_length))
         self._engine = FeatureEngine(model, pad_token_id=self._tokenizer.pad_token_id or 0, token_budget=token_budget)
 
-    def compute(self, texts: Sequence[Text], specs: Sequence[EmbeddingSpec]) -> list[FeatureValues]:
+    def compute(self, texts: Sequence[Text], specs: Sequence[FeatureSpec]) -> list[FeatureValues]:
         """Return the embeddings of texts, one result for each specification.
 
         A text without a token gets a zero vector and is not usable.
@@ -64,7 +64,7 @@ class TextEncoder:
             values.vectors[empty] = values.scalars["norm"][empty, None] = 0.0
         return out
 
-    def require_layers(self, specs: Sequence[EmbeddingSpec]) -> None:
+    def require_layers(self, specs: Sequence[FeatureSpec]) -> None:
         """Hold the layers that are asked for against those there are; sentence-transformers pool as they were trained.
 
         Raises:

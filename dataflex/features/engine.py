@@ -98,17 +98,18 @@ class FeatureEngine:
         except DidNotRun:
             self.compute(examples, [spec])
 
-    def require_layers(self, specs: Sequence[EmbeddingSpec]) -> None:
-        """Hold the layers that are asked for against those of the model, by one pass over two tokens.
+    def require_layers(self, specs: Sequence[FeatureSpec]) -> None:
+        """Hold the layers that embeddings ask for against those of the model, by one pass over two tokens.
 
         Raises:
             ConfigError: the model has no such layer.
         """
-        if not self._is_sharded:
-            self.compute([], specs)
+        embeddings = [spec for spec in specs if isinstance(spec, EmbeddingSpec)]
+        if embeddings and not self._is_sharded:
+            self.compute([], embeddings)
             return
         config: Any = self.model.config
-        for spec in specs:
+        for spec in embeddings:
             _require_layer(spec, int(config.get_text_config().num_hidden_layers) + 1)
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from dataflex.features.feature import Feature, Sizes
 from dataflex.params import Parameters
 
 ENGINE_VERSION = 2
@@ -19,6 +20,8 @@ MAX_COLUMNS = 1 << 21
 
 BASE = "base"
 """The state of a model before any training: the adapter that is trained is left out."""
+
+_LOSS_SCALARS = {"loss_sum": "float64", "tokens": "int32"}
 
 
 class Projection(Parameters):
@@ -36,7 +39,7 @@ class Projection(Parameters):
     side: int = Field(64, ge=1, description="factorized: numbers kept per side of a linear layer")
 
 
-class LossSpec(Parameters):
+class LossSpec(Feature):
     """Sum of next-token cross-entropy (nats, float64) and number of supervised tokens."""
 
     kind: Literal["loss"] = "loss"
@@ -47,6 +50,21 @@ class LossSpec(Parameters):
         "keep", description="drop: the first supervised token is not counted, as under given: nothing, where it cannot"
     )
 
+    @property
+    def scalars(self) -> Mapping[str, str]:
+        """The sum and its tokens."""
+        return _LOSS_SCALARS
+
+    @property
+    def has_vectors(self) -> bool:
+        """It is a number."""
+        return False
+
+    @property
+    def is_of_excerpt(self) -> bool:
+        """All but the plain loss are."""
+        return self != LossSpec()
+
     def recipe(self) -> dict[str, Any]:
         """Return what determines the values; fields that do not act are left out."""
         if self.given == "nothing":
@@ -54,20 +72,36 @@ class LossSpec(Parameters):
         return {"kind": self.kind} | ({"first_token": self.first_token} if self.first_token == "drop" else {})
 
 
-class TokenLossSpec(Parameters):
+class TokenLossSpec(Feature):
     """Next-token cross-entropy of each token (nats), 0 where there is no label, as wide as the longest row may be."""
 
     kind: Literal["token_loss"] = "token_loss"
+    is_by_token: ClassVar[bool] = True
+
+    @property
+    def scalars(self) -> Mapping[str, str]:
+        """The sum and its tokens, as of a loss."""
+        return _LOSS_SCALARS
+
+    def width(self, sizes: Sizes) -> int:
+        """Return the tokens of the longest row that there may be."""
+        return sizes.cutoff_len
+
+    def stored_as(self, storage: str) -> str:
+        """Return the type that vectors are kept in: losses do not fit into eight bits."""
+        return "float16" if storage == "int8" else storage
 
     def recipe(self) -> dict[str, Any]:
         """Return what determines the values."""
         return {"kind": self.kind}
 
 
-class EmbeddingSpec(Parameters):
+class EmbeddingSpec(Feature):
     """A pooled hidden state."""
 
     kind: Literal["embedding"] = "embedding"
+    is_indexed: ClassVar[bool] = True
+    has_direction: ClassVar[bool] = True
     pooling: Literal["mean", "last", "position_weighted"] = Field(
         "mean", description="mean over tokens; last token; or weights t / sum(t), as RDS+ (arXiv 2503.01807)"
     )
@@ -78,15 +112,29 @@ class EmbeddingSpec(Parameters):
         "sentence-transformers (its own pooling) or a causal LM; default: the run's model",
     )
 
+    def describe(self) -> str:
+        """Return what it is, for people."""
+        return f"embedding ({self.pooling}, layer {self.layer})"
+
+    def width(self, sizes: Sizes) -> int:
+        """Return the numbers of a hidden state of the run's model."""
+        return sizes.hidden
+
+    @property
+    def encoder(self) -> str | None:
+        """The other model."""
+        return self.embedding_model_name_or_path
+
     def recipe(self) -> dict[str, Any]:
         """Return what determines the values; what the other model is called does not."""
         return self.model_dump(exclude={"embedding_model_name_or_path"})
 
 
-class GradientSpec(Parameters):
+class GradientSpec(Feature):
     """The projected gradient of one example's mean loss over the trainable parameters."""
 
     kind: Literal["gradient"] = "gradient"
+    has_direction: ClassVar[bool] = True
     direction: Literal["sgd", "adam"] = Field(
         "sgd", description="sgd: the gradient; adam: the step Adam would take on it"
     )
@@ -94,6 +142,40 @@ class GradientSpec(Parameters):
         "pytorch", description="see dataflex.features.adam"
     )
     projection: Projection = Projection()
+
+    def describe(self) -> str:
+        """Return what it is, for people."""
+        to = "whole" if self.known_width is None else f"{self.projection.type} to {self.projection.dim}"
+        return f"gradient ({self.direction}, {to})"
+
+    @property
+    def scalars(self) -> Mapping[str, str]:
+        """The vector's norm, and beside Adam's step that of the gradient itself."""
+        return {"norm": "float32"} | ({"gradient_norm": "float32"} if self.needs_moments else {})
+
+    def width(self, sizes: Sizes) -> int:
+        """Return K, or P where nothing is projected."""
+        return sizes.trainable if self.known_width is None else self.known_width
+
+    @property
+    def known_width(self) -> int | None:
+        """K; P is not known here."""
+        return None if self.projection.type == "identity" else self.projection.dim
+
+    @property
+    def gradient(self) -> GradientSpec:
+        """Itself."""
+        return self
+
+    @property
+    def needs_moments(self) -> bool:
+        """Adam's step does."""
+        return self.direction == "adam"
+
+    @property
+    def norm_column(self) -> str:
+        """Of Adam's steps, whose norm says little of the gradient's, the gradient's own is kept beside them."""
+        return "gradient_norm" if self.needs_moments else "norm"
 
     def recipe(self) -> dict[str, Any]:
         """Return what determines the values; fields that do not act are left out."""
@@ -143,7 +225,7 @@ class GeneratorSpec(Parameters):
         return self.model_dump(include={"type", "base_url", "model"}, exclude_none=True)
 
 
-class PolicyGradientSpec(Parameters):
+class PolicyGradientSpec(Feature):
     """The projected gradient of one prompt's expected reward over responses that the model writes itself.
 
     g = sum_c w_c grad(sum_t -log pi(y_ct)): like the gradient of a loss, it points where the reward falls.
@@ -190,6 +272,30 @@ class PolicyGradientSpec(Parameters):
                 raise ValueError("responses of another model are off-policy: set on_policy: sampled")
         return self
 
+    @property
+    def scalars(self) -> Mapping[str, str]:
+        """The vector's norm, the mean reward, and the responses that have one."""
+        return {"norm": "float32", "reward": "float64", "scored": "int32"}
+
+    def width(self, sizes: Sizes) -> int:
+        """Return K, or P where nothing is projected."""
+        return self.gradient.width(sizes)
+
+    @property
+    def known_width(self) -> int | None:
+        """K; P is not known here."""
+        return self.gradient.known_width
+
+    @property
+    def gradient(self) -> GradientSpec:
+        """The gradient of a response's loss."""
+        return GradientSpec(projection=self.projection)
+
+    @property
+    def rewards(self) -> Sequence[RewardSpec]:
+        """Its rewards."""
+        return self.reward
+
     def sampling(self) -> dict[str, Any]:
         """Return what determines a response beside the prompt, its number and the model."""
         fields = {"max_new_tokens", "temperature", "top_p", "top_k", "seed"}
@@ -204,7 +310,7 @@ class PolicyGradientSpec(Parameters):
             "mc_samples": self.mc_samples,
             "estimator": self.estimator,
             "normalisation": self.normalisation,
-            "projection": GradientSpec(projection=self.projection).recipe()["projection"],
+            "projection": self.gradient.recipe()["projection"],
         }
         return out | ({"k": self.k} if self.estimator == "topk" else {})
 

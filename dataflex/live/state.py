@@ -18,7 +18,8 @@ from dataflex.config.combinations import QUANTISED
 from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.explanation import explained
 from dataflex.features.adam import Moments
-from dataflex.features.spec import BASE, ENGINE_VERSION, GradientSpec
+from dataflex.features.feature import Feature
+from dataflex.features.spec import BASE, ENGINE_VERSION
 from dataflex.fingerprint import model_digest, plain, source_digests, tensors_digest
 from dataflex.folders import folder_digest, model_folder
 from dataflex.live import frozen, weights
@@ -175,9 +176,9 @@ class ModelState:
             if distributed.local_rank() == 0:
                 check()
 
-    def recipe(self, spec: Any) -> dict[str, Any]:
+    def recipe(self, spec: Feature) -> dict[str, Any]:
         """Return everything but the row that determines a feature's values. Collective under DeepSpeed."""
-        is_gradient = isinstance(spec, GradientSpec)
+        is_gradient = spec.gradient is not None
         recipe: dict[str, Any] = {
             "feature": spec.recipe(),
             "model": {"base": self.loaded, "adapter": self._weights(forward_only=not is_gradient)},
@@ -185,7 +186,7 @@ class ModelState:
         }
         if is_gradient and self._checkpoint == BASE:
             raise ConfigError("gradients of the base model: there are none, the weights that are trained are left out")
-        if is_gradient and spec.direction == "adam":
+        if spec.needs_moments:
             key = ("moments", *self.position)
             if key not in self._known:
                 self._known[key] = self.moments().digest()

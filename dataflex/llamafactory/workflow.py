@@ -33,7 +33,7 @@ from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
 from dataflex.trainers.stopping import Stopping
-from dataflex.trainers.trainer import DataflexTrainer, Director, Stopped
+from dataflex.trainers.trainer import DataflexTrainer, Directing, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +48,19 @@ _CHANGED = ("rm", "ppo")
 
 def run(
     arguments: Mapping[str, Any],
-    director: Director | None,
+    directing: Directing | None,
     early_stopping_min_delta: float = 0.0,
     checkpoint_on_signal: bool = True,
     is_training: bool = True,
     exclude_targets: bool = False,
 ) -> None:
-    """Train as `llamafactory-cli train` does, with our trainer where there is a director.
+    """Train as `llamafactory-cli train` does, with our trainer where the run is directed.
 
     A process group that this starts is left to the caller (`distributed.leave`).
 
     Args:
         arguments: LLaMA-Factory's keys and values, DataFlex keys removed.
-        director: accompanies the run, and decides its rows if it has `decide`; None for LLaMA-Factory untouched.
+        directing: makes what accompanies the run; None for LLaMA-Factory untouched.
         early_stopping_min_delta: with `early_stopping_steps`, what counts as an improvement.
         checkpoint_on_signal: whether a training that a signal stops leaves a checkpoint.
         is_training: whether the run is a training, and not one that only computes features.
@@ -82,27 +82,22 @@ def run(
         callbacks.append(EarlyStoppingCallback(arguments.pop("early_stopping_steps"), early_stopping_min_delta))
     # All that LLaMA-Factory asks it is whether there is a group to destroy; that would be with the trainer still there.
     no_group = SimpleNamespace(is_initialized=lambda: False)
-    resumption = Resumption.of(arguments, takes_unmarked=director is None)
+    resumption = Resumption.of(arguments, takes_unmarked=directing is None)
     _check_weights(arguments)
     check_schedule(arguments)
     arguments |= resumption.arguments()
-    stopping = Stopping(resumption, checkpoint_on_signal and is_training, is_training, _kept_by(director))
+    stopping = Stopping(resumption, checkpoint_on_signal and is_training, is_training)
     callbacks.append(stopping)
     with stopping, _explained(), refused(), patch.object(tuner, "dist", no_group):
-        if director is None:
+        if directing is None:
             if arguments.get("stage") not in _CHANGED:
                 callbacks.insert(0, _Marks())  # what is stopped at a save is marked
             with _begun_at(resumption), _worded(str(arguments["stage"])), judged(arguments):
                 tuner.run_exp(arguments, callbacks)
             return
         load = functools.partial(_loaded, exclude_targets)
-        with _substituted(str(arguments["stage"]), director, load, resumption, stopping), contextlib.suppress(Stopped):
+        with _substituted(str(arguments["stage"]), directing, load, resumption, stopping), contextlib.suppress(Stopped):
             tuner.run_exp(arguments, callbacks)
-
-
-def _kept_by(director: Director | None) -> Callable[[], int]:
-    """Return what tells the steps whose end state the director has kept."""
-    return lambda: int(getattr(director, "steps_kept", 0))
 
 
 @contextlib.contextmanager
@@ -135,7 +130,7 @@ def _loaded(exclude_targets: bool, *args: Any, **kwargs: Any) -> RowSets:
 
 @contextlib.contextmanager
 def _substituted(
-    stage: str, director: Director, load: Callable[..., RowSets], resumption: Resumption, stopping: Stopping
+    stage: str, directing: Directing, load: Callable[..., RowSets], resumption: Resumption, stopping: Stopping
 ) -> Iterator[None]:
     """Put our trainer and our `get_dataset` in place inside the stage's workflow module, and nowhere else."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
@@ -154,12 +149,12 @@ def _substituted(
         model_arguments.append(model_args)
         return sets.module
 
-    added: Any = RoundTrainer if hasattr(director, "decide") else DataflexTrainer
+    added: Any = DataflexTrainer if directing.schedule is None else RoundTrainer
 
     class Joined(FirstStepJudged, added, base):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any) -> None:
             self.is_new = model_arguments[-1].train_from_scratch
-            about: dict[str, Any] = {"director": director, "row_sets": loaded[-1], "model_args": model_arguments[-1]}
+            about: dict[str, Any] = {"directing": directing, "row_sets": loaded[-1], "model_args": model_arguments[-1]}
             about |= {"resumption": resumption, "stopping": stopping}
             super().__init__(**about, **kwargs)
 

@@ -24,7 +24,6 @@ from dataflex.selectors.parts.similarity import (
     Compared,
     Similarity,
     Within,
-    known_width,
     require_whitenable,
     set_scores,
     target_vectors,
@@ -90,7 +89,7 @@ class Composed(NativeSelector):
     def __init__(self, params: Any):
         super().__init__(params)
         self.parts = self.composition(params)
-        self._require_whitenable(lambda spec: known_width(spec) or 0)
+        self._require_whitenable(lambda spec: spec.known_width or 0)
 
     def composition(self, params: Any) -> Composition:
         """Return the parts that a method's own parameters stand for.

@@ -6,6 +6,7 @@ is set after each step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,19 +14,20 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dataflex.errors import ConfigError, Interrupted
-from dataflex.schedule import Round, Schedule
+from dataflex.schedule import Round
 from dataflex.trainers.rounds import DecidedRound, RoundLoader
-from dataflex.trainers.trainer import DataflexTrainer, Director, same_random_state
+from dataflex.trainers.trainer import DataflexTrainer, Directing, Director, same_random_state
 
 
 class RoundDirector(Director, Protocol):
     """Decides what a run trains on."""
 
-    schedule: Schedule
-    interrupts: bool
-    """Whether the end that `decide` sets leaves out what LLaMA-Factory does after training."""
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The rounds that are run, in order."""
+        ...
 
-    def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
+    def decide(self, round: Round) -> DecidedRound | None:
         """Return the round's rows, or None to stop before it."""
         ...
 
@@ -34,7 +36,7 @@ class RoundTrainer(DataflexTrainer):
     """Mixin: put before LLaMA-Factory's trainer class in the bases.
 
     Args:
-        director: decides the rows.
+        directing: has a schedule, and makes a `RoundDirector`.
         row_sets: as for `DataflexTrainer`.
         model_args: as for `DataflexTrainer`.
         kwargs: what LLaMA-Factory's workflow passes to its trainer, and the rest of `DataflexTrainer`.
@@ -43,38 +45,41 @@ class RoundTrainer(DataflexTrainer):
         ConfigError: an argument cannot be reconciled with rounds.
     """
 
-    director: RoundDirector
+    director: RoundDirector | None
 
-    def __init__(self, *, director: RoundDirector, row_sets: Any, model_args: Any, **kwargs: Any):
-        args = kwargs["args"]
+    def __init__(self, *, directing: Directing, row_sets: Any, model_args: Any, **kwargs: Any):
+        args, schedule = kwargs["args"], directing.schedule
+        assert schedule is not None
         if args.auto_find_batch_size:
             raise ConfigError(
                 "auto_find_batch_size: found true; expected false: a round's rows are decided for one batch size. "
                 "Set per_device_train_batch_size and gradient_accumulation_steps."
             )
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        args.max_steps = director.schedule.total(rows=len(row_sets.train), batch=batch)
+        args.max_steps = schedule.total(rows=len(row_sets.train), batch=batch)
         args.ignore_data_skip = True  # the loader starts at the step itself
-        self.rounds = director.schedule.rounds(rows=len(row_sets.train), batch=batch)
-        super().__init__(director=director, row_sets=row_sets, model_args=model_args, **kwargs)
-        self.add_callback(_EpochShown(director.schedule.shown_epoch(len(row_sets.train), batch)))
+        self.rounds = schedule.rounds(rows=len(row_sets.train), batch=batch)
+        super().__init__(directing=directing, row_sets=row_sets, model_args=model_args, **kwargs)
+        self.add_callback(_EpochShown(schedule.shown_epoch(len(row_sets.train), batch)))
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of the whole run."""
         self._stopped = False
-        return RoundLoader(self, self.rounds, self._decide)
+        assert self.director is not None
+        return RoundLoader(self, self.director.rounds, self._decide)
 
     def _decide(self, round: Round) -> DecidedRound | None:
+        assert self.director is not None
         try:
             with same_random_state():
-                decided = self.director.decide(self, round)
+                decided = self.director.decide(round)
         except Interrupted:  # on every rank, between two steps
             if self.stopping.is_due(self.args, self.state):
                 self._save_checkpoint(self.model, trial=None)
             raise
         if decided is None:
             self.control.should_training_stop = True
-            self._stopped = self.director.interrupts
+            self._stopped = self.directing.interrupts
         elif decided.round.steps < round.steps:  # the last one: Transformers ends, saves and evaluates as ever
             self.state.max_steps = decided.round.first_step + decided.round.steps
         return decided

@@ -31,16 +31,20 @@ class Stopping(TrainerCallback):
         resumption: where the same command would begin.
         writes: whether a checkpoint is written (`dataflex.checkpoint_on_signal`).
         is_training: whether the run is a training, and not one that only computes features.
-        kept: returns the steps that need not be done again even without a checkpoint.
     """
 
-    def __init__(self, resumption: Resumption, writes: bool, is_training: bool, kept: Callable[[], int]):
-        self._resumption, self._writes, self._is_training, self._kept = resumption, writes, is_training, kept
+    def __init__(self, resumption: Resumption, writes: bool, is_training: bool):
+        self._resumption, self._writes, self._is_training = resumption, writes, is_training
+        self._kept: Callable[[], int] = lambda: 0
         self._step: int | None = None
         self._total = 0
         self._saved = -1
         self._is_stopping, self._is_last = False, False
         self._holds = contextlib.ExitStack()
+
+    def counts(self, kept: Callable[[], int]) -> None:
+        """Count what `kept` returns: steps that need not be done again even without a checkpoint."""
+        self._kept = kept
 
     def __enter__(self) -> Stopping:
         return self

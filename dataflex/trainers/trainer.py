@@ -10,6 +10,7 @@ import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from dataflex import distributed
 from dataflex.checkpoints.marks import mark_complete, unmark
 from dataflex.errors import DataflexError
-from dataflex.schedule import Round
+from dataflex.schedule import Round, Schedule
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.stopping import Stopping
@@ -34,26 +35,62 @@ class Stopped(Exception):
 
 
 class Director(Protocol):
-    """Accompanies a run; every method is called on every rank."""
+    """Accompanies a training from its beginning on; every method is called on every rank."""
 
-    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
-        """Prepare for training from `checkpoint` (None: from the start); return the folder to start from."""
+    @property
+    def start(self) -> str | None:
+        """Folder of the checkpoint that the training starts from; None: it starts anew."""
         ...
 
-    def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
+    @property
+    def weighing(self) -> Weighing | None:
+        """What is asked about the losses of the steps; None: nothing, they are LLaMA-Factory's."""
+        ...
+
+    @property
+    def own_step(self) -> OwnStep | None:
+        """The step that the run trains by from `acts_from` on, in place of the trainer's."""
+        ...
+
+    @property
+    def acts_from(self) -> int:
+        """The optimizer step from which `own_step` is told to act."""
+        ...
+
+    @property
+    def steps_kept(self) -> int:
+        """Steps whose end state is kept elsewhere, so that they need no checkpoint."""
+        ...
+
+    def saved(self, checkpoint: str) -> dict[str, Any]:
         """Add to a checkpoint what belongs in it; return what its mark records."""
         ...
 
-    def finish(self, trainer: Any, stopped: bool) -> None:
+    def finish(self) -> None:
         """Conclude after training."""
         ...
+
+
+@dataclass(frozen=True)
+class Directing:
+    """How a run is directed, before there is a trainer.
+
+    Attributes:
+        begin: makes the director from the trainer and the checkpoint to go on from, once, before the first step.
+        schedule: the rounds of a run whose rows are decided (`RoundDirector`); None: their order is LLaMA-Factory's.
+        interrupts: whether the end that the director sets leaves out what LLaMA-Factory does after training.
+    """
+
+    begin: Callable[[Any, str | None], Director]
+    schedule: Schedule | None = None
+    interrupts: bool = False
 
 
 class DataflexTrainer(Trainer):
     """Mixin: put before LLaMA-Factory's trainer class in the bases.
 
     Args:
-        director: accompanies the run; it may set `weighing` when it begins.
+        directing: makes what accompanies the run.
         row_sets: training rows and target sets (`dataflex.llamafactory.rows.RowSets`).
         model_args: LLaMA-Factory's model arguments.
         resumption: where to begin.
@@ -62,12 +99,18 @@ class DataflexTrainer(Trainer):
     """
 
     rounds: Sequence[Round] = ()
-    """None, where the order of rows is LLaMA-Factory's own."""
+    """Empty where LLaMA-Factory itself orders the rows."""
+    director: Director | None = None
+    """There from the beginning of `train` on."""
+
+    @property
+    def _weighing(self) -> Weighing | None:
+        return None if self.director is None else self.director.weighing
 
     def __init__(
         self,
         *,
-        director: Director,
+        directing: Directing,
         row_sets: Any,
         model_args: Any,
         resumption: Resumption,
@@ -75,15 +118,12 @@ class DataflexTrainer(Trainer):
         **kwargs: Any,
     ):
         args = kwargs["args"]
-        self.director = director
+        self.directing = directing
         self.resumption = resumption
         self.stopping = stopping
         self.row_sets = row_sets
         self.model_arguments = model_args
         self.global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.weighing: Weighing | None = None
-        self.own_step: OwnStep | None = None
-        self.own_step_from = 0
         self.last_batch: Any = None
         self.parameter_groups: Sequence[dict[str, Any]] = ()
         self._stopped = False
@@ -93,14 +133,15 @@ class DataflexTrainer(Trainer):
         """Train; raises `Stopped` when the director ended the run early."""
         if self.args.world_size > 1 and self.args.device.type == "cpu":
             _accept_cpu_index()
-        start = self.director.begin(self, self.resumption.start(resume_from_checkpoint))
-        if self.weighing is not None:
+        self.director = director = self.directing.begin(self, self.resumption.start(resume_from_checkpoint))
+        self.stopping.counts(lambda: director.steps_kept)
+        if director.weighing is not None:
             self.compute_loss_func = self._loss
             rows: Any = self.train_dataset
             self.train_dataset = rows.add_column(ROWS, np.arange(len(rows)))
             self.data_collator = _WithRows(self.data_collator)
-        output = super().train(start, *args, **kwargs)
-        self.director.finish(self, self._stopped)
+        output = super().train(director.start, *args, **kwargs)
+        director.finish()
         if self._stopped:
             raise Stopped
         return output
@@ -113,26 +154,28 @@ class DataflexTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Train on a micro-batch: by the weighter's own step, where it has one."""
-        if self.own_step is None:
+        director = self.director
+        if director is None or director.own_step is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        acts = self.state.global_step >= self.own_step_from
+        acts = self.state.global_step >= director.acts_from
         # It divides by the accumulation steps itself.
         items = None if num_items_in_batch is None else num_items_in_batch / self.args.gradient_accumulation_steps
         with _scaled_once(self.accelerator):
-            return self.own_step(self, model, inputs, items, acts)
+            return director.own_step(self, model, inputs, items, acts)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the micro-batches of the next step, which `weighing` sees first."""
+        """Return the micro-batches of the next step, which the director's `weighing` sees first."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         self.last_batch = batches[-1] if batches else self.last_batch
-        if self.weighing is not None and batches:
+        if self._weighing is not None and batches:
             with same_random_state():
-                self.weighing.begin(self, batches, items)
+                self._weighing.begin(self, batches, items)
         return batches, items
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the loss of a micro-batch: weighted in training, LLaMA-Factory's own elsewhere."""
-        if self.weighing is None:
+        weighing = self._weighing
+        if weighing is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         rows = inputs.pop(ROWS, None)
         if rows is None:
@@ -141,7 +184,7 @@ class DataflexTrainer(Trainer):
                 return super().compute_loss(model, inputs, *args, **kwargs)
             finally:
                 self.compute_loss_func = kept
-        with self.weighing.captured(self) as states:
+        with weighing.captured(self) as states:
             self._forward = rows, states, {name: value for name, value in inputs.items() if name != "labels"}
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -165,8 +208,8 @@ class DataflexTrainer(Trainer):
 
     def _loss(self, output: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         """Transformers' `compute_loss_func`: called with what the forward pass gave."""
-        assert self.weighing is not None
-        return self._with_auxiliary(self.weighing.loss(_logits(output), labels, *self._forward), output)
+        assert self._weighing is not None
+        return self._with_auxiliary(self._weighing.loss(_logits(output), labels, *self._forward), output)
 
     def _with_auxiliary(self, loss: Any, output: Any) -> Any:
         """Add the auxiliary loss of a mixture of experts, which the model adds to no loss but its own."""
@@ -178,8 +221,8 @@ class DataflexTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what Transformers does, and the spread of the weights beside the loss."""
-        if self.weighing is not None and "loss" in logs:
-            logs |= self.weighing.report()
+        if self._weighing is not None and "loss" in logs:
+            logs |= self._weighing.report()
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +241,8 @@ class DataflexTrainer(Trainer):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             self.args.save_total_limit = limit
-        info = self.director.saved(self, folder)
+        assert self.director is not None
+        info = self.director.saved(folder)
         distributed.barrier()
         if self.args.should_save:
             mark_complete(folder, info)

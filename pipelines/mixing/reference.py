@@ -15,7 +15,6 @@ from torch import Tensor
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.loss import token_losses
-from dataflex.features.spec import TokenLossSpec
 from dataflex.mixers.base import NativeMixer
 from dataflex.rows import Status
 from dataflex.trainers.micro_batch import MicroBatch
@@ -47,7 +46,7 @@ def reference_losses(run: Run, mixer: NativeMixer) -> StoredReference | LiveRefe
         raise ConfigError(
             "padding_side: found left; a reference's stored losses expect rows that begin at their first token"
         )
-    (need,) = (need for need in mixer.needs() if isinstance(need.spec, TokenLossSpec))
+    (need,) = (need for need in mixer.needs() if need.spec.is_by_token)
     (store,) = run.access.ensure([need.spec], run.rows, need.state)
     return StoredReference(run.access.view(need.spec, run.rows, store), run.trainer.args.device)
 

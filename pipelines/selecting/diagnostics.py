@@ -14,7 +14,7 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.features.need import View
-from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec
+from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Rows, Status
 from dataflex.selectors.base import Selection
 from dataflex.selectors.parts.similarity import shared_blocks, unit
@@ -164,15 +164,11 @@ def _spread(scores: np.ndarray) -> dict[str, Any]:
 
 
 def _norms(views: Sequence[tuple[FeatureSpec, View]], size: int) -> np.ndarray:
-    """Return the norm of every row's gradient, (N,) float64, NaN where there is none.
-
-    Of plain gradients it is that of the projection; of Adam's steps, whose norm says little of the gradient's, the
-    gradient's own is kept beside them.
-    """
+    """Return the norm of every row's gradient, (N,) float64, NaN where there is none."""
     found = [
-        np.where(view.status == Status.OK, view.scalar("gradient_norm" if spec.direction == "adam" else "norm"), np.nan)
+        np.where(view.status == Status.OK, view.scalar(spec.norm_column), np.nan)
         for spec, view in _of_one_kind(views)
-        if isinstance(spec, GradientSpec)
+        if spec.norm_column is not None
     ]
     return np.stack(found).mean(axis=0, dtype=np.float64) if found else np.full(size, np.nan)
 
@@ -182,7 +178,7 @@ def _directions(views: Sequence[tuple[FeatureSpec, View]]) -> dict[str, float]:
     by_kind: dict[str, list[float]] = {}
     for spec, view in _of_one_kind(views):
         # The other vectors, losses by token, have a width and no direction.
-        share = common_direction(view) if isinstance(spec, EmbeddingSpec | GradientSpec) else None
+        share = common_direction(view) if spec.has_direction else None
         if share is not None:
             by_kind.setdefault(spec.kind, []).append(share)
     return {kind: _rounded(np.mean(shares)) for kind, shares in by_kind.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.checkpoints.marks import FOLDER
+from dataflex.config.settings import Settings
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.live.moments import MOMENTS_FILE
 from dataflex.pipelines.run import Run, open_run
@@ -26,31 +28,51 @@ log = logging.getLogger(__name__)
 
 
 class SelectingDirector:
-    """A `dataflex.trainers.round_trainer.RoundDirector`; `featurize` and `select` stop it at the first update.
+    """A `dataflex.trainers.round_trainer.RoundDirector`; those of `featurize` and `select` stop at the first update.
+
+    Made on every rank when the trainer exists: it puts the run together, and chooses where to start from: a checkpoint,
+    a kept state, or the beginning.
 
     Args:
         settings: the validated run file.
+        trainer: the `RoundTrainer`.
+        checkpoint: to go on from, or None.
+
+    Raises:
+        DataflexError: the run cannot come to a good end, as far as is known before anything is computed.
     """
 
     stage = "train"
-    interrupts = True
+    weighing = None
+    own_step = None
+    acts_from = 0
 
-    def __init__(self, settings: Any):
+    def __init__(self, settings: Settings, trainer: Any, checkpoint: str | None):
         self.settings = settings
-        self.schedule = settings.schedule
         self.updates: list[dict[str, Any]] = []
         self._begun = time.monotonic()
-
-    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
-        """Put the run together and choose where to start: a checkpoint, a kept state, or the beginning."""
-        self.run: Run = open_run(self.settings, trainer, self.stage)
-        self._refuse_hopeless()
+        self.run = open_run(settings, trainer, self.stage, self._rounds(trainer))
+        refuse_silent_targets(self.run)
+        if settings.train_type == "dynamic_select":
+            self._prepare()
         if not self.run.state.has_adapter:  # of a model trained whole, the base is at hand before any weight is loaded
             update.ensure_base(self.run)
-        self.warm = warmup.WarmState(self.run)
+        self.warm = warmup.WarmState(self.run, is_resumed=checkpoint is not None)
+        self.start = self._start(checkpoint)
+
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The rounds that are run."""
+        return self.run.rounds
+
+    def _rounds(self, trainer: Any) -> Sequence[Round]:
+        rounds: Sequence[Round] = trainer.rounds
+        return rounds
+
+    def _start(self, checkpoint: str | None) -> str | None:
+        """Return the folder to start from, the journal brought to that state. Collective."""
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
-            self.warm.lineage = None  # what came before the checkpoint may have been trained otherwise
             self.run.say_what_has_changed(checkpoint)
             warmup.restore_rounds(self.run, Path(checkpoint))
             return checkpoint
@@ -59,28 +81,17 @@ class SelectingDirector:
         distributed.barrier()
         return self.warm.start()
 
-    def _refuse_hopeless(self) -> None:
-        """Refuse, before anything is computed, updates that no selection can fill and targets that say nothing."""
-        run = self.run
-        for name, target in run.targets.items() if any(need.of == "targets" for need in run.needs) else ():
-            if not (target.supervised > 0).any():
-                raise CoverageError(
-                    f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "
-                    "template and cutoff_len"
-                )
-        if self.settings.train_type != "dynamic_select":
-            return
-        largest = self._largest()
+    def _prepare(self) -> None:
+        """Have the selector check what it can before anything is computed."""
+        run, largest = self.run, self._largest()
         if run.selector.chooses_distinct and largest > len(run.eligible):
             raise CoverageError(self._too_many(largest))
         run.selector.prepare(Beginning(run.rows, run.targets, largest, run.access.width))
 
     def _largest(self) -> int:
         """Return the rows that the largest choice will be of at least; 0 where nothing is chosen."""
-        if self.stage != "train":
-            return 0
         wanted = max((round.steps for round in self.run.updates), default=0) * self.run.trainer.global_batch
-        return wanted if self.schedule.update_step > 0 else min(wanted, len(self.run.eligible))
+        return wanted if self.settings.schedule.update_step > 0 else min(wanted, len(self.run.eligible))
 
     def _too_many(self, largest: int) -> str:
         """Say that there are fewer rows than a choice needs."""
@@ -90,7 +101,7 @@ class SelectingDirector:
             f"{len(self.run.eligible)} that can be chosen; lower update_step or the batch size"
         )
 
-    def decide(self, trainer: Any, round: Round) -> DecidedRound | None:
+    def decide(self, round: Round) -> DecidedRound | None:
         """Return the round on every rank, recorded before its first batch."""
         self.warm.release()
         recorded = distributed.broadcast(self._recorded(round) if distributed.is_main() else None)
@@ -123,9 +134,9 @@ class SelectingDirector:
         if metrics and decided.round.first_step == trainer.state.global_step:
             trainer.log(metrics)
 
-    def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
+    def saved(self, checkpoint: str) -> dict[str, Any]:
         """Add the rounds so far, and the moments by parameter name, to a checkpoint."""
-        moments = None
+        trainer, moments = self.run.trainer, None
         if trainer.args.save_only_model:
             said = "left out: save_only_model"
         else:
@@ -137,17 +148,18 @@ class SelectingDirector:
             (Path(checkpoint) / FOLDER).mkdir(exist_ok=True)
             if moments is not None:
                 moments.save(Path(checkpoint) / MOMENTS_FILE)
-            numbers = [r.number for r in trainer.rounds if r.first_step < trainer.state.global_step]
+            numbers = [r.number for r in self.rounds if r.first_step < trainer.state.global_step]
             self.run.journal.copy_to(Path(checkpoint) / FOLDER / "rounds", numbers)
         return {"global_step": trainer.state.global_step, "moments": said, **self.run.mark()}
 
     @property
     def steps_kept(self) -> int:
         """Steps whose end state is kept beside the features: they need no checkpoint."""
-        return self.warm.reached if hasattr(self, "warm") else 0
+        return self.warm.reached
 
-    def finish(self, trainer: Any, stopped: bool) -> None:
+    def finish(self) -> None:
         """Write the run's summary."""
+        trainer = self.run.trainer
         self.warm.release()
         self.summarise(Path(trainer.args.output_dir) / "dataflex_summary.json", steps=trainer.state.global_step)
 
@@ -178,6 +190,20 @@ class SelectingDirector:
         if found is None and begun:
             raise CoverageError(f"{self.run.journal.path(round.number)}: missing; the checkpoint was trained on it")
         return found if found is not None and (begun or found.info.get("identity") == self.run.identity) else None
+
+
+def refuse_silent_targets(run: Run) -> None:
+    """Refuse targets that say nothing, where a method compares rows with them.
+
+    Raises:
+        CoverageError: a target set has no supervised token.
+    """
+    for name, target in run.targets.items() if any(need.of == "targets" for need in run.needs) else ():
+        if not (target.supervised > 0).any():
+            raise CoverageError(
+                f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "
+                "template and cutoff_len"
+            )
 
 
 def _line(decided: DecidedRound, rows: Rows) -> str:

@@ -14,7 +14,7 @@ from dataflex import distributed
 from dataflex.access.views import Mixed, Snapshot
 from dataflex.draws import generator, stream
 from dataflex.errors import CoverageError
-from dataflex.features.spec import FeatureSpec, LossSpec
+from dataflex.features.spec import FeatureSpec
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose
 from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
@@ -217,7 +217,7 @@ class UpdateFeatures:
         """Move the vectors of earlier updates by what the anchors' have moved."""
         fixed = self.run.rows.take(anchors(self._policy, len(self.run.rows)))
         for need, part in zip(needs, parts, strict=True):
-            if isinstance(need.spec, LossSpec):
+            if not need.spec.has_vectors:
                 continue
             values = [self.run.access.view(need.spec, fixed, view.store).dense() for _, view in part]
             part[:] = [

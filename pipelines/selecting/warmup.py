@@ -47,21 +47,28 @@ class WarmState:
 
     It is kept only where the method asks for features of the live model: another run's features are of no use without
     the state that they belong to.
+
+    Args:
+        run: the run.
+        is_resumed: whether it goes on from a checkpoint.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, is_resumed: bool):
         self.run = run
         self.lineage: str | None = None
         self.loaded = False
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        first = run.trainer.rounds[0]
-        if first.kind == "warmup" and run.live_needs and run.trainer.is_deepspeed_enabled:
-            log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
-        elif first.kind == "warmup" and run.live_needs:
-            keys = run.rows.keys[draw(run, first).rows]
-            self._story: dict[str, Any] | None = lineage(run.trainer, run.state.origin(), keys, 0, first.steps)
-            self.lineage = digest(self._story) if self._story is not None else None
+        self._story: dict[str, Any] | None = None
+        first = run.rounds[0]
         self._end = first.steps
+        if first.kind != "warmup" or not run.live_needs or is_resumed:
+            return  # what came before a checkpoint may have been trained otherwise
+        if run.trainer.is_deepspeed_enabled:
+            log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
+            return
+        keys = run.rows.keys[draw(run, first).rows]
+        self._story = lineage(run.trainer, run.state.origin(), keys, 0, first.steps)
+        self.lineage = digest(self._story) if self._story is not None else None
 
     def start(self) -> str | None:
         """Return the folder of the kept state, its round put into the journal, or None. Collective."""

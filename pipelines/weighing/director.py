@@ -27,34 +27,34 @@ _STATE_FILE = f"{FOLDER}/weighter.json"
 
 
 class WeighingDirector:
-    """A `dataflex.trainers.trainer.Director`.
+    """A `dataflex.trainers.trainer.Director`, made on every rank when the trainer exists.
 
     Args:
         settings: the validated run file.
+        trainer: the `DataflexTrainer`.
+        checkpoint: to go on from, or None.
     """
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self._begun = time.monotonic()
+    steps_kept = 0
 
-    def begin(self, trainer: Any, checkpoint: str | None) -> str | None:
-        """Put the run together, and take up the state of a checkpoint."""
-        self.run: Run = open_run(self.settings, trainer, "train")
+    def __init__(self, settings: Settings, trainer: Any, checkpoint: str | None):
+        self.settings, self.start = settings, checkpoint
+        self._begun = time.monotonic()
+        self.run = open_run(settings, trainer, "train", ())
         assert isinstance(self.run.method, NativeWeighter)
         self.weighter = self.run.method
-        acts_from = self.settings.keys.warmup_step
-        if self.weighter.own_step is None:
-            factor = weighter_factor(self.run, self.weighter, acts_from)
-            trainer.weighing = Weighing([factor], (), self.weighter.wants_states, acts_from)
-        else:
-            trainer.own_step = self.weighter.own_step
-            trainer.own_step_from = acts_from
+        self.acts_from = settings.keys.warmup_step
+        self.own_step = self.weighter.own_step
+        self.weighing = None if self.own_step is not None else self._weighing()
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
             self.run.say_what_has_changed(checkpoint)
             self._restore(Path(checkpoint) / _STATE_FILE)
         self._state()  # what no checkpoint could keep is refused before the first step
-        return checkpoint
+
+    def _weighing(self) -> Weighing:
+        factor = weighter_factor(self.run, self.weighter, self.acts_from)
+        return Weighing([factor], (), self.weighter.wants_states, self.acts_from)
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = kept_by_json(self.weighter.state(), "weighter state")
@@ -81,8 +81,9 @@ class WeighingDirector:
             )
         self.weighter.restore(found["state"])
 
-    def saved(self, trainer: Any, checkpoint: str) -> dict[str, Any]:
+    def saved(self, checkpoint: str) -> dict[str, Any]:
         """Add the weighter's state to a checkpoint."""
+        trainer = self.run.trainer
         if trainer.args.should_save:
             path = Path(checkpoint) / _STATE_FILE
             path.parent.mkdir(exist_ok=True)
@@ -91,8 +92,9 @@ class WeighingDirector:
             path.write_text(json.dumps(kept) + "\n", "utf-8")
         return {"global_step": trainer.state.global_step, **self.run.mark()}
 
-    def finish(self, trainer: Any, stopped: bool) -> None:
+    def finish(self) -> None:
         """Write the run's summary."""
+        trainer = self.run.trainer
         path = Path(trainer.args.output_dir) / "dataflex_summary.json"
         seconds = time.monotonic() - self._begun
         write_summary(path, "train", self.run, seconds, {"steps": trainer.state.global_step})

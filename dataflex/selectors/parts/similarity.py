@@ -14,7 +14,6 @@ from pydantic import Field
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError
-from dataflex.features.spec import FeatureSpec, GradientSpec, PolicyGradientSpec
 from dataflex.selectors.base import View
 from dataflex.selectors.parts.representation import Acts, Part
 
@@ -39,13 +38,6 @@ class Compared(Part):
         description="whitened_cosine: added to the diagonal of the rows' covariance, times its mean; towards "
         "0 every direction counts alike, noise too; large ones give the cosine after subtracting the mean",
     )
-
-
-def known_width(spec: FeatureSpec) -> int | None:
-    """Return the numbers of a feature's vector as far as its specification says; None: the model does."""
-    if not isinstance(spec, GradientSpec | PolicyGradientSpec) or spec.projection.type == "identity":
-        return None
-    return spec.projection.dim
 
 
 def require_whitenable(width: int, of: str) -> None:
