@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from dataflex import distributed
+from dataflex.environment import is_on
 from dataflex.errors import ConfigError
 
-_TRUE = ("true", "y", "1")
 _COUNTED = ("auto", "cpu", "gpu", "xpu")
 """What torchrun takes for a number of processes, and counts itself."""
 _MOST = 65536
@@ -57,7 +57,9 @@ def command_line(
     """
     if not may_launch(env):
         return None
-    if not _is_forced(env, needs_processes) and (_is_on(env, "USE_RAY") or _is_on(env, "USE_KT") or devices() < 2):
+    if not _is_forced(env, needs_processes) and (
+        is_on("USE_RAY", env=env) or is_on("USE_KT", env=env) or devices() < 2
+    ):
         return None
     nodes = check_numbers(env)
     address = env.get("MASTER_ADDR", "127.0.0.1")
@@ -136,7 +138,7 @@ def _require_group(env: Mapping[str, str]) -> None:
 def environment(env: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the processes: LLaMA-Factory's settings for the allocator, unless OPTIM_TORCH is 0."""
     tuned = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_NCCL_AVOID_RECORD_STREAMS": "1"}
-    return {**(tuned if _is_on(env, "OPTIM_TORCH", "1") else {}), **env}
+    return {**(tuned if is_on("OPTIM_TORCH", "1", env=env) else {}), **env}
 
 
 def _passed_on() -> list[str]:
@@ -161,12 +163,8 @@ def _devices() -> int:
     return torch.accelerator.device_count()
 
 
-def _is_on(env: Mapping[str, str], name: str, default: str = "0") -> bool:
-    return env.get(name, default).lower() in _TRUE
-
-
 def _is_forced(env: Mapping[str, str], needs_processes: bool = False) -> bool:
-    return needs_processes or _is_on(env, "FORCE_TORCHRUN") or _is_on(env, "USE_MCA")
+    return needs_processes or is_on("FORCE_TORCHRUN", env=env) or is_on("USE_MCA", env=env)
 
 
 def _number(env: Mapping[str, str], name: str, default: int, least: int = 0, most: int = _MOST) -> int:

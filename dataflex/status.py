@@ -14,6 +14,7 @@ from pathlib import Path
 from dataflex import distributed, stop
 from dataflex.errors import ConfigError, DataflexError, Interrupted
 from dataflex.faults import told
+from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,6 @@ class Report:
     def _put(self, state: str, exit_code: int | None, message: str | None) -> None:
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{self._name}.{os.getpid()}"
         about = {
             "command": self._verb,
             "state": state,
@@ -111,8 +110,8 @@ class Report:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        temporary.write_text(json.dumps(about) + "\n", "utf-8")
-        os.replace(temporary, self._folder / self._name)
+        with replacing(self._folder / self._name) as temporary:
+            temporary.write_text(json.dumps(about) + "\n", "utf-8")
 
 
 _current: Report | None = None

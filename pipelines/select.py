@@ -23,6 +23,7 @@ from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import Selection
+from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,6 @@ def write_selection(
     Datasets that are registered alike (same columns, formatting and tags) share a file; the records of others go to
     `<stem>_<dataset>.json`, each with an entry of its own.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     chosen = selection.rows
     shapes = {
         name: {k: v for k, v in entries.get(name, {}).items() if k in ("columns", "formatting", "tags")} for name in raw
@@ -132,9 +132,8 @@ def write_selection(
             "record": rows.index[chosen],
         }
     )
-    temporary = output.with_name(f".{output.stem}.parquet")
-    pq.write_table(table, temporary, write_page_checksum=True)
-    os.replace(temporary, output.with_suffix(".parquet"))
+    with replacing(output.with_suffix(".parquet")) as temporary:
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def _entries(directory: Path) -> dict[str, Any]:
@@ -144,6 +143,5 @@ def _entries(directory: Path) -> dict[str, Any]:
 
 
 def _put(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text + "\n", "utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", "utf-8")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from dataflex.cli import app
 from dataflex.config import load
+from dataflex.pipelines.select import select
+from dataflex.stores.root import open_store
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -60,10 +62,15 @@ def test_its_run_file_and_its_selector_run(workspace: Any) -> None:
     path.write_text(OmegaConf.to_yaml(written | local))
     assert load(path).schedule.describe().startswith("100 optimizer steps")
     (workspace.folder / "my_selector.py").write_text(block("python"))
-    mine = {"component_name": "longest", "dataflex": {"plugins": [f"{workspace.folder}/my_selector.py"]}}
+    mine = {"component_name": "surprising", "dataflex": {"plugins": [f"{workspace.folder}/my_selector.py"]}}
+    mine["dataflex"] |= {"store": str(workspace.folder / "store"), "params": {"most": 100.0}}
     path.write_text(OmegaConf.to_yaml(written | local | mine))
-    workspace.run("train", path, "warmup_step=1", "update_step=2", "update_times=1", "disable_shuffling=true")
-    pool = json.loads((Path(workspace.tiny.dataset_dir) / "pool.json").read_text())
-    chosen = workspace.rounds("readme")[1]
-    lengths = [len(str(row["instruction"]) + str(row["input"]) + str(row["output"])) for row in pool]
-    assert min(lengths[i] for i in chosen) > sum(lengths) / len(lengths)
+    short = ("warmup_step=1", "update_step=2", "update_times=1")
+    workspace.run("train", path, *short)
+    select(load(path, short), 5, workspace.folder / "chosen.json")
+    (folder,) = (workspace.folder / "store").glob("loss-*")
+    store = open_store(folder)
+    chosen = pq.read_table(workspace.folder / "chosen.parquet")["row_key"].to_pylist()
+    every = {k.tobytes(): loss / max(1, n) for b in store.scan() for k, loss, n in
+             zip(b.keys, b.scalars["loss_sum"], b.scalars["tokens"], strict=True)}  # fmt: skip
+    assert min(every[key] for key in chosen) >= sorted(every.values())[-5]

@@ -13,6 +13,7 @@ from typing import Any
 from dataflex import distributed
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import digest, file_digest
+from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +28,20 @@ def mark_complete(checkpoint: str | os.PathLike[str], info: dict[str, Any]) -> N
     """Declare a checkpoint complete; call it on one process after every one has written its files."""
     root = Path(checkpoint)
     (root / FOLDER).mkdir(exist_ok=True)
-    temporary = root / FOLDER / f".{_MARK}"  # one that a kill has left would be listed, and then be renamed
-    paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p not in (root / FOLDER / _MARK, temporary)]
+    mine = (_MARK, f".{_MARK}")  # one that a kill has left is not of the checkpoint
+    paths = [
+        p
+        for p in sorted(root.rglob("*"))
+        if p.is_file() and not (p.parent == root / FOLDER and p.name.startswith(mine))
+    ]
     sums = _sums(root, [path.relative_to(root).as_posix() for path in paths])
     files = {
         name: {"bytes": path.stat().st_size, "sha256": found}
         for path, (name, found) in zip(paths, sums.items(), strict=True)
     }
     mark = {"version": _VERSION, "files": files, **info}
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({**mark, "digest": digest(mark)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, root / FOLDER / _MARK)
+    with replacing(root / FOLDER / _MARK) as path:
+        path.write_text(json.dumps({**mark, "digest": digest(mark)}, indent=1), "utf-8")
 
 
 def unmark(checkpoint: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dataflex.config.llamafactory_keys import template_names
 from dataflex.config.problems import NOTHING, Origin, Problems
+from dataflex.environment import is_on
 from dataflex.features.spec import GradientSpec
 from dataflex.schedule import MOST_STEPS, Schedule
 
@@ -18,7 +19,6 @@ _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu
 """Optimizers with plain moments per parameter; 8-bit ones keep quantised blocks."""
 _OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 _OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
-_TRUE = ("true", "y", "1")
 _DEQUANTISED = ("mxfp4", "fp8")
 """What LLaMA-Factory turns back into half precision when it loads a model that was saved so."""
 
@@ -81,7 +81,7 @@ class Combinations:
         for key in ("use_mca", "use_kt", "use_hyper_parallel"):
             self._refuse_if_set(key, "This backend has a training loop of its own, which asks no selector")
         for name in ("USE_RAY", "USE_MCA", "USE_KT"):
-            if os.environ.get(name, "0").lower() in _TRUE:
+            if is_on(name):
                 text = f"found {os.environ[name]}; expected it unset with a dynamic train_type"
                 why = "Ray workers and other backends would train without the method"
                 self._problems.say(self._origin, f"environment variable {name}", text, why)

@@ -23,6 +23,7 @@ from dataflex.config.packages import check_trackers, missing_packages
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
+from dataflex.environment import is_on
 from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE
 from dataflex.mixers.base import NativeMixer
@@ -137,7 +138,7 @@ class _Loading:
                 self.problems.say(
                     self.origin, key, f"found an unknown key; expected it under dataflex: (dataflex.{key})"
                 )
-            elif os.environ.get("ALLOW_EXTRA_ARGS", "0").lower() in ("true", "y", "1"):
+            elif is_on("ALLOW_EXTRA_ARGS"):
                 self.notes.append(f"{key}: unknown, and passed over because ALLOW_EXTRA_ARGS is set")
                 right[key] = value
             else:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dataflex.fitting.law import LogLinear, directions, fit_law
 from dataflex.fitting.optimum import best_mixture
 from dataflex.fitting.quality import held_out, r_squared, rank_correlation
 from dataflex.fitting.table import Runs
+from dataflex.whole import replacing
 
 
 def fit_mixture(runs: Runs, goal: Goal) -> dict[str, Any]:
@@ -69,10 +69,8 @@ def write(found: Mapping[str, Any], table: Path, output: Path) -> None:
     """Write the proportions, whole or not at all, with the digest of the table that they come from."""
     digest = hashlib.sha256(table.read_bytes()).hexdigest()
     whole = {**found, "fit": {"table": table.name, "table_sha256": digest, **found["fit"]}}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}")
-    temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(temporary, output)
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def lines_of(found: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from dataflex.features.spec import EmbeddingSpec, GradientSpec, LossSpec
+from dataflex.params import Parameters
 from dataflex.registry import register_selector
 from dataflex.selectors.base import Context, NativeSelector, Need, Selection
 from dataflex.selectors.classic import Selector
 
-__all__ = ["Context", "NativeSelector", "Need", "Selection", "Selector", "register_selector"]
+__all__ = [
+    "Context",
+    "EmbeddingSpec",
+    "GradientSpec",
+    "LossSpec",
+    "NativeSelector",
+    "Need",
+    "Parameters",
+    "Selection",
+    "Selector",
+    "register_selector",
+]

@@ -16,6 +16,7 @@ from dataflex.errors import CorruptionError, MismatchError
 from dataflex.rows import KEY_DTYPE
 from dataflex.schedule import Round
 from dataflex.trainers.rounds import DecidedRound
+from dataflex.whole import replacing
 
 _SCHEMA = pa.schema(
     [
@@ -154,13 +155,8 @@ class Journal:
         return self.folder / f"pool-{number:05d}.parquet"
 
     def _put(self, path: Path, table: pa.Table) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{path.name}.{os.getpid()}"
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             pq.write_table(table, file, write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
 
 
 def _read(path: Path, columns: Sequence[str]) -> pa.Table:

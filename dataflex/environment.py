@@ -1,0 +1,11 @@
+"""Switches in the environment, read as LLaMA-Factory reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+
+def is_on(name: str, default: str = "0", env: Mapping[str, str] = os.environ) -> bool:
+    """Say whether a variable is `true`, `y` or `1`, in any case of letters."""
+    return env.get(name, default).lower() in ("true", "y", "1")

@@ -1,0 +1,25 @@
+"""Files of a run's own folder that are written whole or not at all; stores have their own rules (`dataflex.stores`)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside a file; what is written there takes the file's place when the block ends, synced before.
+
+    Folders that lead to it are made. A kill leaves the old file, and at most a hidden one beside it.
+
+    Args:
+        path: the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same
+    yield temporary
+    with open(temporary, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(temporary, path)
