@@ -62,8 +62,12 @@ def test_its_run_file_and_its_selector_run(workspace: Any) -> None:
     path.write_text(OmegaConf.to_yaml(written | local))
     assert load(path).schedule.describe().startswith("100 optimizer steps")
     (workspace.folder / "my_selector.py").write_text(block("python"))
-    mine = {"component_name": "surprising", "dataflex": {"plugins": [f"{workspace.folder}/my_selector.py"]}}
-    mine["dataflex"] |= {"store": str(workspace.folder / "store"), "params": {"most": 100.0}}
+    section = {
+        "plugins": [f"{workspace.folder}/my_selector.py"],
+        "store": str(workspace.folder / "store"),
+        "params": {"most": 100.0},
+    }
+    mine = {"component_name": "surprising", "dataflex": section}
     path.write_text(OmegaConf.to_yaml(written | local | mine))
     short = ("warmup_step=1", "update_step=2", "update_times=1")
     workspace.run("train", path, *short)
