@@ -1,8 +1,7 @@
 """Error of cosines and CPU time per row of every projection, on real gradients of a small Llama's LoRA adapter.
 
 The error is the root mean square, over all pairs of rows, of the projected minus the exact cosine; 1/sqrt(K) is what
-theory says for unit vectors that are nearly orthogonal. Times are those of the projection alone, one thread; factorized
-never sees a whole gradient, so its time is that of a whole pass minus one with sjlt.
+theory says for unit vectors that are nearly orthogonal. Times are those of the projection alone, one thread.
 
 python -m benchmarks.projection --dim 1024 8192
 """
@@ -54,19 +53,9 @@ def projection_time(bench: Bench, projection: Projection, whole: np.ndarray) -> 
     return best / len(blocks[0])
 
 
-def pass_time(bench: Bench, projection: Projection) -> float:
-    best = math.inf
-    for _ in range(4):
-        begun = time.process_time()
-        features(bench, GradientSpec(projection=projection))
-        best = min(best, time.process_time() - begun)
-    return best / len(bench.rows)
-
-
 def candidates(dim: int) -> Sequence[Projection]:
     sparse = [Projection(dim=dim, sparsity=s) for s in (1, 2, 4, 8)]
-    others = [Projection(type=kind, dim=dim) for kind in ("srht", "rademacher", "normal")]
-    return [*sparse, *others, *(Projection(type="factorized", dim=dim, side=side) for side in (16, 64))]
+    return [*sparse, *(Projection(type=kind, dim=dim) for kind in ("srht", "rademacher"))]
 
 
 def main() -> None:
@@ -84,20 +73,13 @@ def main() -> None:
     print(f"{args.rows} rows, {whole['sgd'].shape[1]} parameters; mean cosine {means}")
     for dim in args.dim:
         print(f"\nK = {dim}, 1/sqrt(K) = {1 / math.sqrt(dim):.4f}\n  {'':22s} RMSE sgd  RMSE adam   ms/row")
-        base = pass_time(bench, Projection(dim=dim))
         for projection in candidates(dim):
             errors = [
                 np.sqrt(((cosines(features(bench, GradientSpec(direction=d, projection=projection))) - e) ** 2).mean())
-                if projection.type != "factorized" or d == "sgd"
-                else math.nan
                 for d, e in exact.items()
             ]
-            if projection.type == "factorized":
-                seconds = pass_time(bench, projection) - base
-            else:
-                seconds = projection_time(bench, projection, whole["sgd"])
-            extra = {"sjlt": f" s={projection.sparsity}", "factorized": f" side={projection.side}"}
-            name = projection.type + extra.get(projection.type, "")
+            seconds = projection_time(bench, projection, whole["sgd"])
+            name = projection.type + (f" s={projection.sparsity}" if projection.type == "sjlt" else "")
             print(f"  {name:22s} {errors[0]:8.4f}   {errors[1]:8.4f} {seconds * 1e3:8.2f}")
 
 

@@ -161,6 +161,7 @@ def recorded_store(files: Files, folder: str, document: dict[str, Any], check_na
 
     Raises:
         CorruptionError: it is no recipe, or another than the folder is named after.
+        MismatchError: it is of a projection that there is no more.
     """
     where = files.name(f"{folder}/recipe.json")
     try:
@@ -172,6 +173,12 @@ def recorded_store(files: Files, folder: str, document: dict[str, Any], check_na
             f"{where} holds another recipe than its folder is named after; was the folder renamed? Call it "
             f"{folder_name(store.kind, store.recipe)} again, or remove it"
         )
+    match store.recipe:
+        case {"feature": {"projection": {"type": "normal" | "factorized" as name}}}:
+            raise MismatchError(
+                f"{where} is of gradients under the projection {name}, which was taken out of DataFlex; expected sjlt "
+                "or rademacher. Compute them anew under one of these; `dataflex store gc` makes room"
+            )
     return store
 
 

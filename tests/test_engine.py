@@ -18,7 +18,6 @@ from dataflex.features.adam import Moments, Scalars
 from dataflex.features.batching import count_batches, plan_batches
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.projection import build_projector
-from dataflex.features.sjlt import Sjlt
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, FeatureValues, GradientSpec, LossSpec, Projection
 from dataflex.rows import Status
 
@@ -64,7 +63,6 @@ SPECS: list[FeatureSpec] = [
     EmbeddingSpec(),
     GradientSpec(projection=Projection(dim=64)),
     GradientSpec(projection=Projection(type="srht", dim=32)),
-    GradientSpec(projection=Projection(type="factorized", dim=64, side=8)),
     GradientSpec(direction="adam", projection=Projection(dim=64, seed=1)),
     GradientSpec(direction="adam", adam_variant="less_reference", projection=Projection(type="identity")),
 ]
@@ -132,23 +130,6 @@ def test_projected_gradient_is_the_projection_of_the_gradient(model: Any, exampl
         projector.add(y, p.key, 0, torch.from_numpy(plain.vectors[:, at : at + p.size]).double())
         at += p.size
     np.testing.assert_allclose(found.vectors, projector.values(y).numpy(), rtol=0, atol=1e-6)
-
-
-def test_factors_that_are_small_are_not_projected(model: Any, examples: list[dict[str, Any]]) -> None:
-    """So with a large `side` the features are the sketch of the whole gradient."""
-    engine = FeatureEngine(model, pad_token_id=0)
-    projection = Projection(type="factorized", dim=64, side=1000)
-    plain, found = engine.compute(
-        examples, [GradientSpec(projection=Projection(type="identity")), GradientSpec(projection=projection)]
-    )
-    sketch = Sjlt(projection.seed, 64, 1, {f"{p.key}#factors": p.size for p in engine.parameters})
-    y, at = sketch.zeros(len(examples), torch.device("cpu")), 0
-    assert plain.vectors is not None
-    assert found.vectors is not None
-    for p in sorted(engine.parameters, key=lambda p: p.key):
-        sketch.add(y, f"{p.key}#factors", 0, torch.from_numpy(plain.vectors[:, at : at + p.size]))
-        at += p.size
-    np.testing.assert_allclose(found.vectors, sketch.values(y).numpy(), rtol=0, atol=1e-6)
 
 
 def test_rows_without_a_target(model: Any, examples: list[dict[str, Any]]) -> None:

@@ -256,9 +256,9 @@ def test_half_precision(mixed: bool, examples: list[dict[str, list[int]]]) -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", ["sjlt", "rademacher", "srht", "factorized"])
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher", "srht"])
 def test_gpu_agrees_with_cpu(kind: str, examples: list[dict[str, list[int]]]) -> None:
-    spec = GradientSpec(projection=Projection(type=kind, dim=256, side=8))
+    spec = GradientSpec(projection=Projection(type=kind, dim=256))
     model = build("qwen2_lora")
     (wanted,) = FeatureEngine(model, pad_token_id=0).compute(examples, [spec])
     engine = FeatureEngine(model.cuda(), pad_token_id=0)

@@ -13,8 +13,8 @@ from dataflex.cli import main
 from dataflex.errors import CorruptionError, MismatchError
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.inspection import Part, inspect, refuse, repair
-from dataflex.stores.record import FORMAT, seal, unseal
-from dataflex.stores.root import StoreRoot, open_files
+from dataflex.stores.record import FORMAT, claim, seal, unseal
+from dataflex.stores.root import StoreRoot, folder_name, open_files, open_store
 from dataflex.stores.runs import read_runs
 from tests.test_gc import LAYOUT, LINEAGE, make_state, make_store, record, values
 
@@ -164,6 +164,37 @@ def test_what_was_renamed_or_is_of_a_newer_version_is_left_and_said(files: Files
     write(files, path, seal({**unseal(files.read(path), "it"), "format": FORMAT + 1}))
     with pytest.raises(MismatchError, match=r"1 not looked into:\n.*pip install -U dataflex"):
         refuse(list(repair(files)), after_repair=True)
+
+
+@pytest.mark.parametrize("projection", ["normal", "factorized"])
+def test_a_store_of_a_former_projection_is_left_and_said(
+    files: Files, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, projection: str
+) -> None:
+    recipe = {"feature": {"kind": "gradient", "projection": {"type": projection, "dim": 8, "seed": 0}}}
+    folder = folder_name("gradient", recipe)
+    claim(files, folder, "recipe", {"kind": "gradient", "recipe": recipe, "layout": LAYOUT.plain(), "libraries": {}})
+    before, root = files.stored(""), StoreRoot(files)
+    for look in (
+        lambda: root.find("gradient", recipe),
+        lambda: root.open("gradient", recipe, LAYOUT),
+        lambda: open_store(f"{files.url}/{folder}"),
+    ):
+        with pytest.raises(MismatchError, match=f"under the projection {projection}, which was taken out of DataFlex"):
+            look()
+    named = f"{folder}/recipe.json is of gradients under the projection {projection}"
+    for verb, expected in (("ls", 0), ("verify", 3), ("repair", 3)):
+        caplog.clear()
+        code, out, err = run(capsys, "store", verb, "--root", files.url)
+        assert (code, (err + caplog.text).count(named)) == (expected, 1), err
+        assert verb == "repair" or folder_name("gradient", {"r": 1}) in out, "the others are there as ever"
+    now = {"feature": {"kind": "gradient", "projection": {"type": "rademacher", "dim": 8, "seed": 0}}}
+    nearest = root.nearest("gradient", now)
+    assert nearest is not None
+    assert nearest[0].recipe == {"r": 1}
+    assert files.stored("") == before
+    assert run(capsys, "store", "gc", "--unreferenced", "--grace", "0", "--delete", "--root", files.url)[0] == 0
+    assert files.stored(folder) == []
+    assert run(capsys, "store", "verify", "--root", files.url)[0] == 0
 
 
 def test_what_cannot_be_read_is_a_fault_that_nothing_is_removed_for(tmp_path: Path) -> None:

@@ -277,7 +277,14 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ("mixture_of_depths: convert", ["mixture_of_depths: found 'convert'; expected it left out"]),
         ("max_steps: 30", ["max_steps: found 30; expected nothing. Set train_step: 30"]),
         ("val_size: 0.1", ["val_size: found 0.1; expected nothing beside eval_dataset"]),
-        ("dataflex: {params: {projection: factorized}}", ["dataflex.params.projection: found factorized with Adam's"]),
+        (
+            "dataflex: {params: {projection: factorized}}",
+            ["dataflex.params.projection: found 'factorized'; expected sjlt or rademacher: normal and factorized were"],
+        ),
+        (
+            "dataflex: {features: [{kind: gradient, projection: {type: normal}}]}",
+            ["dataflex.features.0.projection.type: found 'normal'; expected sjlt or rademacher: normal and factorized"],
+        ),
         # files
         ("model_name_or_path: ./gone", ["model_name_or_path: found './gone'; expected a folder that exists"]),
         ("model_name_or_path: data", ["model_name_or_path: found 'data'; expected a folder with config.json"]),
@@ -377,7 +384,7 @@ def test_everything_wrong_with_a_component_comes_at_once():
         "dataflex.params.proj_dims: found an unknown key",
         "dataflex.params.seed: found 'x'",
         "dataflex.params: found 'gone'; expected checkpoint folders that exist",
-        "dataflex.params.projection: found factorized with Adam's direction",
+        "dataflex.params.projection: found 'factorized'; expected sjlt or rademacher",
         "dataflex.weighter: found {'name': 'los'}; expected it with train_type: dynamic_mix",
         "use_dora: found true",
     ):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dataflex.config.llamafactory_keys import template_names
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.environment import is_on
-from dataflex.features.spec import GradientSpec
 from dataflex.schedule import MOST_STEPS, Schedule
 
 _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
@@ -160,12 +159,11 @@ class Combinations:
         why = "PiSSA takes the adapter's first weights out of the frozen ones, so there is no base model to look at"
         self._refuse_if_set("pissa_init", why)
 
-    def check_gradients(self, schedule: Schedule, specs: Sequence[GradientSpec], is_live: bool) -> None:
+    def check_gradients(self, schedule: Schedule, is_live: bool) -> None:
         """Refuse what there is no exact per-example gradient of.
 
         Args:
             schedule: of the run.
-            specs: the gradients wanted.
             is_live: whether a gradient of the model being trained is wanted, not only of given checkpoints.
         """
         kind = self._values.get("finetuning_type", "lora")
@@ -177,10 +175,6 @@ class Combinations:
         if method := quantised_as_saved(self._values.get("model_name_or_path")):
             text = f"found a base saved quantised ({method}); expected its weights in half or full precision"
             self._problems.say(self._origin, "model_name_or_path", text, QUANTISED)
-        if any(spec.direction == "adam" and spec.projection.type == "factorized" for spec in specs):
-            text = "found factorized with Adam's direction; expected another projection, or gradient_type: sgd"
-            why = "Adam's step is no outer product of two factors"
-            self._problems.say(self._origin, "dataflex.params.projection", text, why)
         for key in _OTHER_LOSSES:
             if self._values.get(key):
                 self.notes.append(f"{key} changes the training loss; gradients are of the plain mean cross-entropy")

@@ -263,7 +263,6 @@ class _Loading:
             expected = f"{' or '.join(policies_taken)} with these parameters"
             why = "What the method compares must be of one state of the model"
             self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
-        gradients = [spec.gradient for spec in specs if spec.gradient is not None]
         if not is_dynamic and not specs:
             if not llamafactory.get("model_name_or_path"):
                 self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")
@@ -286,9 +285,9 @@ class _Loading:
             check.check_evaluation()
         if specs:
             check.check_features()
-        if gradients:
+        if any(spec.gradient for spec in specs):
             is_live = bool(section.features) or any(need.state is None for need in needs)
-            check.check_gradients(schedule, gradients, is_live)
+            check.check_gradients(schedule, is_live)
         if any(spec.needs_moments for spec in specs):
             check.check_adam()
         if any(spec.rewards for spec in specs):

@@ -156,11 +156,6 @@ class FeatureEngine:
         projector = self._projectors[spec.projection]
         if spec.direction == "sgd":
             return Target(None, projector)
-        if spec.projection.type == "factorized":
-            raise ConfigError(
-                "projection.type factorized with direction adam: the step is no outer product, so it has no factors "
-                "to project; use sjlt"
-            )
         if self.moments is None:
             raise ConfigError(
                 "direction adam needs the moments of an optimizer; train a warm-up first, or use direction sgd"

@@ -55,21 +55,6 @@ class Parameter:
         return int(torch.Size(self.shape).numel())
 
 
-@dataclass(frozen=True)
-class Linear:
-    """The two factors of a weight's gradient, sum_t left_t right_t^T; left (B, T, rows), right (B, T, cols)."""
-
-    left: Tensor
-    right: Tensor
-
-    def __call__(self, a: int, b: int) -> Tensor:
-        """See `Rows`."""
-        left = self.left[..., a:b].transpose(1, 2)
-        if _MIXED_BMM and left.is_cuda and left.dtype == self.right.dtype and left.dtype in _HALF:
-            return torch.bmm(left, self.right, out_dtype=torch.float32).flatten(1)  # type: ignore[call-arg]
-        return torch.bmm(wide(left), wide(self.right)).flatten(1)
-
-
 def trainable_parameters(model: nn.Module) -> list[Parameter]:
     """List the parameters that require gradients, tied ones once.
 
@@ -142,10 +127,22 @@ def gradient_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) ->
         return _module_rows(module, names, x, gy)
     x, gy = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, gy))
     rows: dict[str, Rows] = {
-        "weight": Linear(x, gy) if isinstance(module, Conv1D) else Linear(gy, x),
+        "weight": _linear_rows(x, gy) if isinstance(module, Conv1D) else _linear_rows(gy, x),
         "bias": lambda a, b: wide(gy[..., a:b]).sum(dim=1),
     }
     return {name: rows[name] for name in names}
+
+
+def _linear_rows(left: Tensor, right: Tensor) -> Rows:
+    """Return the gradient sum_t left_t right_t^T of a weight; left (B, T, rows), right (B, T, cols)."""
+
+    def rows(a: int, b: int) -> Tensor:
+        part = left[..., a:b].transpose(1, 2)
+        if _MIXED_BMM and part.is_cuda and part.dtype == right.dtype and part.dtype in _HALF:
+            return torch.bmm(part, right, out_dtype=torch.float32).flatten(1)  # type: ignore[call-arg]
+        return torch.bmm(wide(part), wide(right)).flatten(1)
+
+    return rows
 
 
 def _embedding_rows(module: nn.Embedding, ids: Tensor, gy: Tensor) -> Rows:

@@ -8,10 +8,10 @@ Shapes: n rows of the batch, m elements of a block, P elements of all parameters
 
 sjlt: s = `sparsity` non-zeros ±1/sqrt(s) per element, one in each of s bands of columns. With s = 1 and K even, adding
   neighbouring columns gives exactly the projection to K/2. Source: Kane, Nelson, JACM 2014; s = 1 is the count sketch.
-rademacher, normal: dense, entries ±1/sqrt(K) or N(0, 1/K). The entries of the first K' columns do not depend on K.
-srht: see `Srht`. factorized: see `Factorized`. identity: K = P, parameters in the order of their names.
-For unit a and b, <Ra, Rb> is unbiased for <a, b> and its standard deviation is about 1/sqrt(K) for sjlt, rademacher,
-normal and srht.
+rademacher: dense, entries ±1/sqrt(K). The signs of the first K' columns do not depend on K.
+srht: see `Srht`. identity: K = P, parameters in the order of their names.
+For unit a and b, <Ra, Rb> is unbiased for <a, b> and its standard deviation is about 1/sqrt(K) for sjlt, rademacher
+and srht.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from dataflex.errors import ConfigError
-from dataflex.features.dense import Dense
-from dataflex.features.factorized import Factorized
+from dataflex.features.rademacher import Rademacher
 from dataflex.features.sjlt import Sjlt
 from dataflex.features.spec import MAX_COLUMNS, Projection
 from dataflex.features.srht import Srht
@@ -61,13 +60,11 @@ def build_projector(projection: Projection, sizes: Mapping[str, int]) -> Project
         raise ConfigError(f"projection.dim is {projection.dim}; at most {MAX_COLUMNS} are possible")
     if projection.type == "srht":
         return Srht(projection, sizes)
-    if projection.type in ("rademacher", "normal"):
-        return Dense(projection)
-    sparsity = 1 if projection.type == "factorized" else projection.sparsity
-    if sparsity > projection.dim:
-        raise ConfigError(f"projection.sparsity is {sparsity}, more than projection.dim = {projection.dim}")
-    sketch = Sjlt(projection.seed, projection.dim, sparsity, sizes)
-    return Factorized(projection, sketch) if projection.type == "factorized" else sketch
+    if projection.type == "rademacher":
+        return Rademacher(projection)
+    if projection.sparsity > projection.dim:
+        raise ConfigError(f"projection.sparsity is {projection.sparsity}, more than projection.dim = {projection.dim}")
+    return Sjlt(projection.seed, projection.dim, projection.sparsity, sizes)
 
 
 class Identity:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from dataflex.errors import DataflexError
 from dataflex.features.capture import Taps
-from dataflex.features.factorized import Factorized
-from dataflex.features.gradient import Linear, Parameter, Rows, gradient_rows
+from dataflex.features.gradient import Parameter, Rows, gradient_rows
 from dataflex.features.projection import Projector
 
 Direction = Callable[[str, int, Tensor], Tensor]
@@ -107,23 +106,16 @@ class Sketches:
 
     def _reduce(self, parameter: Parameter, uses: list[Rows]) -> None:
         cols = parameter.cols
-        dense = []
-        for target, y in zip(self._targets, self._sums, strict=True):
-            if isinstance(target.projector, Factorized) and all(isinstance(use, Linear) for use in uses):
-                for use in uses:
-                    target.projector.add_linear(y, parameter.key, use.left, use.right)  # type: ignore[attr-defined]
-            else:
-                dense.append((target, y))
         step = max(1, self._block // (self._n * cols))
-        for a in range(0, parameter.rows if dense else 0, step):
+        for a in range(0, parameter.rows, step):
             b = min(a + step, parameter.rows)
             g = uses[0](a, b)
             for use in uses[1:]:
                 g = g + use(a, b)
             made: dict[Direction | None, Tensor] = {None: g}
-            if any(target.direction for target, _ in dense):
+            if any(target.direction for target in self._targets):
                 self.squares += g.square().sum(dim=1)
-            for target, y in dense:
+            for target, y in zip(self._targets, self._sums, strict=True):
                 if target.direction not in made:
                     made[target.direction] = target.direction(parameter.name, a * cols, g)  # type: ignore[misc]
                 target.projector.add(y, parameter.key, a * cols, made[target.direction])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from dataflex.features.feature import Feature, Sizes
 from dataflex.params import Parameters
@@ -24,19 +24,27 @@ BASE = "base"
 _LOSS_SCALARS = {"loss_sum": "float64", "tokens": "int32"}
 
 
+def _refuse_former(value: Any) -> Any:
+    """Refuse the projections that there were once, in words."""
+    if value in ("normal", "factorized"):
+        raise ValueError("sjlt or rademacher: normal and factorized were taken out, as slower or noisier than these")
+    return value
+
+
+ProjectionType = Annotated[Literal["sjlt", "rademacher", "srht", "identity"], BeforeValidator(_refuse_former)]
+
+
 class Projection(Parameters):
     """How P numbers become K: y = R g with E[R^T R] = I, entries a pure function of (seed, name, i, k)."""
 
-    type: Literal["sjlt", "rademacher", "normal", "srht", "factorized", "identity"] = Field(
+    type: ProjectionType = Field(
         "sjlt",
-        description="sjlt: sparse Johnson-Lindenstrauss (default, linear time); rademacher, normal: dense; srht: "
-        "subsampled randomised Hadamard; factorized: both factors of a linear layer projected first (SGD only, 3 to "
-        "4.5 times noisier); identity: the whole gradient, K = P, for tests",
+        description="sjlt: sparse Johnson-Lindenstrauss (default, linear time); rademacher: dense; srht: subsampled "
+        "randomised Hadamard; identity: the whole gradient, K = P, for tests",
     )
     dim: int = Field(8192, ge=1, description="K, numbers kept per gradient; cosine error is about 1/sqrt(K)")
     seed: int = Field(0, ge=0, description="seed of the random entries; features are comparable only under one seed")
     sparsity: int = Field(1, ge=1, description="sjlt: non-zeros per coordinate; 4 is safer for spiky gradients")
-    side: int = Field(64, ge=1, description="factorized: numbers kept per side of a linear layer")
 
 
 class LossSpec(Feature):
@@ -182,7 +190,7 @@ class GradientSpec(Feature):
         out = self.model_dump()
         if self.direction == "sgd":
             out.pop("adam_variant")
-        used = {"sjlt": {"dim", "seed", "sparsity"}, "factorized": {"dim", "seed", "side"}, "identity": set()}
+        used = {"sjlt": {"dim", "seed", "sparsity"}, "identity": set()}
         keep = {"type"} | used.get(self.projection.type, {"dim", "seed"})
         out["projection"] = {k: v for k, v in out["projection"].items() if k in keep}
         return out

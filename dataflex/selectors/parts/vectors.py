@@ -17,6 +17,7 @@ from dataflex.features.spec import (
     GradientSpec,
     PolicyGradientSpec,
     Projection,
+    ProjectionType,
     RewardSpec,
 )
 from dataflex.rewards import build_reward
@@ -41,9 +42,7 @@ class GradientFields(Part):
         8192, ge=1, le=MAX_COLUMNS, description="numbers kept per gradient; cosine error is about 1/sqrt(proj_dim)"
     )
     seed: int = Field(0, ge=0, description="seed of the random projection")
-    projection: Literal["sjlt", "rademacher", "normal", "srht", "factorized", "identity"] = Field(
-        "sjlt", description="random projection; see dataflex.features.spec.Projection"
-    )
+    projection: ProjectionType = Field("sjlt", description="random projection; see dataflex.features.spec.Projection")
     sparsity: int = Field(1, ge=1, description="sjlt: non-zeros per coordinate")
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Dense random projections, the yardstick for the others."""
+"""A dense random projection, the yardstick for the others."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from dataflex.features.entries import CHUNK, stream, upper, words
+from dataflex.features.entries import CHUNK, stream, words
 from dataflex.features.spec import MAX_COLUMNS, Projection
 
 
-class Dense:
-    """Rademacher or normal entries, made again for every block: P K random numbers a batch."""
+class Rademacher:
+    """Entries ±1/sqrt(K), made again for every block: P K random bits a batch."""
 
     def __init__(self, projection: Projection) -> None:
         self.width = projection.dim
-        self._entries = random_signs if projection.type == "rademacher" else _normals
-        self._seed, self._role = projection.seed, projection.type
+        self._seed = projection.seed
 
     def zeros(self, n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (n, K)."""
@@ -25,11 +24,11 @@ class Dense:
 
     def add(self, y: Tensor, name: str, start: int, values: Tensor) -> None:
         """Add a block; see `projection.Projector`."""
-        key, m = stream(self._seed, self._role, name), values.shape[1]
+        key, m = stream(self._seed, "rademacher", name), values.shape[1]
         step = max(1, CHUNK // self.width)
         for a in range(0, m, step):
             rows = torch.arange(start + a, start + min(a + step, m), device=values.device)
-            matrix = self._entries(key, rows, self.width).to(values.dtype)
+            matrix = _signs(key, rows, self.width).to(values.dtype)
             y.addmm_(values[:, a : a + step], matrix, alpha=1 / math.sqrt(self.width))
 
     def values(self, y: Tensor) -> Tensor:
@@ -37,7 +36,7 @@ class Dense:
         return y
 
 
-def random_signs(key: int, rows: Tensor, columns: int) -> Tensor:
+def _signs(key: int, rows: Tensor, columns: int) -> Tensor:
     """Return (m, columns) of ±1: column k is bit k mod 64 of word k // 64 of its row."""
     width = -(-columns // 64)
     word = words(key, rows[:, None] * MAX_COLUMNS + torch.arange(width, device=rows.device))
@@ -45,13 +44,3 @@ def random_signs(key: int, rows: Tensor, columns: int) -> Tensor:
     byte = torch.arange(256, device=rows.device)
     table = ((byte[:, None] >> torch.arange(8, device=rows.device)) & 1).float() * 2 - 1
     return table[word.view(torch.uint8).long()].reshape(len(rows), width * 64)[:, :columns]
-
-
-def _normals(key: int, rows: Tensor, columns: int) -> Tensor:
-    """Return (m, columns) of N(0, 1) in float64 by Box-Muller: word w of a row gives columns 2w and 2w + 1."""
-    width = -(-columns // 2)
-    word = words(key, rows[:, None] * MAX_COLUMNS + torch.arange(width, device=rows.device))
-    radius = (-2 * torch.log((upper(word).double() + 1) / 2**32)).sqrt()
-    angle = (word & 0xFFFFFFFF).double() * (2 * math.pi / 2**32)
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return pairs.reshape(len(rows), width * 2)[:, :columns]
