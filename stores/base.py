@@ -1,4 +1,4 @@
-"""What a store of feature values holds and does.
+"""What a store of feature values holds.
 
 R rows, D numbers per stored vector.
 """
@@ -6,9 +6,9 @@ R rows, D numbers per stored vector.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -110,36 +110,3 @@ class Values:
                     f"column {name} of row {row} (key {self.keys[row].tobytes().hex()}) is not finite although its "
                     f"status is OK; such a row needs status {Status.NONFINITE.name}"
                 )
-
-
-class FeatureStore(Protocol):
-    """One value per row key, for one recipe."""
-
-    layout: Layout
-
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """Everything but the row that determines a value."""
-        ...
-
-    def append(self, fragment_id: str, values: Values) -> bool:
-        """Commit values, entirely or not at all; say whether these were kept, not another writer's."""
-        ...
-
-    def contains(self, keys: np.ndarray) -> np.ndarray:
-        """Say for each of (R,) keys whether its value is committed; (R,) bool."""
-        ...
-
-    def read(self, keys: np.ndarray, columns: Sequence[str] | None = None, vectors: bool = True) -> Values:
-        """Return the values of (R,) keys, in that order and multiplicity."""
-        ...
-
-    def scan(
-        self,
-        block_rows: int,
-        columns: Sequence[str] | None = None,
-        vectors: bool = True,
-        keys: np.ndarray | None = None,
-    ) -> Iterator[Values]:
-        """Yield every value once, or those of the keys given, in the order of the storage."""
-        ...

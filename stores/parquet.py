@@ -27,11 +27,8 @@ from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import serialise
 from dataflex.stores.log import Entry, Log
-from dataflex.stores.problem import Problem, mend
-from dataflex.stores.record import claim, find_record
 from dataflex.stores.rounding import decode
 from dataflex.stores.snapshot import Snapshot
-from dataflex.stores.verify import problems
 
 _WRITER = uuid.uuid4().hex
 
@@ -50,7 +47,6 @@ class ParquetStore:
     def __init__(self, files: Files, folder: str, document: Mapping[str, Any]):
         self.files = files
         self.folder = folder
-        self.document = document
         self.kind: str = document["kind"]
         self.recipe: Mapping[str, Any] = document["recipe"]
         self.layout = Layout(**document["layout"])
@@ -220,19 +216,6 @@ class ParquetStore:
                     held, free = [], block_rows
         if held:
             yield Encoded.concatenate(held)
-
-    def verify(self) -> list[Problem]:
-        """Read every byte and return what is wrong, harmless leftovers included."""
-        return problems(self.files, self.folder, self.layout)
-
-    def repair(self) -> list[Problem]:
-        """Remove damaged files, so that the rows concerned count as missing; return what was wrong."""
-        found = self.verify()
-        mend(self.files, found)
-        if find_record(self.files, self.folder, "recipe") is None:
-            claim(self.files, self.folder, "recipe", {k: v for k, v in self.document.items() if k != "format"})
-        self._snapshot = None
-        return found
 
     def _refresh(self) -> None:
         if self._log.refresh():

@@ -29,21 +29,12 @@ def factor(scale: np.ndarray | None, storage: str) -> np.ndarray | None:
     return None if scale is None else scale / np.float32(127 if storage == "int8" else 1)
 
 
-def decode(codes: np.ndarray, scale: np.ndarray | None, storage: str, out: np.ndarray | None = None) -> np.ndarray:
-    """Return (R, D) float32 vectors, in `out` if given."""
-    out = np.empty(codes.shape, np.float32) if out is None else out
+def decode(codes: np.ndarray, scale: np.ndarray | None, storage: str) -> np.ndarray:
+    """Return (R, D) float32 vectors."""
+    out = np.empty(codes.shape, np.float32)
     by = factor(scale, storage)
     if by is None:
         np.copyto(out, codes)
     else:
         np.multiply(codes, by[:, None], out=out)
     return out
-
-
-def rounded(vectors: np.ndarray, storage: str) -> np.ndarray:
-    """Return (R, D) float32 vectors as a store would give them back.
-
-    Just-computed values go through this before they are used, so that a cold and a warm run choose alike.
-    """
-    codes, scale = encode(vectors, storage)
-    return decode(codes, scale, storage)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from dataflex.stores.files import Files, Stored
 from dataflex.stores.log import Log
 from dataflex.stores.record import find_record
 from dataflex.stores.root import NAME
 
-Listing = Mapping[str, Sequence[Stored]]
-"""Files by the folder that they belong to: a store's, `states/<lineage>`, or the first part of any other path."""
-
 
 def by_folder(files: Sequence[Stored]) -> dict[str, list[Stored]]:
-    """Return the files of a root, or of a part of it, as a listing."""
+    """Return the files of a root, or of a part of it, by the folder that they belong to.
+
+    That is a store's, `states/<lineage>`, or the first part of any other path.
+    """
     found: dict[str, list[Stored]] = {}
     for file in files:
         parts = file.path.split("/")

@@ -19,21 +19,6 @@ from dataflex.stores.record import read_record
 CURE = "`dataflex store repair` removes what is damaged, `dataflex featurize` computes it again"
 
 
-def problems(files: Files, folder: str, layout: Layout) -> list[Problem]:
-    """Check the recipe, every log entry and every data file; bounded by a row group in memory.
-
-    Raises:
-        MismatchError: a newer DataFlex wrote to this store.
-    """
-    recipe = list(document_problems(files, folder, "recipe"))
-    if not any(name.startswith("recipe") for name in files.names(folder)):
-        path = f"{folder}/recipe.json"
-        recipe = [Problem(path, f"{files.name(path)} is missing; `dataflex featurize` writes it again")]
-    log = Log(files, f"{folder}/log")
-    log.refresh()
-    return [*recipe, *log_and_data(files, folder, log, layout)]
-
-
 def document_problems(files: Files, folder: str, stem: str) -> Iterator[Problem]:
     """Check every document of a folder that stands for `stem` (`recipe`, `manifest`)."""
     for name in files.names(folder):
@@ -48,7 +33,10 @@ def document_problems(files: Files, folder: str, stem: str) -> Iterator[Problem]
 
 
 def log_and_data(files: Files, folder: str, log: Log, layout: Layout | None) -> Iterator[Problem]:
-    """Check every log entry and every data file; without a layout only that its bytes are those committed."""
+    """Check every log entry and every data file, in memory bounded by a row group.
+
+    Without a layout only that a file's bytes are those committed.
+    """
     for name, what in log.damaged.items():
         yield Problem(f"{folder}/log/{name}", what, remove=(f"{folder}/log/{name}",))
     for name in files.names(f"{folder}/log"):

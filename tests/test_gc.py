@@ -25,6 +25,7 @@ from dataflex.stores.record import seal
 from dataflex.stores.removal import carry_out
 from dataflex.stores.root import REMOVING, StoreRoot, open_files
 from dataflex.stores.runs import RunRecord, read_runs
+from tests.looked_at import faults, problems
 
 LAYOUT = Layout({"norm": "float32"}, 8, "float16")
 LINEAGE = "ab" * 16
@@ -175,7 +176,7 @@ def test_named_runs(files: Files, tmp_path: Path) -> None:
     assert {store.folder for store in StoreRoot(files).stores()} == {shared.folder, foreign.folder}
     assert files.stored(f"runs/{a.id}") == files.stored(own.folder) == files.stored("states") == []
     for store in StoreRoot(files).stores():
-        assert [problem for problem in store.verify() if not problem.harmless] == []
+        assert faults(store) == []
 
 
 def test_a_run_that_may_be_live_is_never_touched(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_leftovers(tmp_path: Path) -> None:
     assert sorted(file.path for item in items for file in item.files if item.goes) == sorted(lost)
     collect(files, Scope(leftovers=True))
     assert content(tmp_path / "root") == intact | {"notes of mine.txt": b"keep", young: b"of a live writer"}
-    assert [problem.path for problem in store.verify()] == [young]
+    assert [problem.path for problem in problems(store)] == [young]
     assert not (tmp_path / "root" / f"loss-{'7' * 32}").exists()
 
 
@@ -251,7 +252,7 @@ def test_a_leftover_that_is_committed_meanwhile_stays(tmp_path: Path) -> None:
     assert going(planned) == {("leftovers", store.folder)}
     make_store(files, 1)  # the same values again, committed this time
     carry_out(files, planned, Scope(leftovers=True))
-    assert StoreRoot(tmp_path).stores()[0].verify() == []
+    assert problems(StoreRoot(tmp_path).stores()[0]) == []
     assert store.rows == 10
 
 
@@ -326,7 +327,7 @@ def test_a_crash_at_every_single_change(tmp_path: Path) -> None:
                 again.open("gradient", {"r": 2}, LAYOUT)
         else:
             found = again.find("gradient", {"r": 2})
-            assert found is None or (found.rows, found.verify()) == (10, [])
+            assert found is None or (found.rows, faults(found)) == (10, [])
         # Whatever the crash left is removed later, under any name: the run may be gone, the removal half done.
         collect(LocalFiles(root), Scope(leftovers=True, unreferenced=True, grace_hours=0))
         if any(run.is_called("b") for run in read_runs(LocalFiles(root))):
@@ -394,7 +395,7 @@ def test_a_run_that_starts_during_the_removal(tmp_path: Path, moment: str) -> No
     assert "refers to it now" in staying(items)[store.folder]
     assert len(opened) == (moment == "before the mark")
     assert make_store(LocalFiles(tmp_path), 1).rows == 10  # the mark is withdrawn
-    assert StoreRoot(tmp_path).stores()[0].verify() == []
+    assert problems(StoreRoot(tmp_path).stores()[0]) == []
 
 
 def test_a_store_written_to_by_nobody_known_stays(tmp_path: Path) -> None:

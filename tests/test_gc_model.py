@@ -19,6 +19,7 @@ from dataflex.stores.gc import Scope, plan
 from dataflex.stores.removal import carry_out
 from dataflex.stores.root import StoreRoot, folder_name
 from dataflex.stores.runs import RunRecord, read_runs
+from tests.looked_at import faults
 
 LAYOUT = Layout({"value": "int64"})
 
@@ -137,7 +138,7 @@ class Collected:
                 read = found.read(values(fragment).keys)
                 np.testing.assert_array_equal(read.scalars["value"], values(fragment).scalars["value"])
         for each in root.stores():
-            assert [problem for problem in each.verify() if not problem.harmless] == []
+            assert faults(each) == []
         self.committed = {
             store: fragments
             for store, fragments in self.committed.items()

@@ -30,6 +30,7 @@ from dataflex.features.spec import GradientSpec, Projection
 from dataflex.rewards import Reward
 from dataflex.rows import Status
 from dataflex.stores.root import StoreRoot
+from tests.looked_at import problems
 
 THETA = np.array([0.3, -1.2, 0.9, 0.1, -0.4])
 REWARD = np.array([1.0, 0.2, -0.7, 0.4, 2.5])
@@ -281,7 +282,7 @@ class Probe:
 
     def store(self, kind: str, root: str = "store") -> Any:
         (found,) = [store for store in StoreRoot(self.folder / root).stores() if store.kind == kind]
-        assert found.verify() == []
+        assert problems(found) == []
         return found
 
     @property

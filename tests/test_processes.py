@@ -25,6 +25,7 @@ from dataflex.config import load
 from dataflex.features.adam import Moments
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
+from tests.looked_at import problems
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -111,7 +112,7 @@ def values(store: Path) -> dict[tuple[str, bytes], np.ndarray]:
     """Return every vector under a root, or the sum of a loss, by feature and row key."""
     found: dict[tuple[str, bytes], np.ndarray] = {}
     for each in StoreRoot(store).stores():
-        assert each.verify() == []
+        assert problems(each) == []
         for block in each.scan():
             numbers = block.scalars["loss_sum"] if block.vectors is None else block.vectors
             kind = json.dumps(each.recipe["feature"], sort_keys=True)

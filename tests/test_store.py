@@ -20,7 +20,8 @@ from dataflex.stores.base import SCALAR_DTYPES, Layout, Values
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.record import FORMAT, seal, unseal
 from dataflex.stores.root import StoreRoot, open_store
-from dataflex.stores.rounding import encode, rounded
+from dataflex.stores.rounding import decode, encode
+from tests.looked_at import faults, problems, repaired
 
 REPOSITORY = Path(__file__).parent.parent
 RECIPE = {"feature": {"kind": "gradient", "projection": {"dim": 24}}, "base": "3f2a" * 8}
@@ -40,6 +41,11 @@ def some(layout: Layout, row_keys: np.ndarray, seed: int = 0) -> Values:
         scalars[name] = (rng.standard_normal(len(row_keys)) * (1 if kind == "f" else 1000)).astype(dtype)
     vectors = rng.standard_normal((len(row_keys), layout.width), np.float32) if layout.width else None
     return Values(row_keys, np.zeros(len(row_keys), np.uint8), scalars, vectors)
+
+
+def rounded(vectors: np.ndarray, storage: str) -> np.ndarray:
+    """Return vectors as a store gives them back."""
+    return decode(*encode(vectors, storage), storage)
 
 
 def equal(found: Values, expected: Values, storage: str) -> None:
@@ -206,7 +212,7 @@ def test_a_fragment_is_committed_once(tmp_path: Path) -> None:
     with pytest.raises(ConflictError, match="other rows"):
         store.append("a", some(LAYOUT, keys(1, 3)))
     equal(store.read(keys(1, 2)), first, "float16")
-    assert [problem for problem in store.verify() if not problem.harmless] == []
+    assert faults(store) == []
 
 
 def test_missing_rows_are_counted(tmp_path: Path) -> None:
@@ -244,7 +250,8 @@ def test_stores_are_found_by_recipe(tmp_path: Path) -> None:
     assert found is not None
     assert (found[0].path, found[1]) == (store.path, ["feature.projection.dim: 24 → 48"])
     assert root.nearest("embedding", other) is None
-    assert store.document["libraries"]["numpy"] == np.__version__
+    recipe = unseal(Path(store.path, "recipe.json").read_bytes(), "it")
+    assert recipe["libraries"]["numpy"] == np.__version__
     assert store.bytes == sum(p.stat().st_size for p in tmp_path.glob("*/data/*"))
 
 
@@ -290,7 +297,7 @@ def test_a_read_only_store_is_readable_and_says_why_it_cannot_grow(tmp_path: Pat
     link.symlink_to(tmp_path)
     store = StoreRoot(ReadOnly(link)).open("gradient", RECIPE, LAYOUT)
     equal(store.read(values.keys), values, "float16")
-    assert store.verify() == []
+    assert problems(store) == []
     with pytest.raises(DataflexError, match=r"cannot write .*Read-only"):
         store.append("b", some(LAYOUT, keys(3)))
 
@@ -322,8 +329,8 @@ def test_planted_pickles_are_never_opened(tmp_path: Path) -> None:
             path = Path(store.path, folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
-    assert [p.harmless for p in store.verify()] == [True] * 8
-    store.repair()
+    assert [p.harmless for p in problems(store)] == [True] * 16
+    repaired(store)
     store = root.stores()[0]
     assert store.contains(keys(1)).all()
     assert len(store.read(keys(1))) == len(next(store.scan())) == 1

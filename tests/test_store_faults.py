@@ -23,6 +23,7 @@ from dataflex.stores.files import LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.root import StoreRoot
+from tests.looked_at import faults
 
 LAYOUT = Layout({"norm": "float32"}, 16, "float16")
 WRITES = ("_create", "_sync", "_link", "_replace", "_sync_folder")
@@ -154,7 +155,7 @@ def check_and_finish(folder: Path, fragments: int, told: bytes) -> None:
     committed = store.committed_fragments()
     assert {f"f{n}" for n in told} <= set(committed)
     assert len(committed) <= len(told) + 1  # the one in flight may have made it
-    assert [problem for problem in store.verify() if not problem.harmless] == []
+    assert faults(store) == []
     for n in range(fragments):
         assert set(store.contains(fragment(n).keys)) == {f"f{n}" in committed}
         store.append(f"f{n}", fragment(n))
@@ -276,7 +277,7 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
             kills += code == -signal.SIGKILL
             store = opened(folder)
             assert {f"f{n}" for n in told} <= set(store.committed_fragments())
-            assert [problem for problem in store.verify() if not problem.harmless] == []
+            assert faults(store) == []
         assert store.rows == 8 * fragments
     assert kills > 10
 
@@ -297,7 +298,7 @@ def test_writers_of_the_same_fragments_all_succeed(tmp_path: Path, writers: int)
     for n in range(10):
         expected = fragment(n, int(won[:, n].argmax()))
         np.testing.assert_array_equal(store.read(expected.keys).scalars["norm"], expected.scalars["norm"])
-    assert (store.rows, [problem for problem in store.verify() if not problem.harmless]) == (80, [])
+    assert (store.rows, faults(store)) == (80, [])
 
 
 class Late(LocalFiles):

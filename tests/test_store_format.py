@@ -10,6 +10,7 @@ import pytest
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot
+from tests.looked_at import problems
 
 FROZEN = Path(__file__).parent / "format"
 KEYS = np.array([bytes([n]) + bytes(15) for n in range(5)], "S16").view(KEY_DTYPE)
@@ -52,7 +53,7 @@ def test_every_format_is_read(version: str, tmp_path: Path) -> None:
         store = root.find(kind, recipe(kind, layout))
         assert store is not None
         assert store.layout == layout
-        assert store.verify() == []
+        assert problems(store) == []
         found, expected = store.read(KEYS), values(layout, slice(None))
         np.testing.assert_array_equal(found.status, expected.status)
         for name, column in expected.scalars.items():

@@ -18,6 +18,7 @@ from dataflex.stores.files import LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import unseal
 from dataflex.stores.root import StoreRoot
+from tests.looked_at import faults, repaired
 
 LAYOUT = Layout({"value": "int64"}, 4, "int8")
 UNIVERSE = 12
@@ -135,9 +136,9 @@ class Model(RuleBasedStateMachine):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 0x55
         path.write_bytes(bytes(content))
-        found = [problem for problem in self.store.verify() if not problem.harmless]
+        found = faults(self.store)
         assert len(found) == 1
-        self.store.repair()
+        repaired(self.store)
         self.fragments.pop(name)
 
     @rule(numbers=numbers)
@@ -163,7 +164,7 @@ class Model(RuleBasedStateMachine):
                 assert key.tobytes() not in scanned
                 scanned[key.tobytes()] = value
         assert scanned == {row_keys([n])[0].tobytes(): value for n, value in expected.items()}
-        assert [problem for problem in self.store.verify() if not problem.harmless] == []
+        assert faults(self.store) == []
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
