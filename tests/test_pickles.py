@@ -18,7 +18,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from dataflex.checkpoints.pickles import SUFFIXES, frozen, read_pickle, thawed
-from dataflex.checkpoints.plain import Tensors, Unplain, plain, unplain
+from dataflex.checkpoints.tree import Tensors, Unplain, from_tree, to_tree
 from dataflex.cli import main
 from dataflex.errors import MismatchError
 from dataflex.stores.record import seal, unseal
@@ -112,7 +112,7 @@ def test_every_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 )
 def test_what_is_no_plain_value_is_not_kept(value: Any) -> None:
     with pytest.raises(Unplain, match="found an object of the class"):
-        plain({"state": [value]}, Tensors())
+        to_tree({"state": [value]}, Tensors())
 
 
 TREES: list[Any] = [
@@ -132,7 +132,7 @@ TREES: list[Any] = [
 @pytest.mark.parametrize("tree", TREES, ids=repr)
 def test_a_crafted_tree_is_refused(tree: Any, tmp_path: Path) -> None:
     with pytest.raises(Unplain):
-        unplain([tree], {"0": torch.zeros(1)})
+        from_tree([tree], {"0": torch.zeros(1)})
     torch.save({}, tmp_path / "optimizer.pt")
     frozen(tmp_path)
     (tmp_path / "optimizer.pt.json").write_text(json.dumps(tree))
@@ -276,4 +276,4 @@ def test_a_state_on_an_object_store_is_thawed_here(tmp_path: Path) -> None:
 
 def test_an_ordered_mapping_is_a_mapping() -> None:
     tensors = Tensors()
-    assert unplain(plain(OrderedDict(a=1), tensors), tensors.named) == {"a": 1}
+    assert from_tree(to_tree(OrderedDict(a=1), tensors), tensors.named) == {"a": 1}

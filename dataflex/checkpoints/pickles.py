@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.trainer_pt_utils import safe_globals
 
-from dataflex.checkpoints.plain import Tensors, Unplain, plain, unplain
+from dataflex.checkpoints.tree import Tensors, Unplain, from_tree, to_tree
 from dataflex.errors import MismatchError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
@@ -80,7 +80,7 @@ def frozen(checkpoint: Path) -> None:
     for path in [path for path in checkpoint.rglob("*") if path.suffix in SUFFIXES]:
         tensors = Tensors()
         try:
-            tree = plain(read_pickle(path), tensors)
+            tree = to_tree(read_pickle(path), tensors)
         except Unplain as error:
             raise MismatchError(f"{path.name}: {error}; expected tensors and plain values") from error
         path.with_name(f"{path.name}.json").write_text(json.dumps(tree, allow_nan=False), "utf-8")
@@ -113,7 +113,7 @@ def thawed(kept: Path, folder: Path) -> Path:
     for name in pickled:
         try:
             tensors = load_file(kept / name.with_suffix(".safetensors"))
-            value = unplain(json.loads((kept / name).read_text("utf-8")), tensors)
+            value = from_tree(json.loads((kept / name).read_text("utf-8")), tensors)
         except (Unplain, SafetensorError, OSError, ValueError, RecursionError) as error:
             raise MismatchError(f"{kept / name}: {error}; expected what DataFlex keeps of a training state") from error
         torch.save(value, folder / name.with_suffix(""))

@@ -18,7 +18,7 @@ _KEYS = (str, int, bool, float, type(None))
 
 
 class Unplain(Exception):
-    """A value that has no form here, or a tree that `plain` did not make."""
+    """A value that has no form here, or a tree that `to_tree` did not make."""
 
 
 class Tensors:
@@ -41,7 +41,7 @@ class Tensors:
         return self._names[seen_as]
 
 
-def plain(value: Any, tensors: Tensors) -> Any:
+def to_tree(value: Any, tensors: Tensors) -> Any:
     """Return the tree of a value, whose tensors and arrays are added to `tensors`.
 
     Raises:
@@ -53,11 +53,11 @@ def plain(value: Any, tensors: Tensors) -> Any:
     if kind is float:
         return value if math.isfinite(value) else {"float": repr(value)}
     if kind is list:
-        return [plain(item, tensors) for item in value]
+        return [to_tree(item, tensors) for item in value]
     if kind is tuple:
-        return {"tuple": [plain(item, tensors) for item in value]}
+        return {"tuple": [to_tree(item, tensors) for item in value]}
     if kind in (dict, OrderedDict) and all(type(key) in _KEYS for key in value):
-        return {"dict": [[plain(key, tensors), plain(item, tensors)] for key, item in value.items()]}
+        return {"dict": [[to_tree(key, tensors), to_tree(item, tensors)] for key, item in value.items()]}
     if kind is np.ndarray and value.dtype.name in _ARRAYS:
         return {"array": tensors.add(torch.from_numpy(value.copy(order="C")))}
     if kind is torch.Tensor and value.layout is torch.strided and not value.is_quantized:
@@ -65,23 +65,23 @@ def plain(value: Any, tensors: Tensors) -> Any:
     raise Unplain(f"found an object of the class {kind.__module__}.{kind.__qualname__}")
 
 
-def unplain(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def from_tree(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Return the value of a tree.
 
     Raises:
-        Unplain: it is none that `plain` makes, or names a tensor that is not there.
+        Unplain: it is none that `to_tree` makes, or names a tensor that is not there.
     """
     if isinstance(tree, list):
-        return [unplain(item, tensors) for item in tree]
+        return [from_tree(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
     match list(tree.items()):
         case [("tuple", list(items))]:
-            return tuple(unplain(item, tensors) for item in items)
+            return tuple(from_tree(item, tensors) for item in items)
         case [("dict", list(pairs))] if all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-            keys = [unplain(key, tensors) for key, _ in pairs]
+            keys = [from_tree(key, tensors) for key, _ in pairs]
             if all(isinstance(key, _KEYS) for key in keys):
-                return dict(zip(keys, (unplain(item, tensors) for _, item in pairs), strict=True))
+                return dict(zip(keys, (from_tree(item, tensors) for _, item in pairs), strict=True))
         case [("float", "inf" | "-inf" | "nan" as text)]:
             return float(text)
         case [("tensor", str(name))] if name in tensors:
