@@ -21,8 +21,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataflex.features.engine import FeatureEngine
-from dataflex.features.reference import single_gradient
 from dataflex.features.spec import GradientSpec, Projection
+from tests.reference import single_gradient
 
 PRECISIONS = ("float32", "bfloat16", "bfloat16 by autocast", "float32, every weight trained")
 """The third is what LLaMA-Factory does with `bf16: true`: the adapter stays in float32."""

@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.gpu_gradients import Row, again
 from dataflex.features.adam import Moments
 from dataflex.features.engine import FeatureEngine
-from dataflex.features.reference import gradient_error
 from dataflex.features.spec import FeatureSpec, GradientSpec, LossSpec
+from tests.reference import gradient_error
 
 
 def rate(square: int, dtype: str, device: torch.device) -> float:

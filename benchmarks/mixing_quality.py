@@ -228,7 +228,7 @@ def held_out_losses(folder: Path, texts: Mapping[str, Sequence[str]], cutoff: in
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dataflex.features.loss import loss_sums
+    from dataflex.features.loss import token_losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -245,7 +245,7 @@ def held_out_losses(folder: Path, texts: Mapping[str, Sequence[str]], cutoff: in
             if part.shape[1] > 1 and len(part):
                 with torch.no_grad():
                     logits = model(input_ids=part.to(device), use_cache=False).logits
-                total += float(loss_sums(logits[:, :-1], part[:, 1:].to(device)).sum())
+                total += float(token_losses(logits[:, :-1], part[:, 1:].to(device)).double().sum())
                 count += part[:, 1:].numel()
         found[name] = total / count
     return found

@@ -119,17 +119,6 @@ class Schedule:
                 found.append(Round(len(found), kind, first, after - first, epoch, update))
         return found
 
-    def round_at(self, step: int, rows: int | None = None, batch: int | None = None) -> Round:
-        """Return the round that the optimizer step after `step` others belongs to.
-
-        Raises:
-            ValueError: the run has no such step.
-        """
-        for round in self.rounds(rows, batch):
-            if round.first_step <= step < round.first_step + round.steps:
-                return round
-        raise ValueError(f"found step {step}; expected 0 to {self.total(rows, batch) - 1}")
-
     def describe(self, rows: int | None = None, batch: int | None = None) -> str:
         """Say in one line how many steps there are and why."""
         if self.counts_updates:

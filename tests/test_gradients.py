@@ -30,8 +30,8 @@ from transformers import (
 
 from dataflex.errors import DataflexError
 from dataflex.features.engine import FeatureEngine
-from dataflex.features.reference import gradient_error
 from dataflex.features.spec import FeatureValues, GradientSpec, Projection
+from tests.reference import gradient_error
 
 VOCAB = 61
 SMALL: dict[str, Any] = {

@@ -62,7 +62,6 @@ def test_every_step_is_of_the_documented_kind(schedule, rows, batch):
         assert current is not None
         assert (current.kind, current.epoch) == (kind, step // epoch_steps)
         assert (current.update == 0) == (kind == "warmup")
-        assert schedule.round_at(step, rows=rows, batch=batch) == current
 
 
 def test_golden_rounds():
@@ -95,8 +94,3 @@ def test_dataset_sized_schedule_needs_the_dataset():
     assert schedule.needs_rows
     with pytest.raises(ValueError, match="number of rows"):
         schedule.total()
-
-
-def test_no_round_after_the_end():
-    with pytest.raises(ValueError, match="found step 30; expected 0 to 29"):
-        Schedule(10, 10, 2).round_at(30)

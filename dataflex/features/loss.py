@@ -25,11 +25,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return _TokenLosses.apply(logits, targets)  # type: ignore[no-any-return]
 
 
-def loss_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return each row's sum of `token_losses`, (B,) float64."""
-    return token_losses(logits, targets).sum(dim=1, dtype=torch.float64)
-
-
 def wide(x: Tensor) -> Tensor:
     """Return float32 of a half-precision tensor, any other tensor as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -38,19 +38,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Transport:
-    """What candidates get, and how far the mass was spread.
+    """What candidates get, and of how many.
 
     Attributes:
         p: (N,) float64 probability of each candidate, sums to 1; 0 for those that are nobody's neighbour.
         neighbourhood: mean number of neighbours that a target row sends mass to.
         support: candidates with p > 0.
-        spread: as `Plan.spread`.
     """
 
     p: np.ndarray
     neighbourhood: float
     support: int
-    spread: float
 
 
 def clipped(max_k: int, kde_k: int, size: int) -> tuple[int, int]:
@@ -183,7 +181,7 @@ def _transport(plan: Plan, neighbours: np.ndarray, size: int) -> Transport:
     got = np.bincount(neighbours.ravel(), weights=plan.weights.ravel(), minlength=size)
     p = got / got.sum()
     neighbourhood = float((plan.weights > 0).sum(axis=1).mean())
-    return Transport(p, neighbourhood, int((p > 0).sum()), plan.spread)
+    return Transport(p, neighbourhood, int((p > 0).sum()))
 
 
 def _limit(queries: int, alpha: float, scale: float) -> float:
