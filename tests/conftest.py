@@ -172,3 +172,19 @@ def namespaces() -> None:
         sandbox.namespaces()
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Every micro-batch that was trained on, in order, with the step that it is of."""
+    from dataflex.trainers.trainer import DataflexTrainer
+
+    found: list[dict[str, Any]] = []
+    step = DataflexTrainer.training_step
+
+    def noted(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        found.append({**inputs, "step": self.state.global_step})
+        return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(DataflexTrainer, "training_step", noted)
+    return found

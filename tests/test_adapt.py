@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +15,7 @@ from torch import Tensor
 from dataflex.errors import DataflexError
 from dataflex.weighters.adapt import Adapt, pool, unit
 from dataflex.weighters.base import Examples
-from tests.test_by_loss import NAN, group
-
-
-def adapt(**params: Any) -> Adapt:
-    return Adapt(Adapt.Params(**params))
+from tests.weighed import NAN, adapt, group
 
 
 def examples(states: Tensor, mask: Tensor | None = None) -> Examples:

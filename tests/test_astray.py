@@ -18,8 +18,7 @@ from dataflex.stores.inspection import inspect, refuse, repair
 from dataflex.stores.record import unseal
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import read_runs
-from tests.test_gc import LAYOUT, LINEAGE, age, make_state, make_store, record, values
-from tests.test_inspection import run
+from tests.roots import LAYOUT, LINEAGE, age, make_state, make_store, record, run, values
 
 
 @pytest.fixture(autouse=True)

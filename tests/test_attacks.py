@@ -10,16 +10,12 @@ from pathlib import Path
 import pytest
 
 from dataflex.rewards import build_reward, sandbox
+from tests.trial import TEST, tried
 
 pytestmark = pytest.mark.usefixtures("namespaces")
 
-TEST = "assert double(4) == 8\nassert double(-1) == -2"
 BAD = "def double(x):\n    return 0\n"
 GOOD = "def double(x):\n    return 2 * x\n"
-
-
-def tried(code: str, tests: str = TEST, seconds: float = 20) -> tuple[float | None, str]:
-    return sandbox.trial(code, tests, seconds, 1024, isolated=True)
 
 
 RIGHT: dict[str, tuple[str, str]] = {

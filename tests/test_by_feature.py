@@ -15,27 +15,12 @@ import torch
 from pydantic import ValidationError
 
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.features.spec import BASE, EmbeddingSpec, LossSpec
-from dataflex.rows import Rows, Status
+from dataflex.features.spec import BASE, EmbeddingSpec
+from dataflex.rows import Rows
 from dataflex.weighters.feature import ByFeature
 from tests.held import Held
 from tests.held import pool as rows_of
-from tests.test_by_loss import NAN, group
-
-STORED = np.array([3.0, 1.0, 2.0, NAN, 0.0])
-
-
-def stored(values: np.ndarray = STORED) -> Held:
-    status = np.where(np.isnan(values), Status.NONFINITE, Status.OK).astype(np.uint8)
-    tokens = np.full(len(values), 4, np.int32)
-    return Held(status=status, scalars={"loss_sum": np.nan_to_num(values) * tokens, "tokens": tokens})
-
-
-def by_feature(values: np.ndarray = STORED, **params: Any) -> ByFeature:
-    weighter = ByFeature(ByFeature.Params(feature=LossSpec(), **params))
-    (need,) = weighter.needs()
-    weighter.prepare({need: stored(values)}, rows=rows_of(len(values)))
-    return weighter
+from tests.weighed import NAN, by_feature, group
 
 
 @pytest.mark.parametrize(

@@ -12,20 +12,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dataflex.weighters.base import Group
 from dataflex.weighters.loss import ByLoss
 from dataflex.weighters.relative import effective_size
+from tests.weighed import NAN, group
 
-NAN, INF = math.nan, math.inf
+INF = math.inf
 LOSSES = [1, 1.5, 2, 2.5, 3, 4]
 SATURATED = [0.2174940055] * 3
-
-
-def group(losses: Sequence[float], signal: Sequence[float] | None = None, since: int = 0, **more: Any) -> Group:
-    found = torch.tensor(losses, dtype=torch.float64)
-    near = torch.full_like(found, NAN) if signal is None else torch.tensor(signal, dtype=torch.float64)
-    rows = torch.tensor(more.get("rows", range(len(losses))), dtype=torch.int64)
-    return Group(rows, found, near, since, since, 100)
 
 
 def by_loss(losses: Sequence[float], since: int = 0, **params: Any) -> Tensor:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dataflex.mixers import Mixer, register_mixer
-from tests.test_mixing import break_off, mix
-from tests.test_training import assert_same
+from tests.workspace import assert_equal_weights, break_off, mix
 
 SEEN: list[tuple[int, list[int] | None, list[int] | None]] = []
 
@@ -46,4 +45,4 @@ def test_a_batch_is_what_the_model_takes_and_the_same_after_a_resume(workspace: 
         SEEN.clear()
         workspace.run("train", mix(workspace, f"from-{step}", **keys))
         assert [one for one in whole if one[0] >= step] == SEEN
-        assert_same(workspace.weights(f"from-{step}"), workspace.weights("whole"))
+        assert_equal_weights(workspace.weights(f"from-{step}"), workspace.weights("whole"))

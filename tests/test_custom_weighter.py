@@ -11,7 +11,7 @@ import torch
 
 from dataflex.errors import ConfigError
 from dataflex.weighters import Weighter, register_weighter
-from tests.test_weighing import assert_same, batches, difference, logged, shaped, weigh  # noqa: F401 - `batches` is a fixture
+from tests.workspace import assert_alike, difference, logged, shaped, weigh
 
 
 @register_weighter("mean")
@@ -90,7 +90,7 @@ def test_a_mean_is_plain_training(workspace, equal, shape):
     workspace.run("train", weigh(workspace, "plain", None, **keys))
     for name in ("mean", "bare", "own_step"):
         workspace.run("train", weigh(workspace, name, name, **{**keys, "dataflex": dataflex()}))
-        assert_same(workspace, "plain", name)
+        assert_alike(workspace, "plain", name)
 
 
 def test_a_step_of_ones_own_is_plain_whatever_the_lengths(workspace):
@@ -98,7 +98,7 @@ def test_a_step_of_ones_own_is_plain_whatever_the_lengths(workspace):
     keys = shaped((2, 4), max_steps=None, num_train_epochs=1.0)  # 63 rows: the last step is a short one
     workspace.run("train", weigh(workspace, "plain", None, **keys))
     workspace.run("train", weigh(workspace, "own_step", "own_step", **keys, dataflex=dataflex()))
-    assert_same(workspace, "plain", "own_step")
+    assert_alike(workspace, "plain", "own_step")
     # The mean over examples is another loss then.
     workspace.run("train", weigh(workspace, "mean", "mean", **keys, dataflex=dataflex()))
     assert difference(workspace, "plain", "mean") > 1e-3
@@ -113,7 +113,7 @@ def test_warm_up_is_plain_and_parameters_arrive(workspace, equal):
     assert half[:2] == pytest.approx(plain[:2], rel=2e-6)
     assert half[2:] == [0, 0]
     workspace.run("train", weigh(workspace, "mean", "mean", warmup_step=2, **keys, dataflex=dataflex()))
-    assert_same(workspace, "plain", "mean")
+    assert_alike(workspace, "plain", "mean")
 
 
 def test_the_second_cross_entropy_is_left_out(workspace, equal, monkeypatch):

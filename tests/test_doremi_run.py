@@ -20,8 +20,8 @@ from dataflex.pipelines.mixing.reference import _check_vocabulary
 from dataflex.trainers.micro_batch import MicroBatch
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.trainer import DataflexTrainer
-from tests.test_processes import TWO, dataflex
-from tests.test_weighing import linupper
+from tests.processes import TWO, dataflex
+from tests.weighed import linupper
 
 DOMAINS = ("words", "sums", "lists")
 EPS = 1e-3

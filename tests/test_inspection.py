@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dataflex.cli import main
 from dataflex.errors import CorruptionError, MismatchError
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.inspection import Part, inspect, refuse, repair
 from dataflex.stores.record import FORMAT, claim, seal, unseal
 from dataflex.stores.root import StoreRoot, folder_name, open_files, open_store
 from dataflex.stores.runs import read_runs
-from tests.test_gc import LAYOUT, LINEAGE, make_state, make_store, record, values
+from tests.roots import LAYOUT, LINEAGE, make_state, make_store, record, run, values
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +48,6 @@ def faults(files: Files) -> list[str]:
 
 def parts(files: Files) -> dict[str, Part]:
     return {part.name: part for part in inspect(files)}
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err
 
 
 def test_it_says_what_it_looked_at(files: Files, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.test_attacks import tried
+from tests.trial import tried
 
 pytestmark = pytest.mark.usefixtures("namespaces")
 

@@ -25,10 +25,8 @@ from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import _Batches
 from dataflex.trainers.weighing import Weighing
-from tests.test_processes import environment
-from tests.test_training import assert_same
-
-NAMES = ("target_words", "target_records", "target_arithmetic")  # 8 rows each
+from tests.processes import environment
+from tests.workspace import NAMES, assert_equal_weights, break_off, lines, mix
 
 
 @pytest.fixture
@@ -48,39 +46,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 def flat(batches: list[list[int]]) -> list[int]:
     return [row for batch in batches for row in batch]
-
-
-def mix(workspace: Any, name: str, **keys: Any) -> Any:
-    """Write a run file of three domains of 8 rows."""
-    values: dict[str, Any] = {
-        "train_type": "dynamic_mix",
-        "component_name": None,
-        "dataset": ",".join(NAMES),
-        "eval_dataset": None,
-        "warmup_step": None,
-        "update_step": None,
-        "update_times": None,
-        "train_step": 6,
-        "lora_dropout": 0.0,
-        "save_strategy": "no",
-        "save_steps": None,
-        "dataflex": {"store": str(workspace.folder / "store"), **keys.pop("dataflex", {})},
-    }
-    return workspace.write(name, **{**values, **keys})
-
-
-def lines(workspace: Any, name: str) -> list[dict[str, Any]]:
-    text = (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def break_off(workspace: Any, step: int) -> None:
-    """Copy the run `whole` to `from-STEP`, without the checkpoints behind that step."""
-    out = workspace.folder / "out" / f"from-{step}"
-    shutil.copytree(workspace.folder / "out" / "whole", out)
-    for folder in out.glob("checkpoint-*"):
-        if int(folder.name.partition("-")[2]) > step:
-            shutil.rmtree(folder)
 
 
 def domains(rows: list[list[int]]) -> np.ndarray:
@@ -158,7 +123,7 @@ def test_what_is_resumed_ends_as_the_uninterrupted_run(workspace: Any, drawn: li
         resumed = [i for i, line in enumerate(after) if "resumed" in line][-1]
         assert after[resumed]["resumed"] == step
         assert after[resumed + 1 :] == [line for line in before if line["step"] >= step]
-        assert_same(workspace.weights(f"from-{step}"), workspace.weights("whole"))
+        assert_equal_weights(workspace.weights(f"from-{step}"), workspace.weights("whole"))
 
 
 @pytest.mark.slow
@@ -192,7 +157,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(workspace: Any, d
     assert drawn == whole[2 * done :]
     in_force = {line["step"]: line for line in lines(workspace, "killed") if "step" in line}
     assert list(in_force.values()) == expected
-    assert_same(workspace.weights("killed"), workspace.weights("whole"))
+    assert_equal_weights(workspace.weights("killed"), workspace.weights("whole"))
 
 
 def test_rows_and_shares_do_not_depend_on_batch_and_accumulation(workspace: Any, drawn: list[list[int]]) -> None:
@@ -376,7 +341,7 @@ def test_the_workers_of_a_loader_change_nothing(workspace: Any) -> None:
         workspace.run("train", mix(workspace, name, component_name="odm", **keys))
         found[workers] = lines(workspace, name)
     assert found[0] == found[2]
-    assert_same(workspace.weights("workers-0"), workspace.weights("workers-2"))
+    assert_equal_weights(workspace.weights("workers-0"), workspace.weights("workers-2"))
 
 
 def test_processes_that_disagree_are_found_out(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:

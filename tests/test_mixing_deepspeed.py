@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_processes import TWO, dataflex, sharding
-from tests.test_weighing import logged
+from tests.processes import TWO, dataflex, sharding
+from tests.workspace import logged
 
 NAMES = "target_words,target_records,target_arithmetic"
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import test_processes as processes
+from tests import processes
 
 NAMES = ("target_words", "target_records", "target_arithmetic")
 LAUNCHED = """

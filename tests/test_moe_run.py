@@ -16,8 +16,8 @@ from dataflex.errors import ConfigError, DataflexError
 from dataflex.mixers.dynamic_moe import deltas
 from dataflex.pipelines.mixing.signals import ExpertLoads
 from dataflex.trainers.trainer import DataflexTrainer, _auxiliary_weight
-from tests.test_processes import TWO, dataflex
-from tests.test_weighing import logged as logged_losses
+from tests.processes import TWO, dataflex
+from tests.workspace import logged as logged_losses
 
 DOMAINS = ("target_words", "target_records", "target_arithmetic")
 

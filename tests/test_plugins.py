@@ -275,8 +275,7 @@ def test_validate_says_whose_class_is_used_and_imports_no_torch_itself(tmp_path:
 @pytest.mark.timeout(300)
 def test_the_documented_components_train(workspace: Any) -> None:
     """One of each kind, as a user writes them down."""
-    from tests.test_mixing import lines, mix
-    from tests.test_weighing import weigh
+    from tests.workspace import lines, mix, weigh
 
     folder = workspace.folder
     for name, source in (("selector", SELECTOR), ("mixer", MIXER), ("weighter", WEIGHTER)):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,54 +23,7 @@ from dataflex.features.adam import Moments
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
 from tests.looked_at import problems
-
-
-def environment(**more: str) -> dict[str, str]:
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    python = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PATH": path, "PYTHONPATH": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
-
-
-def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
-    launch([sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides], **env)
-
-
-def launch(command: list[str], **env: str) -> None:
-    """Run a command that starts processes of its own; what it said is shown if it fails."""
-    status, said = ended(command, **env)
-    assert status == 0, said[-4000:]
-
-
-def ended(command: list[str], **env: str) -> tuple[int, str]:
-    """Run a command that starts processes of its own; return its exit status and what it said."""
-    with tempfile.TemporaryFile("w+") as log:
-        # A session of its own, so that a launcher that hangs can be ended together with its workers.
-        process = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log, start_new_session=True)
-        try:
-            status = process.wait(400)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        finally:
-            log.seek(0)
-            said = log.read()
-    return status, said
-
-
-def sharding(workspace: Any, stage: int) -> str:
-    """Write a DeepSpeed configuration of a ZeRO stage and return its path."""
-    config = {
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    }
-    path = workspace.folder / "ds.json"
-    path.write_text(json.dumps(config))
-    return str(path)
-
+from tests.processes import TORCHRUN, TWO, dataflex, ended, environment, launch, launch_several, sharding
 
 ENDING = """
 import atexit, contextlib, os, sys
@@ -102,10 +52,6 @@ def ending(folder: Path) -> str:
 def gloo_left(folder: Path, verb: str) -> list[str]:
     """Return the threads of gloo that both processes of a verb had left when the interpreter began to end."""
     return [name for rank in "01" for name in (folder / f"{verb}-{rank}").read_text().split() if "gloo_run" in name]
-
-
-TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def values(store: Path) -> dict[tuple[str, bytes], np.ndarray]:
@@ -338,27 +284,6 @@ def test_what_one_process_refuses_ends_the_others_in_the_middle_of_their_work(tm
     (tmp_path / "failing.py").write_text(FAILING)
     done = subprocess.run([*TORCHRUN, str(tmp_path / "failing.py")], env=environment(), capture_output=True, text=True)
     assert done.stdout.split(";") == ["bad True", "bad True", ""], done.stderr
-
-
-SEVERAL = """
-import sys
-from dataflex import distributed
-from dataflex.config import load
-from dataflex.features.adam import Moments
-from dataflex.pipelines.train import train
-
-distributed.prepare()
-for path in sys.argv[1:]:
-    train(load(path))
-distributed.leave()
-"""
-
-
-def launch_several(folder: Path, files: Iterable[Path]) -> None:
-    """Train run files one after the other on two processes, which are started once."""
-    script = folder / "several.py"
-    script.write_text(SEVERAL)
-    launch([*TORCHRUN, str(script), *map(str, files)])
 
 
 CHOOSING = {

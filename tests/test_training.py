@@ -15,13 +15,7 @@ import torch
 from dataflex.checkpoints.marks import incomplete_reason
 from dataflex.errors import ConfigError, CorruptionError, CoverageError, DataflexError, MismatchError
 from dataflex.stores.root import StoreRoot
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+from tests.workspace import assert_equal_weights
 
 
 def test_training_from_a_featurized_state_is_training_through(workspace: Any) -> None:
@@ -40,7 +34,7 @@ def test_training_from_a_featurized_state_is_training_through(workspace: Any) ->
     assert (featurized["computed"], trained["computed"], through["computed"]) == (69, 69, 138)
     assert workspace.rounds("ahead") == workspace.rounds("through")
     assert [len(rows) for rows in workspace.rounds("ahead")] == [12, 8, 8]
-    assert_same(workspace.weights("ahead"), workspace.weights("through"))
+    assert_equal_weights(workspace.weights("ahead"), workspace.weights("through"))
 
 
 def test_a_second_run_over_the_same_states_computes_nothing(workspace: Any) -> None:
@@ -50,7 +44,7 @@ def test_a_second_run_over_the_same_states_computes_nothing(workspace: Any) -> N
     assert (summary["computed"], summary["batches"], summary["tokens"]) == (0, 0, 0)
     assert summary["reused"] == 138
     assert workspace.rounds("first") == workspace.rounds("again")
-    assert_same(workspace.weights("first"), workspace.weights("again"))
+    assert_equal_weights(workspace.weights("first"), workspace.weights("again"))
     workspace.run("train", again, "overwrite_output_dir=true", "dataflex.on_missing=error")
     with pytest.raises(CoverageError, match=r"nearest differs in feature\.projection\.dim: 256 → 128"):
         workspace.run(
@@ -80,7 +74,7 @@ def test_resuming_at_any_step_ends_as_the_uninterrupted_run(workspace: Any, step
     summary = workspace.run("train", workspace.write("resumed"))
     before = type(workspace)(whole, workspace.tiny)
     assert workspace.rounds("resumed") == before.rounds("whole")
-    assert_same(workspace.weights("resumed"), before.weights("whole"))
+    assert_equal_weights(workspace.weights("resumed"), before.weights("whole"))
     earlier = json.loads((whole / "out" / "whole" / "dataflex_summary.json").read_text())
     assert summary["diagnostics"] == earlier["diagnostics"]
     assert [update["round"] for update in summary["diagnostics"]] == [1, 2]
@@ -109,7 +103,7 @@ def test_an_incomplete_checkpoint_is_never_resumed_from(workspace: Any, whole: P
     workspace.run("train", run)
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     assert 6 in [entry["current_steps"] for entry in log]
-    assert_same(workspace.weights("broken"), type(workspace)(whole, workspace.tiny).weights("whole"))
+    assert_equal_weights(workspace.weights("broken"), type(workspace)(whole, workspace.tiny).weights("whole"))
 
 
 def flip(path: Path) -> None:
@@ -140,7 +134,7 @@ def test_a_damaged_checkpoint_is_noticed_wherever_it_is_loaded(
     workspace.run("train", run)
     assert "skipping the checkpoint" in caplog.text
     assert "adapter_model.safetensors is damaged" in caplog.text
-    assert_same(workspace.weights("flipped"), type(workspace)(whole, workspace.tiny).weights("whole"))
+    assert_equal_weights(workspace.weights("flipped"), type(workspace)(whole, workspace.tiny).weights("whole"))
     # It was written again.
     assert incomplete_reason(damaged) is None
 
@@ -183,7 +177,7 @@ def test_evaluating_and_workers_do_not_change_what_is_trained(workspace: Any, wh
     workspace.run("train", workspace.write("changed", **changed))
     before = type(workspace)(whole, workspace.tiny)
     assert workspace.rounds("changed") == before.rounds("whole")
-    assert_same(workspace.weights("changed"), before.weights("whole"))
+    assert_equal_weights(workspace.weights("changed"), before.weights("whole"))
     assert (workspace.folder / "out" / "changed" / "training_eval_loss.png").is_file()
 
 
@@ -221,7 +215,7 @@ def test_rotating_resumes_with_the_ages_it_had(workspace: Any) -> None:
         (out / "resumed" / "rounds" / f"{name}.parquet").unlink()
     workspace.run("train", workspace.write("resumed", update_times=3, dataflex=section))
     assert workspace.rounds("resumed") == workspace.rounds("through")
-    assert_same(workspace.weights("resumed"), workspace.weights("through"))
+    assert_equal_weights(workspace.weights("resumed"), workspace.weights("through"))
 
 
 CUSTOM = """
@@ -313,7 +307,7 @@ def test_checkpoints_without_the_optimizer_are_not_resumed_from(workspace: Any) 
     workspace.run("train", path, "save_only_model=true")
     before = workspace.weights("run")
     workspace.run("train", path)
-    assert_same(workspace.weights("run"), before)
+    assert_equal_weights(workspace.weights("run"), before)
     workspace.run("train", path, "save_only_model=true", "overwrite_output_dir=true")
     checkpoint = workspace.folder / "out" / "run" / "checkpoint-5"
     with pytest.raises(DataflexError, match="save_only_model"):
@@ -396,7 +390,7 @@ def test_static_training_resumes_from_the_newest_checkpoint_that_is_whole(
         workspace.run("train", run, f"resume_from_checkpoint={out}/checkpoint-3")
     workspace.run("train", run)
     assert "optimizer.pt is damaged" in caplog.text
-    assert_same(workspace.weights("static"), before)
+    assert_equal_weights(workspace.weights("static"), before)
     assert incomplete_reason(out / "checkpoint-3") is None
     # Those that LLaMA-Factory wrote alone have no mark, and are gone on from with a word.
     for step in (2, 3):
@@ -404,7 +398,7 @@ def test_static_training_resumes_from_the_newest_checkpoint_that_is_whole(
     shutil.rmtree(out / "checkpoint-3")
     workspace.run("train", run)
     assert "checkpoint-2: dataflex did not write it" in caplog.text
-    assert_same(workspace.weights("static"), before)
+    assert_equal_weights(workspace.weights("static"), before)
 
 
 def test_offline_less_over_checkpoints_equals_their_weighted_sum(workspace: Any, whole: Path) -> None:

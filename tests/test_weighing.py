@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,82 +19,13 @@ from dataflex.errors import ConfigError, MismatchError
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.weighters.adapt import Adapt
-from tests.test_processes import launch_several
+from tests.processes import launch_several
+from tests.weighed import linupper
+from tests.workspace import assert_alike, difference, logged, shaped, weigh
 
 SHARP = {"temperature": 0.2}
 TEXT = {"stage": "pt", "template": None, "dataset": "text"}
 SHAPES = [(4, 1), (2, 2), (1, 4)]
-
-
-def weigh(workspace: Any, name: str, method: str | None = "loss", params: Any = None, **keys: Any) -> Path:
-    """Write a run file of three plain gradient steps over all weights, in which a wrong scale shows as it is.
-
-    Without a method it is LLaMA-Factory's own training.
-    """
-    values: dict[str, Any] = {
-        "train_type": "dynamic_weight" if method else "static",
-        "component_name": method,
-        "warmup_step": None,
-        "update_step": None,
-        "update_times": None,
-        "max_steps": 3,
-        "finetuning_type": "full",
-        "lora_target": None,
-        "lora_rank": None,
-        "lora_dropout": None,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "save_steps": None,
-        "eval_dataset": None,
-        "dataflex": {"store": str(workspace.folder / "store"), "params": params or {}} if method else None,
-    }
-    return workspace.write(name, **{**values, **keys})  # type: ignore[no-any-return]
-
-
-def shaped(shape: tuple[int, int], **keys: Any) -> dict[str, Any]:
-    """Return keys of micro-batches of shape[0] rows, shape[1] to a step."""
-    return {"per_device_train_batch_size": shape[0], "gradient_accumulation_steps": shape[1], **keys}
-
-
-def logged(workspace: Any, name: str, key: str = "loss") -> list[float]:
-    """Return what a run logged at each step."""
-    state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text("utf-8"))
-    return [entry[key] for entry in state["log_history"] if key in entry]
-
-
-def difference(workspace: Any, one: str, other: str) -> float:
-    """Return how far the weights that two runs ended with lie apart, against how far the first has moved; 0 to 1."""
-    from safetensors.torch import load_file
-
-    first, second = workspace.weights(one), workspace.weights(other)
-    begun = load_file(workspace.tiny.model / "model.safetensors")
-    assert first.keys() == second.keys()
-    moved = sum(float((first[k] - begun[k]).double().square().sum()) for k in first)
-    apart = sum(float((first[k] - second[k]).double().square().sum()) for k in first)
-    return math.sqrt(apart / moved)
-
-
-def assert_same(workspace: Any, one: str, other: str) -> None:
-    """Hold losses and weights of two runs against each other: float32 sums in another order, nothing else."""
-    np.testing.assert_allclose(logged(workspace, other), logged(workspace, one), rtol=2e-6)
-    assert difference(workspace, one, other) < 2e-5
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Every micro-batch that was trained on, in order, with the step that it is of."""
-    found: list[dict[str, Any]] = []
-    step = DataflexTrainer.training_step
-
-    def noted(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
-        found.append({**inputs, "step": self.state.global_step})
-        return step(self, model, inputs, *args)
-
-    monkeypatch.setattr(DataflexTrainer, "training_step", noted)
-    return found
 
 
 # ---- equal weights are the plain loss
@@ -114,7 +44,7 @@ def test_equal_weights_are_plain_training(workspace, stage, shape, average):
     keys = shaped(shape, average_tokens_across_devices=average, **(TEXT if stage == "pt" else {}))
     workspace.run("train", weigh(workspace, "plain", None, **keys))
     workspace.run("train", weigh(workspace, "equal", "loss", {"strategy": "uniform"}, **keys))
-    assert_same(workspace, "plain", "equal")
+    assert_alike(workspace, "plain", "equal")
 
 
 def test_a_model_is_fed_what_it_knows(workspace, monkeypatch):
@@ -144,7 +74,7 @@ def test_equal_weights_are_plain_training_where_the_plain_step_is_a_mean_of_mean
     keys = shaped((4, 3), max_steps=6)
     workspace.run("train", weigh(workspace, "plain", None, **keys))
     workspace.run("train", weigh(workspace, "equal", "loss", {"strategy": "uniform"}, **keys))
-    assert_same(workspace, "plain", "equal")
+    assert_alike(workspace, "plain", "equal")
     monkeypatch.undo()
     workspace.run("train", weigh(workspace, "tokens", "loss", {"strategy": "uniform"}, **keys))
     assert difference(workspace, "equal", "tokens") > 1e-3
@@ -156,7 +86,7 @@ def test_an_epoch_ends_and_evaluation_is_plain(workspace):
     keys = shaped((4, 3), eval_steps=3, **more)
     workspace.run("train", weigh(workspace, "plain", None, **keys))
     workspace.run("train", weigh(workspace, "equal", "loss", {"strategy": "uniform"}, **keys))
-    assert_same(workspace, "plain", "equal")
+    assert_alike(workspace, "plain", "equal")
     evaluated = logged(workspace, "equal", "eval_loss")
     assert len(evaluated) >= 2
     np.testing.assert_allclose(evaluated, logged(workspace, "plain", "eval_loss"), rtol=1e-5)
@@ -216,13 +146,6 @@ class Alone:
         """Return the gradient of all parameters as one vector, by name."""
         named = sorted(self.model.named_parameters())
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for _, p in named])])
-
-
-def linupper(losses: Sequence[float], r: float) -> list[float]:
-    low, high = min(losses), max(losses)
-    scores = [min((2 * x - low - high) / (high - low) + 1, 1) for x in losses]
-    total = sum(math.exp(s / r) for s in scores)
-    return [len(losses) * math.exp(s / r) / total for s in scores]
 
 
 def step_taken(workspace: Any, name: str, rate: float) -> torch.Tensor:
@@ -357,8 +280,8 @@ def test_anchors_are_embedded_once_per_interval_whatever_the_batch(workspace, mo
         assert steps[name] == [0, 2, 4]
         assert seen == [shape[0]] * shape[1] * 5
     # Absolute weights are each example's own: nothing depends on how a step is divided.
-    assert_same(workspace, "b4", "b2")
-    assert_same(workspace, "b4", "b1")
+    assert_alike(workspace, "b4", "b2")
+    assert_alike(workspace, "b4", "b1")
 
 
 # ---- feature
@@ -384,7 +307,7 @@ def test_features_from_a_store_and_from_a_file(workspace, batches):
     file = workspace.folder / "scores.parquet"
     pq.write_table(pa.table({"index": range(4), "score": losses}), file)
     workspace.run("train", weigh(workspace, "file", "feature", {"path": str(file), **exponential}, **keys))
-    assert_same(workspace, "stored", "file")
+    assert_alike(workspace, "stored", "file")
     # At the first step the live model is the reference, so nothing is in excess, and every weight is 1.
     excess = {"feature": {"kind": "loss"}, "excess": True, "function": "exp", "temperature": 0.01}
     workspace.run("train", weigh(workspace, "excess", "feature", excess, **keys))
@@ -482,14 +405,14 @@ def test_two_processes_weigh_as_one(workspace):
     for name, (method, params) in BOTH.items():
         files.append(weigh(workspace, f"two-{name}", method, params, eval_dataset="target_words", **shaped((1, 2))))
     launch_several(workspace.folder, files)
-    assert_same(workspace, "plain-True", "equal-True")
-    assert_same(workspace, "plain-False", "equal-False")
-    assert_same(workspace, "plain-ragged", "equal-ragged")
+    assert_alike(workspace, "plain-True", "equal-True")
+    assert_alike(workspace, "plain-False", "equal-False")
+    assert_alike(workspace, "plain-ragged", "equal-ragged")
     assert len(logged(workspace, "equal-ragged")) == 2 * 6
     assert difference(workspace, "plain-True", "plain-False") > 1e-4
     for name, (method, params) in BOTH.items():
         workspace.run("train", weigh(workspace, name, method, params, eval_dataset="target_words", **shaped((2, 2))))
-        assert_same(workspace, name, f"two-{name}")
+        assert_alike(workspace, name, f"two-{name}")
 
 
 # ---- what cannot be weighed

@@ -18,8 +18,7 @@ from dataflex.trainers.weighing import Weighing
 from dataflex.weighters.base import Examples, Group, NativeWeighter
 from dataflex.weighters.feature import ByFeature
 from dataflex.weighters.loss import ByLoss
-from tests.test_adapt import adapt
-from tests.test_by_feature import by_feature
+from tests.weighed import adapt, by_feature
 
 SHARP = {"temperature": 0.2}
 

@@ -1,0 +1,87 @@
+"""Runs in processes of their own, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def environment(**more: str) -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    python = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PATH": path, "PYTHONPATH": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
+    launch([sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides], **env)
+
+
+def launch(command: list[str], **env: str) -> None:
+    """Run a command that starts processes of its own; what it said is shown if it fails."""
+    status, said = ended(command, **env)
+    assert status == 0, said[-4000:]
+
+
+def ended(command: list[str], **env: str) -> tuple[int, str]:
+    """Run a command that starts processes of its own; return its exit status and what it said."""
+    with tempfile.TemporaryFile("w+") as log:
+        # A session of its own, so that a launcher that hangs can be ended together with its workers.
+        process = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log, start_new_session=True)
+        try:
+            status = process.wait(400)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            log.seek(0)
+            said = log.read()
+    return status, said
+
+
+def sharding(workspace: Any, stage: int) -> str:
+    """Write a DeepSpeed configuration of a ZeRO stage and return its path."""
+    config = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+    }
+    path = workspace.folder / "ds.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+SEVERAL = """
+import sys
+from dataflex import distributed
+from dataflex.config import load
+from dataflex.features.adam import Moments
+from dataflex.pipelines.train import train
+
+distributed.prepare()
+for path in sys.argv[1:]:
+    train(load(path))
+distributed.leave()
+"""
+
+
+def launch_several(folder: Path, files: Iterable[Path]) -> None:
+    """Train run files one after the other on two processes, which are started once."""
+    script = folder / "several.py"
+    script.write_text(SEVERAL)
+    launch([*TORCHRUN, str(script), *map(str, files)])

@@ -1,0 +1,68 @@
+"""A root with stores, kept states and runs, and the command line over it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataflex.cli import main
+from dataflex.rows import KEY_DTYPE
+from dataflex.stores.base import Layout, Values
+from dataflex.stores.files import Files
+from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.root import StoreRoot
+from dataflex.stores.runs import RunRecord
+
+LAYOUT = Layout({"norm": "float32"}, 8, "float16")
+
+
+LINEAGE = "ab" * 16
+
+
+def values(number: int) -> Values:
+    rng = np.random.default_rng(number)
+    keys = np.array([bytes([number, i]) + b"x" * 14 for i in range(5)], "S16").view(KEY_DTYPE)
+    vectors = rng.standard_normal((5, 8), np.float32)
+    return Values(keys, np.zeros(5, np.uint8), {"norm": rng.random(5, np.float32)}, vectors)
+
+
+def make_store(files: Files, number: int, fragments: int = 2) -> ParquetStore:
+    store = StoreRoot(files).open("gradient", {"r": number}, LAYOUT)
+    for each in range(fragments):
+        store.append(f"f{each}", values(each))
+    return store
+
+
+def make_state(files: Files, folder: Path, lineage: str = LINEAGE) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter.safetensors").write_bytes(b"w" * 1000)
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub" / "rng.json").write_bytes(b"{}")
+    StoreRoot(files).states.put(lineage, folder, {})
+    return lineage
+
+
+def record(files: Files, output_dir: str, *uses: tuple[str, str], finished: bool = True) -> RunRecord:
+    run = RunRecord(files, output_dir, "train", "identity", "less")
+    for kind, name in uses:
+        run.uses(kind, name)  # type: ignore[arg-type]
+    if finished:
+        run.finish()
+    return run
+
+
+def age(folder: Path, hours: float = 48) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, (time.time() - 3600 * hours,) * 2)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return int(caught.value.code or 0), out, err
