@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from dataflex.config import load
 from dataflex.errors import ConfigError
 from dataflex.registry import SELECTORS
+from tests.example import assert_there
 
 FILES = sorted((Path(__file__).parents[1] / "examples" / "selectors").glob("*.yaml"))
 
@@ -59,6 +60,7 @@ def small(path: Path, workspace: Any, output: str) -> Path:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_trains_and_resumes_inside_a_round_to_the_same_rows(path: Path, shared: Any) -> None:
     whole = shared.run("train", small(path, shared, path.stem))
+    assert_there(path, shared.folder / "out" / path.stem)
     rounds = shared.rounds(path.stem)
     updates = [rows for rows in rounds if len(rows) == 8]
     assert len(updates) == 2

@@ -13,8 +13,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from dataflex.registry import MIXERS, WEIGHTERS
+from tests.example import EXAMPLES, assert_there
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 MIXED = sorted((EXAMPLES / "mixers").glob("*.yaml"))
 WEIGHTED = sorted((EXAMPLES / "weighters").glob("*.yaml"))
 REFERENCE, PROXY, TARGET = sorted((EXAMPLES / "mixers" / "doremi").glob("*.yaml"))
@@ -109,6 +109,7 @@ def test_a_mixture_trains_and_resumes(path: Path, shared: Any, request: pytest.F
     name = path.stem
     model = request.getfixturevalue("experts") if name == "dynamic_moe" else shared.tiny.model
     summary = shared.run("train", small(path, shared, name, model))
+    assert_there(path, shared.folder / "out" / name)
     steps = summary["steps"]
     assert steps == (54 if name == "ado" else 6)
     lines, domains = log(shared, name), written(path)["dataset"].split(",")
@@ -137,6 +138,7 @@ def test_a_mixture_trains_and_resumes(path: Path, shared: Any, request: pytest.F
 def test_a_weighting_trains_and_resumes(path: Path, shared: Any) -> None:
     name = path.stem
     assert shared.run("train", small(path, shared, name, shared.tiny.model))["steps"] == 6
+    assert_there(path, shared.folder / "out" / name)
     assert_resumes(shared, small(path, shared, f"{name}-again", shared.tiny.model), name)
 
 
@@ -159,6 +161,8 @@ def test_the_three_steps_of_doremi(shared: Any) -> None:
     file = str(out / "proxy" / "mixture_proportions.json")
     shared.run("train", small(TARGET, shared, "target", shared.tiny.model, proportions=file))
     assert log(shared, "target")[0]["proportions"] == pytest.approx(found["proportions"], abs=1e-12)
+    for path, name in ((REFERENCE, "reference"), (PROXY, "proxy"), (TARGET, "target")):
+        assert_there(path, out / name)
 
 
 OWN = (("mixing", "fading"), ("mixing", "by_loss"), ("weighting", "harder"), ("weighting", "below"))
