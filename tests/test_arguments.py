@@ -463,7 +463,7 @@ def test_code_that_comes_with_a_model_is_part_of_its_digest(tiny: Any, tmp_path:
 
 
 def test_code_of_another_repository_is_digested_or_refused_by_name(tiny: Any, tmp_path: Path) -> None:
-    from dataflex.live.state import _code_elsewhere
+    from dataflex.live.base import code_elsewhere
 
     folder, other = tmp_path / "model", tmp_path / "other"
     folder.mkdir()
@@ -471,10 +471,10 @@ def test_code_of_another_repository_is_digested_or_refused_by_name(tiny: Any, tm
     (other / "modeling_far.py").write_text("from .near import x\n")
     (other / "near.py").write_text("x = 1\n")
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": f"{other}--modeling_far.Far"}}))
-    first = _code_elsewhere(folder, None)
+    first = code_elsewhere(folder, None)
     assert first[str(other)].keys() == {"modeling_far.py", "near.py"}
     (other / "near.py").write_text("x = 2\n")
-    assert _code_elsewhere(folder, None) != first
+    assert code_elsewhere(folder, None) != first
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "somebody/model--modeling_far.Far"}}))
     with pytest.raises(MismatchError, match=r"auto_map names modeling_far\.py of somebody/model, which is not at hand"):
-        _code_elsewhere(folder, None)
+        code_elsewhere(folder, None)

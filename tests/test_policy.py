@@ -27,6 +27,7 @@ from dataflex.features.engine import FeatureEngine
 from dataflex.features.generation import Job
 from dataflex.features.policy import policy_gradients, response_weights
 from dataflex.features.spec import GradientSpec, Projection
+from dataflex.live.sharding import Sharding
 from dataflex.rewards import Reward
 from dataflex.rows import Status
 from dataflex.stores.root import StoreRoot
@@ -499,7 +500,7 @@ def test_responses_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 def test_zero3_is_refused_by_name() -> None:
     none: Any = None
-    state: Any = SimpleNamespace(is_zero3=True)
+    state: Any = SimpleNamespace(sharding=Sharding("parameters"))
     with pytest.raises(ConfigError, match="ZeRO-3"):
         PolicySource(none, state, none, none, none)
 

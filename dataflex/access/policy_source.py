@@ -69,7 +69,7 @@ class PolicySource:
     def __init__(
         self, model: ModelSource, state: ModelState, root: StoreRoot, section: Any, note: Callable[[str], None]
     ):
-        if state.is_zero3:
+        if not state.sharding.has_whole_weights:
             raise ConfigError(
                 "policy_gradient: a model that DeepSpeed ZeRO-3 shards cannot write responses here; use ZeRO-2 or DDP"
             )

@@ -74,7 +74,7 @@ class ModelSource:
         self._token_budget = token_budget
         self._cutoff_len = cutoff_len
         self._ran = False
-        self.is_collective = state.is_zero3
+        self.is_collective = not state.sharding.has_whole_weights
 
     @cached_property
     def engine(self) -> FeatureEngine:

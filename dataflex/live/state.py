@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
 from dataflex import distributed
 from dataflex.checkpoints.marks import is_marked, require_whole
-from dataflex.config.arguments import values
 from dataflex.config.combinations import QUANTISED
 from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.explanation import explained
 from dataflex.features.adam import Moments
 from dataflex.features.feature import Feature
 from dataflex.features.spec import BASE, ENGINE_VERSION
-from dataflex.fingerprint import model_digest, plain, source_digests, tensors_digest
+from dataflex.fingerprint import model_digest, plain, tensors_digest
 from dataflex.folders import folder_digest, model_folder
 from dataflex.live import frozen, weights
+from dataflex.live.base import base_identity, reference_identity
 from dataflex.live.moments import checkpoint_moments, live_moments
-from dataflex.source import named_classes
+from dataflex.live.sharding import Sharding
 
 log = logging.getLogger(__name__)
-
-_NO_VALUE = ("_name_or_path", "transformers_version", "use_cache", "auto_map")
-"""Of a model's configuration; the code that `auto_map` names is in the digest of the model."""
 
 
 class ModelState:
@@ -45,11 +39,11 @@ class ModelState:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.model = trainer.model
-        self.is_zero3 = is_deepspeed_zero3_enabled()
-        if trainer.is_fsdp_enabled:
-            raise ConfigError("fsdp: per-example features of a sharded model are not supported; use DDP or DeepSpeed")
+        self.sharding = Sharding.of(trainer)
         self._digests: dict[Path, str] = {}
-        named = (self._base_identity(), self._reference_identity()) if distributed.is_main() else None
+        named = (
+            (base_identity(trainer, self.model_digest), reference_identity(trainer)) if distributed.is_main() else None
+        )
         found = distributed.broadcast(named)
         assert found is not None
         self.loaded: dict[str, Any] = found[0]
@@ -65,12 +59,12 @@ class ModelState:
 
     @property
     def position(self) -> tuple[str | None, int]:
-        """Which state the model is in, for as long as this object lives."""
+        """Cache key of the current state: the checkpoint entered, and the global step."""
         return self._checkpoint, self.trainer.state.global_step
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the base is what is left when the adapter is left out, at any time."""
+        """True for a PEFT model: its base can be run at any step by disabling the adapter."""
         return hasattr(self.model, "disable_adapter")
 
     @property
@@ -87,7 +81,7 @@ class ModelState:
         """
         if self._checkpoint != BASE or self.has_adapter:
             return
-        if self.is_zero3:
+        if not self.sharding.has_whole_weights:
             raise ConfigError(
                 "deepspeed: features of the base of a model that is trained whole cannot be computed under ZeRO-3; use "
                 "ZeRO-2, or compute them with `dataflex featurize` without it"
@@ -116,7 +110,7 @@ class ModelState:
         if state == BASE:
             leave_out = getattr(self.model, "disable_adapter", contextlib.nullcontext)
             entered = leave_out()
-        elif self.is_zero3:
+        elif not self.sharding.has_whole_weights:
             raise ConfigError(
                 f"{state}: a checkpoint's weights cannot be put into a model that ZeRO-3 has sharded; use ZeRO-2 or DDP"
             )
@@ -162,7 +156,7 @@ class ModelState:
         is_known = all(parameter.requires_grad for parameter in self.model.parameters())
         if is_resumed and is_known:
             return
-        if not self.is_zero3:  # there this process holds a part of each weight
+        if self.sharding.has_whole_weights:
             if not is_resumed:
                 weights.check(folder, self.model, self._scaling())
             is_known = frozen.covers(folder, self.model, buffers=not is_resumed)
@@ -267,47 +261,11 @@ class ModelState:
             return "none"
         key = ("weights", forward_only, *self.position)
         if key not in self._known:
-            with self._gathered():
-                tensors = self.trainable()
+            tensors = self.trainable()
+            with self.sharding.gathered([parameter for _, parameter in tensors]):
                 is_inert = forward_only and _is_inert(tensors)
                 self._known[key] = "none" if is_inert else {"weights": tensors_digest(tensors)} | self._scaling()
         return self._known[key]  # type: ignore[no-any-return]
-
-    def _base_identity(self) -> dict[str, Any]:
-        """Name the frozen base: its files, the adapters merged into it, and the options it was loaded with."""
-        args, tuning = self.trainer.model_arguments, self.trainer.finetuning_args
-        hub = {"revision": args.model_revision, "cache_dir": args.cache_dir}
-        adapters = list(args.adapter_name_or_path or [])
-        if not tuning.create_new_adapter:
-            adapters = adapters[:-1]  # the last one goes on being trained: it is among the trainable weights
-        drawn = self._drawn()
-        folder = model_folder(args.model_name_or_path, **hub)
-        config = self.model.config.to_dict()
-        return {
-            "weights": self.model_digest(folder),
-            "code": _code_elsewhere(folder, args.cache_dir) if args.trust_remote_code else {},
-            "merged": [model_digest(model_folder(path, subfolder=args.adapter_folder, **hub)) for path in adapters],
-            "configuration": plain({name: value for name, value in config.items() if name not in _NO_VALUE}),
-            "drawn": drawn | ({"seed": self.trainer.args.seed} if drawn else {}),
-            "options": values(("model",), args, tuning, self.trainer.args),
-        }
-
-    def _drawn(self) -> dict[str, Any]:
-        """Return the arguments under which frozen weights come from a random draw; none where files alone tell them."""
-        found = values(("drawn", "drawn file"), self.trainer.model_arguments, self.trainer.finetuning_args)
-        quiet = {"pissa_iter"} if not found.get("pissa_init") else set()  # those that act beside another alone
-        if not (found.keys() - quiet - {"init_special_tokens"}):
-            return {}
-        return {name: value for name, value in found.items() if name not in quiet}
-
-    def _reference_identity(self) -> list[Any]:
-        """Name the models that the training loss compares with; there are some under ASFT alone."""
-        args, tuning = self.trainer.model_arguments, self.trainer.finetuning_args
-        if not tuning.use_asft_loss or tuning.ref_model is None:
-            return []  # without a name, ASFT compares with the base
-        adapters = [path.strip() for path in (tuning.ref_model_adapters or "").split(",") if path.strip()]
-        folders = [model_folder(path, cache_dir=args.cache_dir) for path in (tuning.ref_model, *adapters)]
-        return [*map(model_digest, folders), tuning.ref_model_quantization_bit]
 
     def _scaling(self) -> dict[str, Any]:
         """Return what scales the adapter's weights, which the weights do not tell."""
@@ -330,17 +288,6 @@ class ModelState:
             "reduction": "mean over supervised tokens",
         }
 
-    @contextlib.contextmanager
-    def _gathered(self) -> Iterator[None]:
-        """Make partitioned trainable parameters whole for a while; no-op but under ZeRO-3, where it is collective."""
-        if not self.is_zero3:
-            yield
-            return
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([p for _, p in self.trainable() if hasattr(p, "ds_id")]):
-            yield
-
 
 def _is_inert(tensors: list[tuple[str, Any]]) -> bool:
     """Say whether only LoRA is trained and every B is zero: the model computes what its base does."""
@@ -348,27 +295,3 @@ def _is_inert(tensors: list[tuple[str, Any]]) -> bool:
     if not tensors or not all(any(factor in name for factor in factors) for name, _ in tensors):
         return False
     return not any(bool(p.detach().any()) for name, p in tensors if "lora_B" in name or "lora_embedding_B" in name)
-
-
-def _code_elsewhere(folder: Path, cache_dir: str | None) -> dict[str, dict[str, str]]:
-    """Digest, by repository, the code that a model's configuration names in other repositories than its own.
-
-    Raises:
-        MismatchError: it is not at hand.
-    """
-    from transformers.utils.hub import cached_file
-
-    config = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
-    found: dict[str, dict[str, str]] = {}
-    for repository, module in sorted(set(named_classes(config))):
-        if not repository:
-            continue
-        name, where = f"{module}.py", {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
-        path = Path(repository) / name if Path(repository).is_dir() else cached_file(repository, name, **where)
-        if path is None or not Path(path).is_file():
-            raise MismatchError(
-                f"{folder}/config.json: auto_map names {module}.py of {repository}, which is not at hand; expected its "
-                "code, which values depend on. Copy it into the model's folder and name it there"
-            )
-        found.setdefault(repository, {}).update(source_digests(Path(path).parent, [Path(path)]))
-    return found

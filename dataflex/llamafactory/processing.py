@@ -180,5 +180,5 @@ def labels_of(example: Mapping[str, Any], pad_token_id: int | None) -> list[int]
 
 
 def supervised(labels: list[int]) -> int:
-    """Return the tokens that are predicted: the first never is."""
+    """Count the labels that are trained on; the first token has no predecessor, so it is never one."""
     return sum(label != IGNORE_INDEX for label in labels[1:])

@@ -104,7 +104,7 @@ class ByWeighter:
             return weights
         tokens = batch.examples.tokens.clamp(min=1)
         # The mean over examples in place of that over tokens, each micro-batch by the examples that it has.
-        return weights * batch.items * batch.apart / (tokens * self._usable * batch.micro_batches)
+        return weights * batch.items * batch.rank_scale / (tokens * self._usable * batch.micro_batches)
 
     def report(self) -> dict[str, float]:
         """Return mean, maximum, and effective sample size of the weights: 1, 1 and 1 of a plain loss.

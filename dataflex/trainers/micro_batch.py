@@ -33,7 +33,8 @@ class MicroBatch:
         items: what this rank's sum of token losses is divided by: the step's tokens on all ranks, or on this one; for
             a model whose plain loss is a mean of means, those of this micro-batch times the number of micro-batches.
         micro_batches: G of this step.
-        apart: W if `items` is the number of this rank, so that Transformers takes the mean over ranks; 1 if their sum.
+        rank_scale: undoes the mean over ranks that Transformers takes where `items` counts this rank's tokens only: the
+            world size then, else 1.
     """
 
     rows: Tensor
@@ -43,7 +44,7 @@ class MicroBatch:
     inputs: Mapping[str, Tensor]
     items: Tensor
     micro_batches: int
-    apart: int
+    rank_scale: int
 
     @property
     def is_target(self) -> Tensor:

@@ -45,7 +45,7 @@ class Weighing:
     def begin(self, trainer: Any, batches: Sequence[Mapping[str, Any]], items: Any) -> None:
         """Prepare for the micro-batches of a step. Collective."""
         self._items, self._count, self._next = items, len(batches), 0
-        self._apart = 1 if trainer.args.average_tokens_across_devices else world()
+        self._rank_scale = 1 if trainer.args.average_tokens_across_devices else world()
         # For models that read images, and some of others' code, the plain step is the mean of its micro-batches' means.
         self._by_micro_batch = not trainer.model_accepts_loss_kwargs
         self.is_active = trainer.state.global_step >= self.acts_from
@@ -78,11 +78,11 @@ class Weighing:
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         losses = token_losses(logits, targets)
         if self._by_micro_batch:
-            items = (targets >= 0).sum().clamp(min=1) * self._count * (world() // self._apart)
+            items = (targets >= 0).sum().clamp(min=1) * self._count * (world() // self._rank_scale)
         else:
             items = torch.as_tensor(self._items, device=losses.device)
         last = states[-1] if states else None
-        return MicroBatch(rows, losses, targets, last, inputs, items, self._count, self._apart)
+        return MicroBatch(rows, losses, targets, last, inputs, items, self._count, self._rank_scale)
 
     def loss(
         self, logits: Tensor, labels: Tensor, rows: Tensor, states: list[Tensor], inputs: Mapping[str, Tensor]

@@ -36,7 +36,7 @@ def reference_losses(run: Run, mixer: NativeMixer) -> StoredReference | LiveRefe
     if path is None:
         return None
     if mixer.params.reference == "live":
-        if run.state.is_zero3:
+        if not run.state.sharding.has_whole_weights:
             raise ConfigError(
                 "reference: found live under ZeRO-3, which would shard the reference without running it; take "
                 "ZeRO-2 or DDP"

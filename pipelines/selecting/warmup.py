@@ -63,7 +63,7 @@ class WarmState:
         self._end = first.steps
         if first.kind != "warmup" or not run.live_needs or is_resumed:
             return  # what came before a checkpoint may have been trained otherwise
-        if run.trainer.is_deepspeed_enabled:
+        if not run.state.sharding.has_plain_checkpoints:
             log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
             return
         keys = run.rows.keys[draw(run, first).rows]
