@@ -6,6 +6,6 @@ import os
 from collections.abc import Mapping
 
 
-def is_on(name: str, default: str = "0", env: Mapping[str, str] = os.environ) -> bool:
-    """Say whether a variable is `true`, `y` or `1`, in any case of letters."""
-    return env.get(name, default).lower() in ("true", "y", "1")
+def is_on(name: str, default: str = "0", env: Mapping[str, str] | None = None) -> bool:
+    """Say whether a variable is `true`, `y` or `1`, in any case of letters; `env` stands for the process's own."""
+    return (os.environ if env is None else env).get(name, default).lower() in ("true", "y", "1")

@@ -213,7 +213,7 @@ def _older(
 
 def _told(item: Item, aged: dict[Used, int], engine: int) -> Item:
     """Return an item that says so if an older version of the engine computed it."""
-    version = aged.get((item.kind, item.name)) if item.kind in ("store", "state") else None  # type: ignore[arg-type]
+    version = aged.get((item.kind, item.name)) if item.kind in ("store", "state") else None
     if version is None:
         return item
     return replace(item, why=f"{item.why}; computed by engine {version}, which this one ({engine}) does not reuse")

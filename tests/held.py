@@ -64,7 +64,7 @@ def pool(count: int, supervised: np.ndarray | None = None) -> Rows:
     keys = np.frombuffer(np.random.default_rng(5).bytes(16 * count), dtype=KEY_DTYPE)
     ones = np.ones(count, np.int32)
     seen = ones if supervised is None else supervised
-    return Rows([], keys, ones * 0, np.arange(count), ones, seen, ones == 0, ("pool",), (), lambda row: Text("", ""))  # type: ignore[arg-type]
+    return Rows([], keys, ones * 0, np.arange(count), ones, seen, ones == 0, ("pool",), (), lambda row: Text("", ""))
 
 
 def context(

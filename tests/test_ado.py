@@ -169,7 +169,7 @@ def test_fits_recover_the_laws_of_the_run_and_prefer_what_still_falls() -> None:
 def test_irreducible_loss_counts_nothing() -> None:
     """What sets it apart from online data mixing: 5 nats of noise more leave the proportions."""
     plain, noisy = Run(), Run()
-    noisy.laws = ((1.0, 6.0, 0.25), (7.5, 1.0, 0.1), (0.5, 9.0, 0.4))  # type: ignore[assignment]
+    noisy.laws = ((1.0, 6.0, 0.25), (7.5, 1.0, 0.1), (0.5, 9.0, 0.4))
     for _ in range(160):
         plain(), noisy()
     assert noisy.proportions == pytest.approx(plain.proportions, abs=0.01)

@@ -60,7 +60,7 @@ class OwnStep(Weighter):
             loss = loss * self.factor
         loss = loss / ctx.args.gradient_accumulation_steps
         ctx.accelerator.backward(loss)
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
 
 @register_weighter("neither")

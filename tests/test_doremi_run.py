@@ -213,7 +213,7 @@ def gradient(
         logits = model(input_ids=torch.tensor([tokens])).logits[0]
         found = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(labels[1:]), reduction="none")
         rows.append((domain, [loss for loss, label in zip(found, labels[1:], strict=True) if label != -100]))
-    means = [float(sum(row).detach()) / len(row) for _, row in rows]  # type: ignore[arg-type]
+    means = [float(sum(row).detach()) / len(row) for _, row in rows]
     factors = linupper(means, sharp) if sharp else [1.0] * len(rows)
     if sharp and form == "paper":
         tokens = [sum(len(row) for d, row in rows if d == domain) for domain, _ in rows]

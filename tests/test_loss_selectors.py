@@ -34,7 +34,7 @@ def select(selector: Any, views: dict[Any, Held], k: int, **more: Any) -> list[i
         assert target is None
         return views[spec, state]
 
-    return selector.select(None, 0, k, context=context(pool(size), [], features, **more)).rows.tolist()  # type: ignore[no-any-return]
+    return selector.select(None, 0, k, context=context(pool(size), [], features, **more)).rows.tolist()
 
 
 LIVE, AT_BASE = (LossSpec(), None), (LossSpec(), BASE)

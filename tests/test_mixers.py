@@ -181,13 +181,13 @@ def test_static_refuses_numbers_that_are_none_with_the_run_file(bad: list[float]
 
 
 def test_random_is_new_at_every_update_and_a_function_of_seed_and_update() -> None:
-    before = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    before = np.random.get_state()[1].tolist()  # type: ignore[index]
     draws = [mixed(Random, context(update=update)) for update in range(5)]
     assert len({tuple(draw) for draw in draws}) == 5
     assert mixed(Random, context(update=3)) == draws[3]
     assert mixed(Random, context(update=3, seed=2)) != draws[3]
     assert mixed(Random, context(update=3, seed=2), seed=1) == draws[3]
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[index, union-attr]
+    assert np.random.get_state()[1].tolist() == before  # type: ignore[index]
 
 
 def test_random_is_the_same_on_every_machine() -> None:

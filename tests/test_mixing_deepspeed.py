@@ -26,7 +26,7 @@ def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int
     sharded = {"deepspeed": sharding(workspace, stage), "use_cpu": None}
 
     def write(name: str, **keys: Any) -> Path:
-        return workspace.write(name, **{**once, **keys})  # type: ignore[no-any-return]
+        return workspace.write(name, **{**once, **keys})
 
     plain = write("plain", train_type="static", component_name=None, max_steps=4, dataflex=None, **sharded)
     uniform = {"params": {"strategy": "uniform"}}

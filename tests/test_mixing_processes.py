@@ -76,7 +76,7 @@ def write(workspace: Any, name: str, method: str, **keys: Any) -> Path:
     once: dict[str, Any] = {"dataset": ",".join(NAMES), "eval_dataset": None, "warmup_step": None, "update_step": None}
     once |= {"update_times": None, "train_step": 6, "lora_dropout": 0.0, "train_type": "dynamic_mix"}
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    return workspace.write(name, **{**once, **batches, **own, **keys}, dataflex=section)  # type: ignore[no-any-return]
+    return workspace.write(name, **{**once, **batches, **own, **keys}, dataflex=section)
 
 
 def alone(workspace: Any, name: str, method: str) -> None:

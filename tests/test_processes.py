@@ -304,7 +304,7 @@ def test_every_way_of_choosing_is_the_same_with_two_processes(workspace: Any) ->
     def write(name: str, method: str, **keys: Any) -> Path:
         section = {"store": str(workspace.folder / name / "store"), "params": CHOOSING[method], "storage": "float32"}
         once = {"warmup_step": 0, "update_times": 1, "save_strategy": "no", "lora_dropout": 0.0}
-        return workspace.write(f"{name}-{method}", component_name=method, dataflex=section, **(once | keys))  # type: ignore[no-any-return]
+        return workspace.write(f"{name}-{method}", component_name=method, dataflex=section, **(once | keys))
 
     batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     launch_several(workspace.folder, [write("two", method, **batches) for method in CHOOSING])
@@ -331,7 +331,7 @@ def test_features_under_deepspeed_are_those_of_single_rows(workspace: Any, stage
     scalars = Moments.load(checkpoint / "dataflex" / "moments.safetensors").scalars
     assert {name: s.rate for name, s in scalars.items()} == {n: 4.0 if "lora_B" in n else 1.0 for n in scalars}
     section = {**section, "store": str(workspace.folder / "alone")}
-    section["params"] = {"proj_dim": 256, "checkpoints": [str(checkpoint)]}  # type: ignore[assignment]
+    section["params"] = {"proj_dim": 256, "checkpoints": [str(checkpoint)]}
     workspace.run("featurize", workspace.write("alone", lora_dropout=0.0, dataflex=section))
     sharded, alone = values(workspace.folder / "sharded"), values(workspace.folder / "alone")
     assert sharded.keys() == alone.keys()

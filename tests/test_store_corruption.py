@@ -268,9 +268,9 @@ def planted(folder: Path, table: pa.Table, keys: np.ndarray, **options: object) 
     path = folder / "crafted.parquet"
     metadata = options.pop("metadata", {"dataflex.format": "1", "dataflex.layout": _layout(store)})
     only_footer = options.pop("only_footer", False)
-    with pq.ParquetWriter(path, table.schema, **options) as writer:  # type: ignore[arg-type]
+    with pq.ParquetWriter(path, table.schema, **options) as writer:
         writer.write_table(table)
-        writer.add_key_value_metadata(metadata)  # type: ignore[arg-type]
+        writer.add_key_value_metadata(metadata)
     if only_footer:
         data = path.read_bytes()
         path.write_bytes(data[:4] + data[-8 - int.from_bytes(data[-8:-4], "little") :])

@@ -205,7 +205,7 @@ def test_the_reused_part_of_the_pool_has_a_known_age(workspace: Any) -> None:
 
 def test_rotating_resumes_with_the_ages_it_had(workspace: Any) -> None:
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}}
-    section["refresh"] = {"policy": "rotating", "refresh_fraction": 0.3, "max_age": 2}  # type: ignore[assignment]
+    section["refresh"] = {"policy": "rotating", "refresh_fraction": 0.3, "max_age": 2}
     workspace.run("train", workspace.write("through", update_times=3, dataflex=section))
     out = workspace.folder / "out"
     shutil.copytree(out / "through", out / "resumed")

@@ -248,7 +248,7 @@ def processed(path: Path) -> list[list[int]]:
     model_args, data_args, training_args, _, _ = get_train_args(arguments)
     module = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(module["tokenizer"], data_args)
-    return get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"][  # type: ignore[no-any-return]
+    return get_dataset(template, model_args, data_args, training_args, stage="sft", **module)["train_dataset"][
         "input_ids"
     ]
 

@@ -79,7 +79,7 @@ def weigh(workspace: Any, name: str, method: str | None = "loss", params: Any = 
         "eval_dataset": None,
         "dataflex": {"store": str(workspace.folder / "store"), "params": params or {}} if method else None,
     }
-    return workspace.write(name, **{**values, **keys})  # type: ignore[no-any-return]
+    return workspace.write(name, **{**values, **keys})
 
 
 def shaped(shape: tuple[int, int], **keys: Any) -> dict[str, Any]:

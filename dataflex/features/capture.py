@@ -85,4 +85,4 @@ class Taps:
         if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
             # As the module itself does; half the memory, and what autograd's own weight gradient would see.
             x = x.to(torch.get_autocast_dtype(x.device.type)) if isinstance(module, nn.Linear) else x
-        return _Tap.apply(output, self.anchor, x, partial(self._receive, module))  # type: ignore[no-any-return]
+        return _Tap.apply(output, self.anchor, x, partial(self._receive, module))

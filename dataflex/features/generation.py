@@ -180,7 +180,7 @@ class _Draws(LogitsProcessor):
     def __init__(self, jobs: Sequence[Job], spec: PolicyGradientSpec, width: int):
         self._jobs, self._spec, self._width = jobs, spec, width
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See `transformers.LogitsProcessor`."""
         spec, position = self._spec, input_ids.shape[1] - self._width
         numbers = [uniform(spec.seed, job.key, job.sample, position) for job in self._jobs]

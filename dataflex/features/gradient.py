@@ -139,7 +139,7 @@ def _linear_rows(left: Tensor, right: Tensor) -> Rows:
     def rows(a: int, b: int) -> Tensor:
         part = left[..., a:b].transpose(1, 2)
         if _MIXED_BMM and part.is_cuda and part.dtype == right.dtype and part.dtype in _HALF:
-            return torch.bmm(part, right, out_dtype=torch.float32).flatten(1)  # type: ignore[call-arg]
+            return torch.bmm(part, right, out_dtype=torch.float32).flatten(1)
         return torch.bmm(wide(part), wide(right)).flatten(1)
 
     return rows
@@ -175,7 +175,7 @@ def _module_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) -> 
             return torch.func.functional_call(module, own | chosen, (x_row[None],))[0].to(gy_row.dtype)
 
         pullback = torch.func.vjp(run, {name: own[name] for name in names})[1]
-        return pullback(gy_row)[0]  # type: ignore[no-any-return]
+        return pullback(gy_row)[0]
 
     def rows_of(gradient: Tensor) -> Rows:
         matrix = gradient.reshape(len(gradient), gradient.shape[1] if gradient.dim() > 1 else 1, -1)

@@ -22,7 +22,7 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
         logits: (B, T, V).
         targets: (B, T) int64, the label of the next token; negative where there is none.
     """
-    return _TokenLosses.apply(logits, targets)  # type: ignore[no-any-return]
+    return _TokenLosses.apply(logits, targets)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ class ModelState:
             with self.sharding.gathered([parameter for _, parameter in tensors]):
                 is_inert = forward_only and _is_inert(tensors)
                 self._known[key] = "none" if is_inert else {"weights": tensors_digest(tensors)} | self._scaling()
-        return self._known[key]  # type: ignore[no-any-return]
+        return self._known[key]
 
     def _scaling(self) -> dict[str, Any]:
         """Return what scales the adapter's weights, which the weights do not tell."""

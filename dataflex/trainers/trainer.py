@@ -232,13 +232,13 @@ class DataflexTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save, mark the checkpoint complete, and only then remove those beyond `save_total_limit`."""
-        run = self._get_output_dir(trial)  # type: ignore[attr-defined]
+        run = self._get_output_dir(trial)
         folder = os.path.join(run, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save:
             unmark(folder)  # of an earlier run, or one that was damaged
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         assert self.director is not None

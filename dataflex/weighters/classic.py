@@ -72,7 +72,7 @@ class Weighter:
         parts = ctx.current_gradient_accumulation_steps if use_weighter else ctx.args.gradient_accumulation_steps
         loss = loss / parts
         ctx.accelerator.backward(loss)
-        return loss.detach()  # type: ignore[no-any-return]
+        return loss.detach()
 
     def _per_sample_loss_from_logits(self, logits: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
         """Return each example's mean loss per supervised token, (B,), with gradient; 0 without any.

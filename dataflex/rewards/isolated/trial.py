@@ -102,7 +102,7 @@ def run(tests: str, response: Response) -> None:
     if "unittest" in tests:
         import unittest
 
-        unittest.main = lambda *_, **__: None  # type: ignore[assignment, misc]  # they are run below
+        unittest.main = lambda *_, **__: None  # type: ignore[assignment]  # they are run below
     used = {name for name in used_names(tree) if not name.startswith("__")}
     if used and used <= _PYTHONS_OWN and len(used) > 1:
         text = f"the reference uses {', '.join(sorted(used))}: all are Python's own, so it is not said which is tested"
