@@ -1,7 +1,7 @@
-"""Data that cannot be loaded, in words: which dataset, where, which record, what was found and what was expected.
+"""What cannot be loaded, in words: data, models, encoders, rewards; where, what was found and what was expected.
 
-LLaMA-Factory and what it stands on are wrapped here, once. What they raise is kept as the cause,
-which `dataflex -v` shows.
+Whoever has LLaMA-Factory, or what it stands on, load something does it inside `explained`. What they raise is kept as
+the cause, which `dataflex -v` shows.
 """
 
 from __future__ import annotations

@@ -62,18 +62,18 @@ class Registry(Generic[T]):
         group: entry-point group in which other distributions announce theirs.
         builtins: name -> "module:Class".
         verbs: methods of which a class of this kind has at least one.
-        adapters: "module:function" that makes any class of this kind one with all that its base declares; empty: they
+        adapter: "module:function" that makes any class of this kind one with all that its base declares; empty: they
             stay as they are.
     """
 
     def __init__(
-        self, kind: str, group: str, builtins: Mapping[str, str], verbs: Sequence[str] = (), adapters: str = ""
+        self, kind: str, group: str, builtins: Mapping[str, str], verbs: Sequence[str] = (), adapter: str = ""
     ):
         self.kind = kind
         self.group = group
         self.builtins = dict(builtins)
         self.verbs = tuple(verbs)
-        self._adapters = adapters
+        self._adapter = adapter
         self._registered: dict[str, list[_Registered]] = {}
 
     def register(self, name: str) -> Callable[[C], C]:
@@ -180,8 +180,11 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r}: found a class without {' or '.join(self.verbs)} at {place}; expected a "
                 f"{self.kind}, which has such a method"
             )
-        module_name, _, function = self._adapters.partition(":")
-        adapted: type[T] = getattr(importlib.import_module(module_name), function)(found) if function else found
+        module_name, _, function = self._adapter.partition(":")
+        try:
+            adapted: type[T] = getattr(importlib.import_module(module_name), function)(found) if function else found
+        except ConfigError as error:
+            raise ConfigError(f"{self.kind} {name!r}: {error}") from error
         if missing := sorted(
             {*getattr(found, "__abstractmethods__", ()), *getattr(adapted, "__abstractmethods__", ())}
         ):

@@ -12,14 +12,18 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside a file; what is written there takes the file's place when the block ends, synced before.
 
-    Folders that lead to it are made. A kill leaves the old file, and at most a hidden one beside it.
+    Folders that lead to it are made. An error leaves the old file; a kill at most a hidden one beside it.
 
     Args:
         path: the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same
-    yield temporary
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

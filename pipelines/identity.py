@@ -38,9 +38,8 @@ def run_identity(settings: Settings, trainer: Any, state: ModelState, methods: S
         DataflexError: an encoder or reference that is named is not there.
     """
     sets, plugins = trainer.row_sets, settings.dataflex.plugins
-    params, beside = (
-        plain(given and given.model_dump(mode="json")) for given in (settings.params, settings.weighter_params)
-    )
+    given = settings.params, settings.weighter_params
+    params, beside = (None if some is None else plain(some.model_dump(mode="json")) for some in given)
     needs = [need for each in methods for need in each.needs()]
     rewards = [each for need in needs for each in need.spec.rewards]
     named: dict[str, Any] = {}

@@ -180,7 +180,7 @@ def open_run(settings: Settings, trainer: Any, stage: str, rounds: Sequence[Roun
     method, weighter = settings.new_method(), settings.new_weighter()
     methods = [each for each in (method, weighter) if each is not None]
     for each in methods:
-        each.bind(_runtime(trainer, **runtime))
+        each._bind(_runtime(trainer, **runtime))
     if stage == "train" and distributed.is_main():
         _say_what_is_idle(settings, trainer, methods)
     identity = run_identity(settings, trainer, state, methods)

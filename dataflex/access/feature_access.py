@@ -87,7 +87,8 @@ class FeatureAccess:
         Raises:
             DataflexError: they could not.
         """
-        wanted = [*wanted, *((spec.gradient, rows) for spec, rows in wanted if spec.gradient)]  # whoever asks its rules
+        # A policy gradient obeys the rules of the gradient that it is made by.
+        wanted = [*wanted, *((spec.gradient, rows) for spec, rows in wanted if spec.gradient not in (None, spec))]
         for source in dict.fromkeys(self._source(spec) for spec, _ in wanted):
             source.require([(spec, rows) for spec, rows in wanted if self._source(spec) is source])
 

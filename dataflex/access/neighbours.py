@@ -25,7 +25,7 @@ _SORTABLE = "S16"
 def nearest(
     parts: Sequence[Part], queries: np.ndarray, k: int, metric: Metric, approximate_above: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return what `dataflex.selectors.base.View.nearest` says. Collective: every rank searches for its share.
+    """Return what `dataflex.features.need.View.nearest` says. Collective: every rank searches for its share.
 
     What ranks exchange is the answer, M k pairs of a score and a position.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,6 @@ from dataflex.explanation import explained
 from dataflex.features.encoder import TextEncoder
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.excerpt import excerpt
-from dataflex.features.feature import Sizes
 from dataflex.features.spec import ENGINE_VERSION, FeatureSpec, FeatureValues, LossSpec
 from dataflex.fingerprint import text_key
 from dataflex.folders import model_folder
@@ -122,8 +121,7 @@ class ModelSource:
 
     def width(self, spec: FeatureSpec) -> int:
         """Return D."""
-        trainable = sum(p.numel() for _, p in self._state.trainable())
-        return spec.width(Sizes(int(self._state.model.config.hidden_size), trainable, self._cutoff_len))
+        return spec.width(_Sizes(self._state, self._cutoff_len))
 
     def compute(
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
@@ -171,6 +169,22 @@ class ModelSource:
             return values
         missing = self._cutoff_len - values.vectors.shape[1]
         return replace(values, vectors=np.pad(values.vectors, ((0, 0), (0, missing))))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of the model in training; a model of several kinds of input has its hidden states' width with its text part."""
+
+    state: ModelState
+    cutoff_len: int
+
+    @property
+    def hidden(self) -> int:
+        return int(self.state.model.config.get_text_config().hidden_size)
+
+    @property
+    def trainable(self) -> int:
+        return sum(parameter.numel() for _, parameter in self.state.trainable())
 
 
 class EncoderSource:

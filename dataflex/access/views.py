@@ -1,4 +1,4 @@
-"""Values of one feature, read from stores in bounded memory (`dataflex.selectors.base.View`)."""
+"""Values of one feature, read from stores in bounded memory (`dataflex.features.need.View`)."""
 
 from __future__ import annotations
 

@@ -14,11 +14,12 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dataflex.adapter import written
+from dataflex.classic import RUNTIME, Arguments, constructor_params
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.config.runfile import Document, read
 from dataflex.errors import ConfigError
 from dataflex.features.need import Need
-from dataflex.method import RUNTIME, Arguments, Method, constructor_params
+from dataflex.method import Method
 from dataflex.params import Parameters
 from dataflex.registry import Registry, did_you_mean
 
@@ -59,19 +60,15 @@ class Component(Generic[M]):
         name: what the run file calls it.
         cls: the class, with all that its base declares.
         method: one made from the parameters; it knows no run.
+        params: the parameters.
         needs: the features it declares.
     """
 
     name: str
     cls: type[M]
     method: M
+    params: BaseModel
     needs: tuple[Need, ...]
-
-    @property
-    def params(self) -> BaseModel:
-        """Its parameters."""
-        params: BaseModel = self.method.params
-        return params
 
 
 def component(
@@ -104,11 +101,6 @@ def component(
         problems.say(document.origin, asked.name_at, str(error))
         return None
 
-    if not isinstance(cls.Params, type) or not issubclass(cls.Params, BaseModel):
-        text = f"found Params = {cls.Params!r} in {cls.__qualname__}; expected a kind of dataflex.params.Parameters"
-        problems.say(document.origin, asked.name_at, text, "Without it the constructor's arguments are the parameters")
-        return None
-
     def place(key: str) -> tuple[Origin, str]:
         in_file = key in below and key not in inline
         return (below_origin, f"{asked.bucket}.{asked.name}.params") if in_file else (document.origin, asked.params_at)
@@ -125,7 +117,10 @@ def component(
         return None
     try:
         method = cls(params)
-        return Component(asked.name, cls, method, tuple(method.needs()))
+        needs = tuple(method.needs())
+        if other := [need for need in needs if not isinstance(need, Need)]:
+            raise ConfigError(f"{asked.name}: needs() has {other[0]!r}; expected dataflex.features.need.Need")
+        return Component(asked.name, cls, method, params, needs)
     except ConfigError as error:
         problems.say(document.origin, asked.params_at, str(error))
         return None

@@ -35,7 +35,7 @@ def idle_note(name: str, method: Method, schedule: Schedule, total: int) -> str 
         why, lower = f"warmup_step is {first}", "warmup_step"
     elif (own := method.idle_steps) >= total:
         why, lower = f"it stays at the initial proportions for {own} steps", " or ".join(method.idle_by)
-    elif method.watches and first == 0 and interval >= total:
+    elif method.watches and not method.acts_at_start and first == 0 and interval >= total:
         why, lower = f"the first losses that it sees are those of step {interval}", "update_step"
     else:
         return None

@@ -257,7 +257,11 @@ class _Loading:
             check.check_exclusion(flat.train_type)
         is_dynamic = flat.train_type != "static"
         needs = tuple(need for each in (found, weighter) if each for need in each.needs)
-        specs = [*(need.spec for need in needs), *(found.method.asked if found else ()), *section.features]
+        specs = [
+            *(need.spec for need in needs),
+            *(spec for each in (found, weighter) if each for spec in each.method.asked),
+            *section.features,
+        ]
         policies_taken = found.method.refreshes if found and flat.train_type == "dynamic_select" else REFRESHES
         if section.refresh.policy not in policies_taken:
             expected = f"{' or '.join(policies_taken)} with these parameters"

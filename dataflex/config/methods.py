@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from typing import Any, get_args
@@ -10,8 +9,9 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from dataflex.adapter import written
+from dataflex.classic import Arguments, constructor_params
 from dataflex.errors import ConfigError
-from dataflex.method import Arguments, Method, constructor_params
+from dataflex.method import Method
 from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS
 
 KINDS = (SELECTORS, MIXERS, WEIGHTERS)
@@ -32,7 +32,7 @@ def methods() -> list[dict[str, Any]]:
         except ConfigError as error:
             found.append(entry | {"error": str(error)})
             continue
-        entry["description"] = (inspect.getdoc(cls) or "").partition("\n")[0]
+        entry["description"] = (vars(written(cls)).get("__doc__") or "").strip().partition("\n")[0]
         found.append(entry | {"params": _params(cls)})
     return found
 

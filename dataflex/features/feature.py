@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dataflex.params import Parameters
 
@@ -13,19 +12,23 @@ if TYPE_CHECKING:
     from dataflex.features.spec import GradientSpec, RewardSpec
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the width of a vector may follow from.
+class Sizes(Protocol):
+    """What the width of a vector may follow from; each is looked for when it is asked for."""
 
-    Attributes:
-        hidden: numbers of a hidden state.
-        trainable: numbers of all trainable parameters.
-        cutoff_len: tokens of a row, at most.
-    """
+    @property
+    def hidden(self) -> int:
+        """Numbers of a hidden state."""
+        ...
 
-    hidden: int
-    trainable: int
-    cutoff_len: int
+    @property
+    def trainable(self) -> int:
+        """Numbers of all trainable parameters."""
+        ...
+
+    @property
+    def cutoff_len(self) -> int:
+        """Tokens of a row, at most."""
+        ...
 
 
 class Feature(Parameters):

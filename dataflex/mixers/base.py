@@ -14,7 +14,7 @@ import numpy as np
 
 from dataflex.draws import generator
 from dataflex.errors import DataflexError
-from dataflex.method import Method
+from dataflex.method import Method, default
 from dataflex.params import Parameters
 
 LossForm = Literal["domain_mean", "token"]
@@ -179,25 +179,25 @@ class NativeMixer(Method):
     needs_every_domain: ClassVar[bool] = False
     draws: ClassVar[Literal["greedy", "random"]] = "greedy"
 
-    @property
+    @default
     def signals(self) -> tuple[str, ...]:
         """Names of what it takes from `MixContext.ask`."""
         return ()
 
-    @property
+    @default
     def whole_batches(self) -> bool:
         """Whether all rows of a micro-batch come from one domain."""
         return False
 
-    @property
+    @default
     def loss_form(self) -> LossForm | None:
         """How `loss_weights` act on the loss (`dataflex.trainers.factors.ByDomain`); None: they never do."""
         return None
 
-    @property
+    @default
     def looks_ahead(self) -> bool:
         """Whether a step's own losses move the weights before that step is trained on, at a forward pass more."""
-        return False
+        return self.loss_form is not None and bool(getattr(self.params, "exact", False))
 
     def check(self, names: Sequence[str], unit: str) -> list[str]:
         """Return what is wrong with the parameters for domains of these names and proportions in `unit`."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dataflex import distributed
 from dataflex.adapter import adapted
-from dataflex.method import Arguments, constructed
+from dataflex.classic import Arguments, constructed
 from dataflex.mixers.base import LAST_BATCH, MixContext, NativeMixer
 
 
@@ -32,9 +32,11 @@ class Mixer(ABC):
 class ClassicMixer(NativeMixer):
     """A mixer around a class of the classic interface, whose answer on rank 0 counts."""
 
+    __wrapped__: ClassVar[type[Any]]
     Params = Arguments
     declares_needs = False
     watches = True
+    acts_at_start = True
     interval = 1
 
     @property
@@ -42,9 +44,9 @@ class ClassicMixer(NativeMixer):
         """It is handed the last micro-batch."""
         return (LAST_BATCH,)
 
-    def bind(self, runtime: Mapping[str, Any]) -> None:
+    def _bind(self, runtime: Mapping[str, Any]) -> None:
         """Construct it."""
-        self._made = constructed(self.wraps, self.params, runtime)
+        self._made = constructed(self.__wrapped__, self.params, runtime)
 
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
         """Return what it answers."""

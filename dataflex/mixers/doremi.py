@@ -73,12 +73,6 @@ class Doremi(NativeMixer):
         self._total = np.zeros(0)
         self._updates = 0
 
-    @property
-    def reference_model_path(self) -> str | None:
-        """Folder of the reference model."""
-        path: str | None = self.params.reference_model_path
-        return path
-
     def needs(self) -> Sequence[Need]:
         """Need the reference's loss of every token, unless its model stands beside."""
         return reference_needs(self.params)
@@ -87,11 +81,6 @@ class Doremi(NativeMixer):
     def loss_form(self) -> LossForm:
         """How the weights of `loss_weights` act."""
         return "domain_mean" if self.params.loss == "paper" else "token"
-
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether alpha is moved by a batch before it weighs that batch's loss."""
-        return self.params.exact
 
     def mix(
         self,

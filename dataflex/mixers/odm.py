@@ -124,12 +124,6 @@ class Odm(NativeMixer):
         """What it asks for while it mixes."""
         return ("base_losses",) if self.params.initial_losses == "base" else ()
 
-    @property
-    def reference_model_path(self) -> str | None:
-        """Folder of the reference model."""
-        path: str | None = self.params.reference_model_path
-        return path
-
     def needs(self) -> Sequence[Need]:
         """Need the base model's losses, if the estimates begin at them, and those of a reference."""
         base = [Need(LossSpec(), "train", BASE)] if self.params.initial_losses == "base" else []

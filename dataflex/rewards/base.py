@@ -29,7 +29,7 @@ class Reward(ABC):
 
     Params: ClassVar[type[BaseModel]] = RewardParams
 
-    def __init__(self, params: Any):
+    def __init__(self, params: Any = None):
         self.params = params
 
     def prepare(self) -> None:  # noqa: B027 - most have nothing to load

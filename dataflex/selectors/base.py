@@ -15,7 +15,7 @@ from dataflex.features.need import Need as Need
 from dataflex.features.need import View as View
 from dataflex.features.spec import BASE as BASE
 from dataflex.features.spec import FeatureSpec
-from dataflex.method import Method
+from dataflex.method import Method, default
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 
@@ -110,12 +110,12 @@ class NativeSelector(Method):
     may_choose_unlabelled: ClassVar[bool] = False
     leaves_gradients: ClassVar[bool] = False
 
-    @property
+    @default
     def chooses_distinct(self) -> bool:
         """Whether an update holds each row once, so that it cannot be larger than the pool."""
         return False
 
-    @property
+    @default
     def refreshes(self) -> tuple[str, ...]:
         """The refresh policies that it works under."""
         return REFRESHES

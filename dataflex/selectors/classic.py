@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from dataflex.adapter import adapted
+from dataflex.classic import Arguments, constructed
 from dataflex.draws import generator
-from dataflex.method import Arguments, constructed
-from dataflex.selectors.base import Answer, Context, NativeSelector
+from dataflex.selectors.base import Answer, Context, NativeSelector, Need
 
 
 class Selector(ABC):
@@ -65,14 +65,20 @@ class Selector(ABC):
 class ClassicSelector(NativeSelector):
     """A selector around a class of the classic interface."""
 
+    __wrapped__: ClassVar[type[Any]]
     Params = Arguments
     declares_needs = False
     may_choose_unlabelled = True
     leaves_gradients = True
 
-    def bind(self, runtime: Mapping[str, Any]) -> None:
+    def _bind(self, runtime: Mapping[str, Any]) -> None:
         """Construct it."""
-        self._made = constructed(self.wraps, self.params, runtime)
+        self._made = constructed(self.__wrapped__, self.params, runtime)
+
+    def needs(self) -> Sequence[Need]:
+        """Return what it declares, if it does, once it is constructed."""
+        made: Any = getattr(self, "_made", None)
+        return tuple(made.needs()) if hasattr(made, "needs") else ()
 
     def warmup_rows(self, count: int) -> np.ndarray | None:
         """Return what it draws, if it overrides `warmup`."""
@@ -85,6 +91,10 @@ class ClassicSelector(NativeSelector):
 
 
 def adapted_selector(cls: type[Any]) -> type[NativeSelector]:
-    """Return a class as one of ours: itself, or made around it."""
-    found: type[NativeSelector] = adapted(cls, NativeSelector, ClassicSelector)
+    """Return a class as one of ours: itself, or made around it; one without `needs` is treated as a classic one is."""
+    if not hasattr(cls, "Params"):
+        found: type[NativeSelector] = adapted(cls, NativeSelector, ClassicSelector)
+        return found
+    is_classic = not hasattr(cls, "needs")
+    found = adapted(cls, NativeSelector, leaves_gradients=is_classic, may_choose_unlabelled=is_classic)
     return found

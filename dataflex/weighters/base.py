@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from pydantic import BaseModel, Field
 
 from dataflex.features.need import Need
-from dataflex.method import Method
+from dataflex.method import Method, default
 from dataflex.params import Parameters
 from dataflex.rows import Rows
 
@@ -106,17 +106,17 @@ class NativeWeighter(Method):
     wants_states: ClassVar[bool] = False
     acts_alone: ClassVar[bool] = False
 
-    @property
+    @default
     def anchor_batch_size(self) -> int:
         """Target rows embedded at a time, for one that needs targets."""
         return 8
 
-    @property
+    @default
     def own_step(self) -> OwnStep | None:
         """The step that it trains by in place of the trainer's, for one that acts alone."""
         return None
 
-    @property
+    @default
     def compares(self) -> bool:
         """Whether weights depend on the other examples, so that a group of one is pointless."""
         return False

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dataflex.adapter import adapted
+from dataflex.classic import Arguments, constructed
 from dataflex.errors import ConfigError
 from dataflex.fingerprint import IGNORE_INDEX
-from dataflex.method import Arguments, constructed
-from dataflex.weighters.base import Group, NativeWeighter, OwnStep
+from dataflex.weighters.base import Group, NativeWeighter, OwnStep, WeighterParams
 
 if TYPE_CHECKING:  # a run file is checked without torch
     from torch import Tensor
@@ -95,13 +95,14 @@ class Weighter:
 class ClassicWeighter(NativeWeighter):
     """A weighter around a class of the classic interface, which may or may not inherit from `Weighter`."""
 
+    __wrapped__: ClassVar[type[Any]]
     Params = Arguments
     declares_needs = False
     acts_alone = True
 
-    def bind(self, runtime: Mapping[str, Any]) -> None:
+    def _bind(self, runtime: Mapping[str, Any]) -> None:
         """Construct it; one that has no step of its own gets the base's."""
-        made = constructed(self.wraps, self.params, runtime)
+        made = constructed(self.__wrapped__, self.params, runtime)
         self._made = made if callable(getattr(made, "training_step", None)) else _LossOnly(made)
 
     @property
@@ -112,7 +113,7 @@ class ClassicWeighter(NativeWeighter):
 
     def weights(self, group: Group) -> Tensor:
         """Refuse: it computes the whole loss."""
-        raise NotImplementedError(f"{self.wraps.__name__} acts alone")
+        raise NotImplementedError(f"{self.__wrapped__.__name__} acts alone")
 
 
 class _LossOnly(Weighter):
@@ -123,6 +124,16 @@ class _LossOnly(Weighter):
 
 
 def adapted_weighter(cls: type[Any]) -> type[NativeWeighter]:
-    """Return a class as one of ours: itself, or made around it."""
-    found: type[NativeWeighter] = adapted(cls, NativeWeighter, ClassicWeighter)
+    """Return a class as one of ours: itself, or made around it.
+
+    Raises:
+        ConfigError: it gives weights, and its parameters lack those that every weighter has.
+    """
+    is_native = hasattr(cls, "Params") and hasattr(cls, "weights")
+    found: type[NativeWeighter] = adapted(cls, NativeWeighter, None if is_native else ClassicWeighter)
+    if not found.acts_alone and not issubclass(found.Params, WeighterParams):
+        raise ConfigError(
+            f"found Params in {cls.__qualname__} without normalisation and reduction, which every weighter has; "
+            "expected a kind of dataflex.weighters.base.WeighterParams"
+        )
     return found

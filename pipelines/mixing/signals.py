@@ -15,7 +15,7 @@ from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
 from dataflex.features.evaluation import evaluation
 from dataflex.features.spec import BASE, LossSpec
-from dataflex.mixers.base import NativeMixer
+from dataflex.mixers.base import LAST_BATCH, NativeMixer
 from dataflex.pipelines.run import Run
 from dataflex.rows import Status
 
@@ -29,12 +29,14 @@ def signals(
     """Return the signals that the mixer asks for and that are of the model or the stores.
 
     Raises:
-        ConfigError: the model has no experts, or there are no rows to route.
+        ConfigError: there is no such signal, the model has no experts, or there are no rows to route.
     """
     made: dict[str, Callable[[], Callable[[], np.ndarray]]] = {
         "expert_loads": lambda: ExpertLoads(run, mixer.params, settings, members, names),
         "base_losses": lambda: BaseLosses(run, members),
     }
+    if other := [name for name in mixer.signals if name not in (*made, LAST_BATCH)]:
+        raise ConfigError(f"signals: found {', '.join(other)}; expected some of {', '.join((*made, LAST_BATCH))}")
     return {name: made[name]() for name in mixer.signals if name in made}
 
 

@@ -32,7 +32,7 @@ class Anchors:
         self._run, self._weighter = run, weighter
         self._examples = [rows.examples[i] for rows in run.targets.values() for i in range(len(rows))]
         if not self._examples:
-            raise ConfigError("eval_dataset: found no rows; adapt weighs examples by how near they are to these")
+            raise ConfigError("eval_dataset: found no rows; the weighter weighs examples by how near they are to these")
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
