@@ -181,10 +181,7 @@ class Registry(Generic[T]):
                 f"{self.kind}, which has such a method"
             )
         module_name, _, function = self._adapter.partition(":")
-        try:
-            adapted: type[T] = getattr(importlib.import_module(module_name), function)(found) if function else found
-        except ConfigError as error:
-            raise ConfigError(f"{self.kind} {name!r}: {error}") from error
+        adapted: type[T] = getattr(importlib.import_module(module_name), function)(found) if function else found
         if missing := sorted(
             {*getattr(found, "__abstractmethods__", ()), *getattr(adapted, "__abstractmethods__", ())}
         ):

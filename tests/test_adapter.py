@@ -113,10 +113,10 @@ def test_parameters_and_attributes_are_the_classs_own() -> None:
     assert cls is adapted_selector(Plain)
     assert issubclass(cls, NativeSelector)
     assert (written(cls), cls.__module__, cls.__qualname__) == (Plain, Plain.__module__, "Plain")
-    made = cls(Plain.Params(depth=5))
+    made: Any = cls(Plain.Params(depth=5))
     assert (made.depth, made.refreshes, made.chooses_distinct, made.idle_steps) == (5, ("full",), True, 0)
     assert (made.leaves_gradients, made.may_choose_unlabelled) == (False, False)
-    again = pickle.loads(pickle.dumps(made))
+    again: Any = pickle.loads(pickle.dumps(made))
     assert (type(again), again.depth) == (cls, 5)
 
 
