@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -88,7 +88,10 @@ class FeatureAccess:
             DataflexError: they could not.
         """
         # A policy gradient obeys the rules of the gradient that it is made by.
-        wanted = [*wanted, *((spec.gradient, rows) for spec, rows in wanted if spec.gradient not in (None, spec))]
+        wanted = [
+            *wanted,
+            *((cast(FeatureSpec, spec.gradient), rows) for spec, rows in wanted if spec.gradient not in (None, spec)),
+        ]
         for source in dict.fromkeys(self._source(spec) for spec, _ in wanted):
             source.require([(spec, rows) for spec, rows in wanted if self._source(spec) is source])
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+from dataflex.features.reward import RewardSpec
 from dataflex.params import Parameters
-
-if TYPE_CHECKING:
-    from dataflex.features.spec import GradientSpec, RewardSpec
 
 
 class Sizes(Protocol):
@@ -74,7 +72,7 @@ class Feature(Parameters):
         return True
 
     @property
-    def gradient(self) -> GradientSpec | None:
+    def gradient(self) -> Feature | None:
         """The gradient whose rules and projection it is computed by; None: it needs no backward pass."""
         return None
 

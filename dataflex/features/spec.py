@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dataflex.features.feature import Feature, Sizes
+from dataflex.features.reward import RewardSpec as RewardSpec
 from dataflex.params import Parameters
 
 ENGINE_VERSION = 2
@@ -194,19 +195,6 @@ class GradientSpec(Feature):
         keep = {"type"} | used.get(self.projection.type, {"dim", "seed"})
         out["projection"] = {k: v for k, v in out["projection"].items() if k in keep}
         return out
-
-
-class RewardSpec(Parameters):
-    """A reward by name, as `dataflex.rewards` knows it; its own parameters stand beside `type`."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str = Field(description="name of a reward, or module:Class")
-    weight: float = Field(1.0, description="factor, where the sum of several rewards is taken")
-
-    def params(self) -> dict[str, Any]:
-        """Return the reward's own parameters."""
-        return self.model_dump(exclude={"type", "weight"})
 
 
 class GeneratorSpec(Parameters):

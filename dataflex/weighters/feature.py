@@ -95,7 +95,7 @@ class ByFeature(NativeWeighter):
 
     @property
     def compares(self) -> bool:
-        """Whether an example alone always has the weight 1, or 0; a threshold may leave examples out one by one."""
+        """True but for a threshold, which leaves examples out one by one."""
         return self.params.function != "threshold"
 
     def needs(self) -> Sequence[Need]:

@@ -78,7 +78,7 @@ class ByLoss(NativeWeighter):
 
     @property
     def compares(self) -> bool:
-        """Whether an example alone always has the weight 1."""
+        """True but for uniform weights."""
         return self.params.strategy != "uniform"
 
     def temperature(self, since: int) -> float:
