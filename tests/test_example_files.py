@@ -17,6 +17,7 @@ LIST = (EXAMPLES / "README.md").read_text("utf-8")
 ROWS = re.findall(r"^\| \[(.+?)\]\((.+?)\) \| (.+) \| (.+?) \| (.+?) \|$", LIST, re.MULTILINE)
 
 FREE = {"eval_dataset", "output_dir"}
+TARGETS = ("target_arithmetic", "target_words", "target_dates")
 ALONE: dict[str, str | None] = {  # LLaMA-Factory trains on rows that were written before
     "dataset_dir": "saves/less_offline",
     "num_train_epochs": "4",
@@ -54,7 +55,7 @@ def test_what_is_not_its_own_is_as_in_plain(name: str) -> None:
         k: v for k, v in expected.items() if k not in FREE and v is not None
     }
     assert [key for key in found if key in plain] == [key for key in plain if key in found]
-    assert set(found.get("eval_dataset", "target_arithmetic").split(",")) <= {"target_arithmetic", "target_words"}
+    assert set(found.get("eval_dataset", TARGETS[0]).split(",")) <= set(TARGETS)
     place = ".demo" if name.startswith("quickstart/") else "saves"
     assert found["output_dir"].startswith(f"{place}/")
     assert set(re.findall(r"^  store: (.+)$", FILES[name].read_text("utf-8"), re.MULTILINE)) <= {f"{place}/store"}
@@ -73,7 +74,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.mkdir(parents=True)
     (model / "config.json").write_text("{}")
     for place, names in (
-        (data, ("pool", "target_arithmetic", "target_words")),
+        (data, ("pool", *TARGETS)),
         (offline / "less_offline", ("warmup", "chosen")),
     ):
         place.mkdir(exist_ok=True)
