@@ -40,9 +40,8 @@ def constructed(cls: type[Any], params: BaseModel, runtime: Mapping[str, Any]) -
         return cls(params)
     wanted = inspect.signature(cls).parameters
     given = {name: value for name, value in runtime.items() if name in wanted} | params.root
-    missing = [
-        name for name in RUNTIME if name in wanted and name not in given and wanted[name].default is inspect._empty
-    ]
+    required = {name for name, parameter in wanted.items() if parameter.default is parameter.empty}
+    missing = [name for name in RUNTIME if name in required - given.keys()]
     if missing:
         raise ConfigError(
             f"{cls.__qualname__} is constructed with {', '.join(missing)}, which there is in a training alone; run "

@@ -15,6 +15,7 @@ from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE, FeatureSpec
 from dataflex.llamafactory import workflow
+from dataflex.pipelines.run import Run
 from dataflex.pipelines.selecting.director import SelectingDirector
 from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
@@ -82,11 +83,9 @@ class FeaturizeDirector(SelectingDirector):
 
     stage = "featurize"
 
-    def _rounds(self, trainer: Any) -> Sequence[Round]:
+    def _rounds(self, run: Run) -> Sequence[Round]:
         """Leave the warm-up out if no feature depends on the trained state."""
-        if any(need.state is None for need in self.settings.needs):
-            return super()._rounds(trainer)
-        return [Round(0, "update", 0, 1, 0, 1)]
+        return run.rounds if run.live_needs else [Round(0, "update", 0, 1, 0, 1)]
 
     def _start(self, checkpoint: str | None) -> str | None:
         """Start from the kept state, if a feature depends on it."""

@@ -68,7 +68,7 @@ class SelectDirector(FeaturizeDirector):
     def __init__(self, settings: Settings, num: int, output: Path, trainer: Any, checkpoint: str | None):
         if not trainer.row_sets.raw:
             raise ConfigError(_NO_RECORDS)
-        self.num = num
+        self.num = num  # which the beginning asks for
         self.output = output
         self._found: list[dict[str, Any]] = []
         super().__init__(settings, trainer, checkpoint)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, Field
 
+from dataflex.errors import DataflexError
 from dataflex.features.need import Need
 from dataflex.method import Method, default
 from dataflex.params import Parameters
@@ -122,12 +123,19 @@ class NativeWeighter(Method):
         return False
 
     def due(self, step: int) -> bool:
-        """Say whether the target rows are to be embedded before the step that `step` others were done before."""
+        """Say whether the target rows are to be embedded before the step that `step` others were done before.
+
+        Asked of one that `needs_targets`; one that says so overrides `set_anchors` too.
+        """
         return False
 
     def set_anchors(self, mean: Tensor, step: int) -> None:
-        """Take the mean of the target rows' unit vectors, (H,), embedded after `step` steps."""
-        raise NotImplementedError(f"{type(self).__name__} needs no targets")
+        """Take the mean of the target rows' unit vectors, (H,), embedded after `step` steps.
+
+        Raises:
+            DataflexError: the weighter asks for them and does not take them.
+        """
+        raise DataflexError(f"{type(self).__name__}: found no set_anchors; expected it beside due, which asks for them")
 
     def prepare(self, values: Mapping[Need, Any], *, rows: Rows) -> None:
         """Take the features that were declared. Called once, before the first step.

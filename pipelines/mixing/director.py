@@ -15,7 +15,7 @@ from dataflex.config.mixing import dataset_names
 from dataflex.config.settings import Settings
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import keys_digest
-from dataflex.mixers.base import LAST_BATCH, NativeMixer, Statistics, normalised
+from dataflex.mixers.base import NativeMixer, Statistics, normalised
 from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.mixing.domains import MixtureManager, domains_of
 from dataflex.pipelines.mixing.drawing import Drawing
@@ -63,8 +63,8 @@ class MixingDirector:
         self.mixer = self.run.method
         self.drawing = self._drawing(members)
         self.drawing.refuse_hopeless(np.ones(len(self.domains), dtype=bool), trainer.args.max_steps)
-        signals_of_run = signals(self.run, self.mixer, settings, members, self.domains.names)
-        self.shares = self._shares(initial, {**signals_of_run, LAST_BATCH: self._handed})
+        asked = signals(self.run, self.mixer, settings, members, self.domains.names, self._handed)
+        self.shares = self._shares(initial, asked)
         if settings.keys.freeze_gate:
             freeze_routers(trainer.model)
         self._last_rows: np.ndarray | None = None

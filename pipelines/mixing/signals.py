@@ -24,20 +24,26 @@ _BIASES = ("correction_bias", "expert_bias")
 
 
 def signals(
-    run: Run, mixer: NativeMixer, settings: Settings, members: Sequence[np.ndarray], names: Sequence[str]
+    run: Run,
+    mixer: NativeMixer,
+    settings: Settings,
+    members: Sequence[np.ndarray],
+    names: Sequence[str],
+    last_batch: Callable[[], Any],
 ) -> dict[str, Callable[[], Any]]:
-    """Return the signals that the mixer asks for and that are of the model or the stores.
+    """Return the signals that the mixer asks for.
 
     Raises:
         ConfigError: there is no such signal, the model has no experts, or there are no rows to route.
     """
-    made: dict[str, Callable[[], Callable[[], np.ndarray]]] = {
+    made: dict[str, Callable[[], Callable[[], Any]]] = {
         "expert_loads": lambda: ExpertLoads(run, mixer.params, settings, members, names),
         "base_losses": lambda: BaseLosses(run, members),
+        LAST_BATCH: lambda: last_batch,
     }
-    if other := [name for name in mixer.signals if name not in (*made, LAST_BATCH)]:
-        raise ConfigError(f"signals: found {', '.join(other)}; expected some of {', '.join((*made, LAST_BATCH))}")
-    return {name: made[name]() for name in mixer.signals if name in made}
+    if other := [name for name in mixer.signals if name not in made]:
+        raise ConfigError(f"signals: found {', '.join(other)}; expected some of {', '.join(made)}")
+    return {name: made[name]() for name in mixer.signals}
 
 
 class BaseLosses:

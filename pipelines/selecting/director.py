@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class SelectingDirector:
         self.settings = settings
         self.updates: list[dict[str, Any]] = []
         self._begun = time.monotonic()
-        self.run = open_run(settings, trainer, self.stage, self._rounds(trainer))
+        run = open_run(settings, trainer, self.stage, trainer.rounds)
+        self.run = replace(run, rounds=self._rounds(run))
         refuse_silent_targets(self.run)
         if settings.train_type == "dynamic_select":
             self._prepare()
@@ -65,9 +67,9 @@ class SelectingDirector:
         """The rounds that are run."""
         return self.run.rounds
 
-    def _rounds(self, trainer: Any) -> Sequence[Round]:
-        rounds: Sequence[Round] = trainer.rounds
-        return rounds
+    def _rounds(self, run: Run) -> Sequence[Round]:
+        """Return the rounds to be run; asked before anything of this object but `settings` is there."""
+        return run.rounds
 
     def _start(self, checkpoint: str | None) -> str | None:
         """Return the folder to start from, the journal brought to that state. Collective."""
