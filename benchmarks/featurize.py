@@ -30,8 +30,8 @@ from dataflex.features.projection import build_projector
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec, LossSpec, Projection
 from dataflex.fingerprint import IGNORE_INDEX, digest, row_key
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 
 SGD, ADAM = GradientSpec(), GradientSpec(direction="adam")
 CPU = torch.device("cpu")

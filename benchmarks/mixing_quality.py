@@ -228,7 +228,7 @@ def held_out_losses(folder: Path, texts: Mapping[str, Sequence[str]], cutoff: in
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dataflex.features.loss import token_losses
+    from dataflex.features.cross_entropy import token_losses
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)

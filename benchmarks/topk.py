@@ -16,10 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
-from dataflex.stores.topk import top_k
+from dataflex.stores.search.topk import top_k
+from dataflex.stores.values import Layout, Values
 
 FRAGMENT_ROWS = 16_384
 

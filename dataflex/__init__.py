@@ -1,6 +1,6 @@
 """Data-centric training of language models on LLaMA-Factory: featurize once, select while training."""
 
-from dataflex.registry import register_selector
+from dataflex.components.registry import register_selector
 
 __all__ = ["__version__", "register_selector"]
 

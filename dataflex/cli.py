@@ -187,7 +187,7 @@ def select(
 def validate(run: RunFile, overrides: Overrides = None) -> None:
     """Check a run file and say what follows from it; imports neither torch nor LLaMA-Factory."""
     settings = _settings(run, overrides)
-    from dataflex.config.summary import summary
+    from dataflex.config.overview import summary
 
     print("\n".join(summary(settings)))
 
@@ -256,7 +256,7 @@ def version() -> None:
 def list_stores(by_run: ByRun = False, root: Root = None, as_json: Json = False) -> None:
     """List the stores: name, rows, bytes."""
     if by_run:
-        from dataflex.stores.listing import by_runs, lines_of
+        from dataflex.stores.upkeep.listing import by_runs, lines_of
 
         listed = by_runs(_files(root))
         _print(listed, as_json, lines_of(listed))
@@ -290,8 +290,8 @@ def show_store(name: Name, root: Root = None, as_json: Json = False) -> None:
 @store_app.command("verify")
 def verify_stores(root: Root = None, as_json: Json = False) -> None:
     """Read every byte under the root; exit with 4 if any is not what was committed."""
-    from dataflex.stores.inspection import inspect, refuse
-    from dataflex.stores.listing import inspected, lines_of_inspection
+    from dataflex.stores.upkeep.inspection import inspect, refuse
+    from dataflex.stores.upkeep.listing import inspected, lines_of_inspection
 
     with _unwarned():
         parts = list(inspect(_files(root)))
@@ -302,8 +302,8 @@ def verify_stores(root: Root = None, as_json: Json = False) -> None:
 @store_app.command("repair")
 def repair_stores(root: Root = None, as_json: Json = False) -> None:
     """Remove what is damaged, so that the next run computes it again; exit with 4 if something cannot be mended."""
-    from dataflex.stores.inspection import refuse, repair
-    from dataflex.stores.listing import lines_of_repair, repaired
+    from dataflex.stores.upkeep.inspection import refuse, repair
+    from dataflex.stores.upkeep.listing import lines_of_repair, repaired
 
     with _unwarned():
         parts = list(repair(_files(root)))
@@ -329,9 +329,9 @@ def collect_garbage(
     --include-finished is given; what a running one refers to stays always.
     """
     from dataflex.features.spec import ENGINE_VERSION
-    from dataflex.stores.gc import Scope, plan
-    from dataflex.stores.listing import lines_of_removal
-    from dataflex.stores.removal import carry_out
+    from dataflex.stores.upkeep.gc import Scope, plan
+    from dataflex.stores.upkeep.listing import lines_of_removal
+    from dataflex.stores.upkeep.removal import carry_out
 
     files = _files(root)
     scope = Scope(tuple(run or ()), unreferenced, leftovers, include_finished, older_engine, grace)

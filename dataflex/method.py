@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel
 
+from dataflex.components.params import Parameters
 from dataflex.features.need import Need
 from dataflex.features.spec import FeatureSpec
-from dataflex.params import Parameters
 
 if TYPE_CHECKING:
     default = property
@@ -54,7 +54,7 @@ class Method(ABC):  # noqa: B024 - each kind has the one that must be overridden
         """Take the objects of the run, once, before anything else is asked.
 
         Args:
-            runtime: `dataflex.classic.RUNTIME`, as far as the run has them, and `cache_dir`.
+            runtime: `dataflex.components.classic.RUNTIME`, as far as the run has them, and `cache_dir`.
         """
 
     def needs(self) -> Sequence[Need]:

@@ -20,8 +20,8 @@ from dataflex.pipelines.selecting.director import SelectingDirector
 from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
-from dataflex.stores.faiss_cache import load_or_build
-from dataflex.stores.faiss_index import kind_for, load_faiss
+from dataflex.stores.search.faiss_cache import load_or_build
+from dataflex.stores.search.faiss_index import kind_for, load_faiss
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.trainers.trainer import Directing
 

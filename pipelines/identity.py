@@ -9,6 +9,8 @@ from typing import Any
 
 from dataflex import distributed
 from dataflex.checkpoints.marks import recorded
+from dataflex.components.registry import import_plugin
+from dataflex.components.user_code import code_digest, modules_digest
 from dataflex.config.arguments import settings_in_identity, values
 from dataflex.config.settings import Settings
 from dataflex.features.need import Need
@@ -19,10 +21,8 @@ from dataflex.live.moments import MOMENTS_FILE
 from dataflex.live.state import ModelState
 from dataflex.live.weights import adapter_config
 from dataflex.method import Method
-from dataflex.registry import import_plugin
 from dataflex.rewards import build_reward, reward_identity
 from dataflex.trainers.lineage import training_arguments
-from dataflex.user_code import code_digest, modules_digest
 
 _SCRATCH = "cache_dir"
 """The parameter that names a folder to write to; its content is no input."""

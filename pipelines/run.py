@@ -22,7 +22,7 @@ from dataflex.fingerprint import difference, digest
 from dataflex.live.state import ModelState
 from dataflex.method import Method
 from dataflex.pipelines.identity import run_identity
-from dataflex.pipelines.mixing.reference import check_reference
+from dataflex.pipelines.mixing.reference_losses import check_reference
 from dataflex.rows import Rows
 from dataflex.schedule import Round, Schedule
 from dataflex.selectors.base import NativeSelector

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dataflex.stores.base import Values
 from dataflex.stores.rounding import decode
+from dataflex.stores.values import Values
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from dataflex.errors import CorruptionError, MismatchError
 from dataflex.fingerprint import canonical
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.record import FORMAT
 from dataflex.stores.rounding import STORAGES, encode
+from dataflex.stores.values import Layout, Values
 
 _GROUP_ROWS, _GROUP_BYTES = 4096, 64 << 20
 _PAGE_BYTES = 8 << 20

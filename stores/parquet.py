@@ -22,13 +22,13 @@ import numpy as np
 from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import serialise
 from dataflex.stores.log import Entry, Log
 from dataflex.stores.rounding import decode
 from dataflex.stores.snapshot import Snapshot
+from dataflex.stores.values import Layout, Values
 
 _WRITER = uuid.uuid4().hex
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from dataflex.stores.files import Files
 
+CURE = "`dataflex store repair` removes what is damaged, `dataflex featurize` computes it again"
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -11,13 +11,13 @@ from typing import Any
 
 from dataflex.errors import ConfigError, ConflictError, CorruptionError, MismatchError
 from dataflex.fingerprint import difference, digest
-from dataflex.stores.base import Layout
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import claim, find_record
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.states import StateStore
 from dataflex.stores.urls import LOCAL, refuse_unreachable
+from dataflex.stores.values import Layout
 
 _log = logging.getLogger(__name__)
 _LIBRARIES = ("dataflex", "llamafactory", "numpy", "peft", "pyarrow", "torch", "transformers")

@@ -130,7 +130,7 @@ def read_runs(files: Files) -> list[KnownRun]:
     """Return the runs that are recorded under a root, the one that wrote last first.
 
     A damaged document counts by its name, so that it protects what it was written for. What lies where a run's folder
-    belongs is logged and left out; whoever has to know every run asks `dataflex.stores.astray` first.
+    belongs is logged and left out; whoever has to know every run asks `dataflex.stores.upkeep.astray` first.
 
     Raises:
         MismatchError: a newer DataFlex wrote a run's description.

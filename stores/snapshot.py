@@ -9,13 +9,13 @@ import numpy as np
 
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
-from dataflex.stores.base import Layout
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
 from dataflex.stores.locations import Locations
 from dataflex.stores.log import Entry
-from dataflex.stores.verify import CURE
+from dataflex.stores.problem import CURE
+from dataflex.stores.values import Layout
 
 
 class Snapshot:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dataflex.stores.inspection import Part, inspect, repair
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.problem import Problem
+from dataflex.stores.upkeep.inspection import Part, inspect, repair
 
 
 def problems(store: ParquetStore) -> list[Problem]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dataflex.features.engine import FeatureEngine
-from dataflex.features.evaluation import evaluation
+from dataflex.features.inference import evaluation
 from dataflex.features.projection import build_projector
 from dataflex.features.spec import GradientSpec, Projection
 

@@ -11,11 +11,11 @@ import pytest
 
 from dataflex.cli import main
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.files import Files
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
+from dataflex.stores.values import Layout, Values
 
 LAYOUT = Layout({"norm": "float32"}, 8, "float16")
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from dataflex.adapter import written
+from dataflex.components.adapter import written
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, register_selector
 from dataflex.config import load
 from dataflex.config.methods import methods
 from dataflex.errors import ConfigError
 from dataflex.mixers.classic import adapted_mixer
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, register_selector
 from dataflex.rewards.base import adapted_reward
 from dataflex.selectors.base import NativeSelector
 from dataflex.selectors.classic import adapted_selector

@@ -149,7 +149,7 @@ def rows_named(tiny: Any, folder: Path, **keys: Any) -> Any:
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    from dataflex.llamafactory.rows import load_rows
+    from dataflex.llamafactory.row_sets import load_rows
 
     given = {
         "model_name_or_path": str(tiny.model),
@@ -463,7 +463,7 @@ def test_code_that_comes_with_a_model_is_part_of_its_digest(tiny: Any, tmp_path:
 
 
 def test_code_of_another_repository_is_digested_or_refused_by_name(tiny: Any, tmp_path: Path) -> None:
-    from dataflex.live.base import code_elsewhere
+    from dataflex.live.base_model import code_elsewhere
 
     folder, other = tmp_path / "model", tmp_path / "other"
     folder.mkdir()

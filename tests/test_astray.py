@@ -13,11 +13,11 @@ import pytest
 
 from dataflex.errors import CorruptionError
 from dataflex.stores.files import LocalFiles
-from dataflex.stores.gc import Scope, plan
-from dataflex.stores.inspection import inspect, refuse, repair
 from dataflex.stores.record import unseal
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import read_runs
+from dataflex.stores.upkeep.gc import Scope, plan
+from dataflex.stores.upkeep.inspection import inspect, refuse, repair
 from tests.roots import LAYOUT, LINEAGE, age, make_state, make_store, record, run, values
 
 

@@ -17,8 +17,8 @@ from dataflex.cli import main
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.launch import command_line, environment, free_port
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 
 ROOT = Path(__file__).parents[1]
 HEAVY = "('torch', 'transformers', 'llamafactory', 'pydantic', 'omegaconf', 'numpy', 'pyarrow')"

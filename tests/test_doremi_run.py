@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.pipelines.mixing.reference import _check_vocabulary
+from dataflex.pipelines.mixing.reference_losses import _check_vocabulary
 from dataflex.trainers.micro_batch import MicroBatch
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.trainer import DataflexTrainer

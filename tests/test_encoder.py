@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dataflex.fingerprint import text_key
-from dataflex.stores.faiss_cache import load_or_build
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.search.faiss_cache import load_or_build
 
 
 @pytest.fixture(scope="module")

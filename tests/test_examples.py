@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from dataflex.components.registry import SELECTORS
 from dataflex.config import load
 from dataflex.errors import ConfigError
-from dataflex.registry import SELECTORS
 from tests.example import assert_there
 
 FILES = sorted((Path(__file__).parents[1] / "examples" / "selectors").glob("*.yaml"))

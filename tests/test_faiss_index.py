@@ -12,15 +12,15 @@ import pytest
 
 from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores import faiss_cache, faiss_index
-from dataflex.stores.base import Layout, Values
-from dataflex.stores.faiss_cache import load_or_build
-from dataflex.stores.faiss_index import build
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import seal, unseal
 from dataflex.stores.root import StoreRoot
-from dataflex.stores.topk import top_k
+from dataflex.stores.search import faiss_cache, faiss_index
+from dataflex.stores.search.faiss_cache import load_or_build
+from dataflex.stores.search.faiss_index import build
+from dataflex.stores.search.topk import top_k
+from dataflex.stores.values import Layout, Values
 from tests.looked_at import problems
 
 WIDTH = 12

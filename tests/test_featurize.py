@@ -92,7 +92,7 @@ def rows_of(workspace: Any, run: Path) -> Any:
     from llamafactory.model import load_tokenizer
 
     from dataflex.config import load
-    from dataflex.llamafactory.rows import load_rows
+    from dataflex.llamafactory.row_sets import load_rows
 
     arguments = load(run).llamafactory | {"overwrite_output_dir": True}
     model_args, data_args, training_args, _, _ = get_train_args(arguments)

@@ -15,13 +15,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dataflex.cli import main
 from dataflex.errors import ConfigError, ConflictError, DataflexError, MismatchError
 from dataflex.stores.files import Files, LocalFiles
-from dataflex.stores.gc import Item, Scope, plan
-from dataflex.stores.listing import by_runs, lines_of
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import seal
-from dataflex.stores.removal import carry_out
 from dataflex.stores.root import REMOVING, StoreRoot, open_files
 from dataflex.stores.runs import RunRecord, read_runs
+from dataflex.stores.upkeep.gc import Item, Scope, plan
+from dataflex.stores.upkeep.listing import by_runs, lines_of
+from dataflex.stores.upkeep.removal import carry_out
 from tests.looked_at import faults, problems
 from tests.roots import LAYOUT, LINEAGE, age, make_state, make_store, record, values
 

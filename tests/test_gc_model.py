@@ -13,12 +13,12 @@ import pytest
 
 from dataflex.errors import ConflictError
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.files import LocalFiles
-from dataflex.stores.gc import Scope, plan
-from dataflex.stores.removal import carry_out
 from dataflex.stores.root import StoreRoot, folder_name
 from dataflex.stores.runs import RunRecord, read_runs
+from dataflex.stores.upkeep.gc import Scope, plan
+from dataflex.stores.upkeep.removal import carry_out
+from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults
 
 LAYOUT = Layout({"value": "int64"})

@@ -96,7 +96,7 @@ def test_a_store_that_cannot_be_used_is_found_before_the_first_step(workspace, s
 MIXER = """
 import numpy as np
 from dataflex.mixers.base import NativeMixer
-from dataflex.params import Parameters
+from dataflex.components.params import Parameters
 
 class Tuples(NativeMixer):
     class Params(Parameters):

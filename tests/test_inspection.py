@@ -11,10 +11,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dataflex.errors import CorruptionError, MismatchError
 from dataflex.stores.files import Files, LocalFiles
-from dataflex.stores.inspection import Part, inspect, refuse, repair
 from dataflex.stores.record import FORMAT, claim, seal, unseal
 from dataflex.stores.root import StoreRoot, folder_name, open_files, open_store
 from dataflex.stores.runs import read_runs
+from dataflex.stores.upkeep.inspection import Part, inspect, refuse, repair
 from tests.roots import LAYOUT, LINEAGE, make_state, make_store, record, run, values
 
 

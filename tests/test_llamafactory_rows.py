@@ -28,7 +28,7 @@ def load(mine: Any, tmp_path: Path) -> Any:
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    from dataflex.llamafactory.rows import load_rows
+    from dataflex.llamafactory.row_sets import load_rows
 
     def both(only_ours: bool = False, **keys: Any) -> tuple[Any, Any]:
         arguments = {

@@ -10,7 +10,7 @@ from transformers import SchedulerType
 from dataflex.config import load
 from dataflex.config.mappings import _NO_OPTIONS, _of_schedule
 from dataflex.errors import ConfigError
-from dataflex.llamafactory.schedule import check_schedule
+from dataflex.llamafactory.learning_rates import check_schedule
 from tests.run_file import refusal, write
 
 SCHEDULE = "lr_scheduler_type: {}\nlr_scheduler_kwargs: {}"

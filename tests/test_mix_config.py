@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dataflex.config import load
-from dataflex.config.summary import summary
+from dataflex.config.overview import summary
 from dataflex.errors import ConfigError
 from tests.run_file import write
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dataflex.registry import MIXERS, WEIGHTERS
+from dataflex.components.registry import MIXERS, WEIGHTERS
 from tests.example import EXAMPLES, assert_there
 
 MIXED = sorted((EXAMPLES / "mixers").glob("*.yaml"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import DataflexError
 from dataflex.pipelines.json_state import kept_by_json
-from dataflex.pipelines.mixing.record import by_name, in_order
+from dataflex.pipelines.mixing.mixture_log import by_name, in_order
 
 NAMES = ("target_words", "target_records", "target_arithmetic")
 VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3)

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dataflex.components.registry import MIXERS
 from dataflex.errors import ConfigError
 from dataflex.mixers.base import Domains, MixContext, Statistics
 from dataflex.mixers.random import Random
 from dataflex.mixers.static import Static, Stratified, Temperature, Uniform, Unimax
-from dataflex.registry import MIXERS
 
 SIZES = (10, 20, 100, 500)
 NAMES = tuple("abcdefghijklmnopqrstuvwxyz")

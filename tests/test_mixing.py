@@ -20,7 +20,7 @@ import torch
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.pipelines.mixing.domains import domains_of
-from dataflex.pipelines.mixing.record import by_name, in_order
+from dataflex.pipelines.mixing.mixture_log import by_name, in_order
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.observer import Observer
 from dataflex.trainers.rounds import _Batches

@@ -59,7 +59,7 @@ def load(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., A
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    from dataflex.llamafactory.rows import load_rows
+    from dataflex.llamafactory.row_sets import load_rows
 
     def prepared(**keys: Any) -> tuple[Any, ...]:
         arguments = {
@@ -238,7 +238,7 @@ def as_nobody() -> Any:
 
 def unread(folder: str) -> str:
     """Return the text with which the dataset x of a folder is refused before anything is loaded."""
-    from dataflex.config.files import check_files
+    from dataflex.config.paths import check_files
     from dataflex.config.problems import Origin, Problems
 
     problems = Problems()

@@ -15,9 +15,9 @@ from dataflex.access.views import Mixed, Snapshot
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.launch import free_port
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 
 WIDTH = 6
 METRICS = ("cosine", "ip", "l2")

@@ -9,12 +9,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from dataflex.components.params import Parameters
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS
 from dataflex.config import load
 from dataflex.config.keys import DataflexKeys, FlatKeys
 from dataflex.errors import ConfigError
 from dataflex.features import spec
-from dataflex.params import Parameters
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS
 from dataflex.rewards import REWARDS
 
 OWNERS = [

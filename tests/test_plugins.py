@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, use_plugins
 from dataflex.config import load
 from dataflex.config.methods import methods, table
-from dataflex.config.summary import summary
+from dataflex.config.overview import summary
 from dataflex.errors import ConfigError
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, use_plugins
 from dataflex.rewards.base import REWARDS, build_reward
 
 SELECTOR = """\

@@ -14,8 +14,8 @@ from dataflex.access.views import Snapshot
 from dataflex.config.keys import Refresh
 from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 
 ROTATING = Refresh(policy="rotating", refresh_fraction=0.1)
 

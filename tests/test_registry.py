@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import dataflex
+from dataflex.components.registry import SELECTORS, Registry, import_plugin
 from dataflex.errors import ConfigError
-from dataflex.registry import SELECTORS, Registry, import_plugin
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_selectors_load_apart():
     assert "odm" not in SELECTORS.places()
     assert dataflex.register_selector.__self__ is SELECTORS  # type: ignore[attr-defined]
     code = (
-        "import sys; from dataflex.registry import SELECTORS; SELECTORS.load('random'); "
+        "import sys; from dataflex.components.registry import SELECTORS; SELECTORS.load('random'); "
         "print([m for m in sys.modules if m in ('torch', 'transformers', 'dataflex.selectors.less')])"
     )
     root = Path(__file__).parents[1]

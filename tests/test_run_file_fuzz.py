@@ -18,7 +18,7 @@ import yaml
 from dataflex.config import load
 from dataflex.config.keys import DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import known_keys
-from dataflex.config.summary import summary
+from dataflex.config.overview import summary
 from dataflex.errors import ConfigError
 from dataflex.schedule import MOST_STEPS
 

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dataflex import sanity
+from dataflex import signs
 from dataflex.llamafactory.sanity import judge_records, sample
 
 SIGNS = ("unknown token", "does not come back", "truncated by cutoff_len", "mean supervised loss")
@@ -142,9 +142,9 @@ def test_no_template_gives_a_false_alarm(tiny: Any, folders: Any, caplog: pytest
 
 
 def test_a_mean_loss_is_held_against_guessing() -> None:
-    assert sanity.loss_warning(0.89 * math.log(1000), 1000, "it") is None
-    assert sanity.loss_warning(0.9 * math.log(1000), 1000, "it") is not None
-    assert "is nan nats" in str(sanity.loss_warning(math.nan, 1000, "it"))
+    assert signs.loss_warning(0.89 * math.log(1000), 1000, "it") is None
+    assert signs.loss_warning(0.9 * math.log(1000), 1000, "it") is not None
+    assert "is nan nats" in str(signs.loss_warning(math.nan, 1000, "it"))
 
 
 def trained(unknown: str, normalizer: Any = None, texts: str = "the cat sat on the mat") -> PreTrainedTokenizerFast:
@@ -159,30 +159,30 @@ def trained(unknown: str, normalizer: Any = None, texts: str = "the cat sat on t
 
 def test_words_that_a_vocabulary_lacks_are_counted_and_do_not_come_back() -> None:
     tokenizer = trained("<unk>")
-    assert sanity.unknown_in_texts(["the cat", " the mat <unk> sat"], tokenizer)[0] == 0  # the text itself spells it
-    assert sanity.text_warning(["the cat", " the  mat", "the mat"], tokenizer) is None
-    assert sanity.unknown_in_texts(["the dog", "the cat"], tokenizer)[0] == 2
-    warning = sanity.text_warning(["the cat", "the dog sat"], tokenizer)
+    assert signs.unknown_in_texts(["the cat", " the mat <unk> sat"], tokenizer)[0] == 0  # the text itself spells it
+    assert signs.text_warning(["the cat", " the  mat", "the mat"], tokenizer) is None
+    assert signs.unknown_in_texts(["the dog", "the cat"], tokenizer)[0] == 2
+    warning = signs.text_warning(["the cat", "the dog sat"], tokenizer)
     assert warning is not None
     assert warning.startswith("the supervised text of 1 of 2 rows does not come back")
     assert "'the dog sat' comes back as 'the <unk>o<unk> sat'" in warning
-    assert sanity.unknown_warning(1, 100, tokenizer) is None
-    assert "2 of 100 tokens of the text (2%)" in str(sanity.unknown_warning(2, 100, tokenizer))
+    assert signs.unknown_warning(1, 100, tokenizer) is None
+    assert "2 of 100 tokens of the text (2%)" in str(signs.unknown_warning(2, 100, tokenizer))
 
 
 def test_texts_are_compared_as_tokenizers_may_change_them_and_no_further() -> None:
     plain, lower = normalizers.NFKC(), normalizers.Lowercase()
-    assert sanity.text_warning(["  ﬁt at ①", "½"], trained("<unk>", plain, "fit at 1 2⁄ ⁄")) is None
-    assert sanity.text_warning(["Cat"], trained("<unk>", lower)) is not None
+    assert signs.text_warning(["  ﬁt at ①", "½"], trained("<unk>", plain, "fit at 1 2⁄ ⁄")) is None
+    assert signs.text_warning(["Cat"], trained("<unk>", lower)) is not None
 
 
 def test_only_the_inside_of_an_answer_tells_what_is_unknown_where_texts_are_not_known() -> None:
     tokenizer = trained("<unk>")
     unknown, known = tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("t")
     row = {"input_ids": [unknown, known, known, unknown, unknown], "labels": [-100, known, known, unknown, -100]}
-    assert sanity.unknown_in_tokens([row], tokenizer, -100) == (0, 2)
+    assert signs.unknown_in_tokens([row], tokenizer, -100) == (0, 2)
     row = {"input_ids": [known, unknown, known, unknown], "labels": [-100, unknown, known, unknown]}
-    assert sanity.unknown_in_tokens([row, row], tokenizer, -100) == (2, 4)
+    assert signs.unknown_in_tokens([row, row], tokenizer, -100) == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_only_the_inside_of_an_answer_tells_what_is_unknown_where_texts_are_not_
     ],
 )
 def test_cuts_are_said_from_more_than_half_on(lengths: list[int], cut: list[int], expected: str | None) -> None:
-    found = sanity.length_warning("it", np.array(lengths), np.array(cut, bool), 8)
+    found = signs.length_warning("it", np.array(lengths), np.array(cut, bool), 8)
     assert (found is None) if expected is None else (found or "").startswith(expected)
 
 

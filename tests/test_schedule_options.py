@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dataflex.errors import ConfigError
-from dataflex.llamafactory.schedule import check_schedule
+from dataflex.llamafactory.learning_rates import check_schedule
 
 
 def test_a_warm_up_of_any_length_is_tried_in_a_moment() -> None:

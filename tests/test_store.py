@@ -16,11 +16,11 @@ import pytest
 
 from dataflex.errors import ConflictError, CoverageError, DataflexError, MismatchError
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.base import SCALAR_DTYPES, Layout, Values
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.record import FORMAT, seal, unseal
 from dataflex.stores.root import StoreRoot, open_store
 from dataflex.stores.rounding import decode, encode
+from dataflex.stores.values import SCALAR_DTYPES, Layout, Values
 from tests.looked_at import faults, problems, repaired
 
 REPOSITORY = Path(__file__).parent.parent

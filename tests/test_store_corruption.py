@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from dataflex.errors import CorruptionError, MismatchError
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.fragment import schema, serialise
 from dataflex.stores.log import Entry
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import seal, unseal
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults, problems, repaired
 
 LAYOUT = Layout({"norm": "float32", "tokens": "int64"}, 48, "int8")

@@ -18,11 +18,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dataflex.errors import ConflictError, DataflexError
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults
 
 LAYOUT = Layout({"norm": "float32"}, 16, "float16")

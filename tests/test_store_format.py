@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 from tests.looked_at import problems
 
 FROZEN = Path(__file__).parent / "format"

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import unseal
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults, repaired
 
 LAYOUT = Layout({"value": "int64"}, 4, "int8")

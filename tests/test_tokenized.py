@@ -30,7 +30,7 @@ def load(mine: Any, tmp_path: Path) -> Any:
     from llamafactory.hparams import get_train_args
     from llamafactory.model import load_tokenizer
 
-    from dataflex.llamafactory.rows import load_rows
+    from dataflex.llamafactory.row_sets import load_rows
 
     def rows(by_llamafactory: bool = False, **keys: Any) -> Any:
         arguments = {

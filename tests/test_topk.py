@@ -10,10 +10,10 @@ import pytest
 
 from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
-from dataflex.stores.topk import top_k
+from dataflex.stores.search.topk import top_k
+from dataflex.stores.values import Layout, Values
 
 
 def made(folder: Path, vectors: np.ndarray, storage: str, seed: int = 0) -> tuple[ParquetStore, Values]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, import_plugin
+from dataflex.components.user_code import code_digest, modules_digest
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, import_plugin
 from dataflex.rewards import REWARDS, build_reward, reward_identity
 from dataflex.selectors.less import Less
-from dataflex.user_code import code_digest, modules_digest
 
 PACKAGE = {
     "__init__.py": "",
@@ -224,7 +224,8 @@ def test_a_plugin_that_registers_a_built_in_enters(folder: Path, fresh: Any, reg
     name, place = list(registry.builtins.items())[-1]
     module, _, cls = place.partition(":")
     known = dict(registry._registered)
-    text = f"from dataflex.registry import *\nfrom {module} import {cls}\nfrom dataflex.rewards import REWARDS\n"
+    text = "from dataflex.components.registry import *\nfrom dataflex.rewards import REWARDS\n"
+    text += f"from {module} import {cls}\n"
     text += f"{registry.kind.upper()}S.register('theirs')({cls})\n"
     seen = []
     for i in (1, 2):
@@ -244,7 +245,7 @@ def test_a_plugin_that_registers_a_built_in_enters(folder: Path, fresh: Any, reg
 def test_what_a_plugin_fetches_enters(folder: Path, fresh: Any, path: str) -> None:
     (folder / "base.py").write_text("class Base:\n    def select(self):\n        return 1\n")
     (folder / "plug.py").write_text(
-        "from pathlib import Path\nfrom dataflex.registry import import_plugin\n"
+        "from pathlib import Path\nfrom dataflex.components.registry import import_plugin\n"
         f"Base = import_plugin({path.format(folder=folder)}).Base\nclass Mine(Base): ...\n"
     )
     mine = SELECTORS.load(f"{folder / 'plug.py'}:Mine")
@@ -257,7 +258,7 @@ def test_a_literal_import_within_a_function_is_followed(folder: Path, fresh: Any
     (folder / "base.py").write_text("x = 1\n")
     (folder / "plug.py").write_text(
         "class Mine:\n    def select(self):\n        import importlib\n"
-        "        from dataflex.registry import import_plugin\n"
+        "        from dataflex.components.registry import import_plugin\n"
         f"        return import_plugin('{folder}/base.py').x + importlib.import_module('beside').b\n"
     )
     mine = SELECTORS.load(f"{folder / 'plug.py'}:Mine")

@@ -31,7 +31,7 @@ def test_params_that_are_no_model(params):
     Path("mine.py").write_text(f"class Mine:\n    Params = {params}\n    def select(self, *args, **kwargs): ...\n")
     found = refusal("component_name: mine.py:Mine")
     assert "component_name: found Params = " in found
-    assert " in Mine; expected a kind of dataflex.params.Parameters" in found
+    assert " in Mine; expected a subclass of Parameters" in found
 
 
 @pytest.mark.usefixtures("run_folder")

@@ -24,11 +24,11 @@ from dataflex.features.spec import ENGINE_VERSION, FeatureSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.live.state import ModelState
 from dataflex.rows import Rows, Status
-from dataflex.stores.base import Layout
-from dataflex.stores.engine import older
+from dataflex.stores.engine_version import older
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot, folder_name
 from dataflex.stores.runs import Kind, RunRecord
+from dataflex.stores.values import Layout
 
 log = logging.getLogger(__name__)
 

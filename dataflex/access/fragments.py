@@ -20,8 +20,8 @@ from dataflex.features.batching import count_batches
 from dataflex.features.spec import FeatureSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import Rows, Status
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.values import Layout, Values
 
 _SMALLEST = 64  # rows; below, a fragment's files and batches cost more than what a crash would lose
 

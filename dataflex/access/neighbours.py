@@ -11,10 +11,10 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
-from dataflex.stores import nearest as in_store
-from dataflex.stores.faiss_cache import load_or_build
-from dataflex.stores.faiss_index import FaissIndex, Kind, Metric, kind_for
 from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.search import nearest as in_store
+from dataflex.stores.search.faiss_cache import load_or_build
+from dataflex.stores.search.faiss_index import FaissIndex, Kind, Metric, kind_for
 
 Part = tuple[ParquetStore, np.ndarray, np.ndarray]
 """A store, the keys there (r,) of usable rows, and the positions (r,) of these rows in the view."""

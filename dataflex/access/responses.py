@@ -19,8 +19,8 @@ from dataflex.features.generation import Job, Responses
 from dataflex.fingerprint import keys_digest, text_key
 from dataflex.rewards import Reward
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.base import Layout, Values
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
 
 _EXACT = 1 << 24  # float32 holds every whole number below
 _AT_A_TIME = 128  # texts that are scored and committed together

@@ -9,8 +9,8 @@ import numpy as np
 
 from dataflex.access.neighbours import Part, nearest
 from dataflex.rows import Status
-from dataflex.stores.faiss_index import Metric
 from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.search.faiss_index import Metric
 
 
 @dataclass(frozen=True)

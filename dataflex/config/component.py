@@ -13,15 +13,15 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dataflex.adapter import written
-from dataflex.classic import RUNTIME, Arguments, constructor_params
+from dataflex.components.adapter import written
+from dataflex.components.classic import RUNTIME, Arguments, constructor_params
+from dataflex.components.params import Parameters
+from dataflex.components.registry import Registry, did_you_mean
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.config.runfile import Document, read
 from dataflex.errors import ConfigError
 from dataflex.features.need import Need
 from dataflex.method import Method
-from dataflex.params import Parameters
-from dataflex.registry import Registry, did_you_mean
 
 M = TypeVar("M", bound=Method)
 

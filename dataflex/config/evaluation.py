@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dataflex.config.files import names
+from dataflex.config.paths import names
 from dataflex.config.problems import NOTHING, Origin, Problems
 
 _MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dataflex.components.params import Parameters
 from dataflex.features.spec import FeatureSpec
-from dataflex.params import Parameters
 from dataflex.schedule import MOST_STEPS, Schedule
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, Registry, import_plugin, use_plugins
 from dataflex.config.combinations import Combinations
 from dataflex.config.component import Asked, Component, M, component, find_file, replaced, validated
 from dataflex.config.evaluation import check_evaluation
-from dataflex.config.files import check_files, repeated
 from dataflex.config.idle import idle_note, known_steps
 from dataflex.config.keys import MIX_ONLY, DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import fault, known_keys
@@ -20,6 +20,7 @@ from dataflex.config.mappings import check_mappings
 from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule, watches
 from dataflex.config.outputs import check_outputs, check_store
 from dataflex.config.packages import check_trackers, missing_packages
+from dataflex.config.paths import check_files, repeated
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, read
 from dataflex.config.settings import Settings, store_root
@@ -27,7 +28,6 @@ from dataflex.environment import is_on
 from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE
 from dataflex.mixers.base import NativeMixer
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS, Registry, import_plugin, use_plugins
 from dataflex.schedule import Schedule
 from dataflex.selectors.base import REFRESHES
 from dataflex.weighters.base import NativeWeighter

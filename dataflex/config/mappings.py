@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config.enumerations import source
-from dataflex.config.files import json_object
 from dataflex.config.llamafactory_keys import Key, dataclass_keys, fault_of, function_keys
+from dataflex.config.paths import json_object
 from dataflex.config.problems import Origin, Problems
 
 _FILES = ("deepspeed", "accelerator_config", "fsdp_config")

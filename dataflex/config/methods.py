@@ -8,11 +8,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from dataflex.adapter import written
-from dataflex.classic import Arguments, constructor_params
+from dataflex.components.adapter import written
+from dataflex.components.classic import Arguments, constructor_params
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS
 from dataflex.errors import ConfigError
 from dataflex.method import Method
-from dataflex.registry import MIXERS, SELECTORS, WEIGHTERS
 
 KINDS = (SELECTORS, MIXERS, WEIGHTERS)
 _MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dataflex.config import files
+from dataflex.config import paths
 from dataflex.config.component import Asked, Component
 from dataflex.config.keys import FlatKeys
 from dataflex.config.problems import Origin, Problems
@@ -46,7 +46,7 @@ def mixing_schedule(flat: FlatKeys, epochs: float, mixer: NativeMixer | None) ->
 
 def dataset_names(llamafactory: Mapping[str, Any]) -> list[str]:
     """Return the training datasets in order, each once, as LLaMA-Factory reads the key."""
-    return list(dict.fromkeys(files.names(llamafactory.get("dataset"))))
+    return list(dict.fromkeys(paths.names(llamafactory.get("dataset"))))
 
 
 def check_mixing(

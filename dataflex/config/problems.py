@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from dataflex.components.registry import did_you_mean
 from dataflex.errors import ConfigError
-from dataflex.registry import did_you_mean
 
 _SECRET = re.compile(r"token$|key$|secret$|password$|webhook_url$", re.IGNORECASE)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dataflex.components.registry import did_you_mean
 from dataflex.config.problems import Origin, Problems
-from dataflex.registry import did_you_mean
 
 REMOTE = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 """Keys that say where a dataset lies, if not in a local file."""

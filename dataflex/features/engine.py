@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.features.adam import Moments, adam_direction
 from dataflex.features.batching import Batch, collate, plan_batches
-from dataflex.features.embedding import pool
-from dataflex.features.evaluation import evaluation
+from dataflex.features.cross_entropy import token_losses
 from dataflex.features.gradient import Parameter, trainable_parameters
-from dataflex.features.loss import token_losses
+from dataflex.features.inference import evaluation
+from dataflex.features.pooling import pool
 from dataflex.features.projection import Projector, build_projector
 from dataflex.features.sketch import DidNotRun, Direction, Sketches, Target
 from dataflex.features.spec import (

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dataflex.errors import DataflexError
+from dataflex.features.cross_entropy import wide
 from dataflex.features.entries import canonical_name
-from dataflex.features.loss import wide
 
 _HALF = (torch.float16, torch.bfloat16)
 _MIXED_BMM = torch.__version__ >= "2.8"  # a version that compares as one

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from dataflex.params import Parameters
+from dataflex.components.params import Parameters
 
 
 class RewardSpec(Parameters):

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from dataflex.features.feature import Feature, Sizes
+from dataflex.components.params import Parameters
+from dataflex.features.facts import Feature, Sizes
 from dataflex.features.reward import RewardSpec as RewardSpec
-from dataflex.params import Parameters
 
 ENGINE_VERSION = 2
 """Version of our own numerics; part of every recipe. Raise it when values change."""

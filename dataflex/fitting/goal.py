@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dataflex.components.registry import did_you_mean
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.fitting.table import Runs
-from dataflex.registry import did_you_mean
 
 _MOST = sys.float_info.max
 COMMAND = Origin(Path("command line"))

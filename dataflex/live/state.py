@@ -14,12 +14,12 @@ from dataflex.config.combinations import QUANTISED
 from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.explanation import explained
 from dataflex.features.adam import Moments
-from dataflex.features.feature import Feature
+from dataflex.features.facts import Feature
 from dataflex.features.spec import BASE, ENGINE_VERSION
 from dataflex.fingerprint import model_digest, plain, tensors_digest
 from dataflex.folders import folder_digest, model_folder
 from dataflex.live import frozen, weights
-from dataflex.live.base import base_identity, reference_identity
+from dataflex.live.base_model import base_identity, reference_identity
 from dataflex.live.moments import checkpoint_moments, live_moments
 from dataflex.live.sharding import Sharding
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from dataflex.errors import ConfigError
-from dataflex.llamafactory.rows import RowSets
+from dataflex.llamafactory.row_sets import RowSets
 
 log = logging.getLogger(__name__)
 

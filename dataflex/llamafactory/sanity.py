@@ -1,4 +1,4 @@
-"""Looks at what a run is about to train on, and warns of what `dataflex.sanity` finds; rank 0 alone looks."""
+"""Looks at what a run is about to train on, and warns of what `dataflex.signs` finds; rank 0 alone looks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dataflex import distributed
 from dataflex.llamafactory.processing import LENGTH, TRUNCATED, Processing
 from dataflex.llamafactory.records import DATASET, INDEX, MEDIA
 from dataflex.rows import Rows
-from dataflex.sanity import (
+from dataflex.signs import (
     SAMPLE,
     length_warning,
     text_warning,

@@ -23,12 +23,12 @@ from dataflex.errors import ConfigError
 from dataflex.explanation import explained, raised_in
 from dataflex.llamafactory import tokenized
 from dataflex.llamafactory.exclusion import without_targets
+from dataflex.llamafactory.learning_rates import check_schedule
 from dataflex.llamafactory.loaded import check_loaded
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.provenance import made_from
-from dataflex.llamafactory.rows import RowSets, load_rows
+from dataflex.llamafactory.row_sets import RowSets, load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
-from dataflex.llamafactory.schedule import check_schedule
 from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataflex.components.registry import register_mixer
 from dataflex.mixers.base import MixContext, NativeMixer
 from dataflex.mixers.classic import Mixer
-from dataflex.registry import register_mixer
 
 __all__ = ["MixContext", "Mixer", "NativeMixer", "register_mixer"]

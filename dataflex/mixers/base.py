@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from dataflex.components.params import Parameters
 from dataflex.draws import generator
 from dataflex.errors import DataflexError
 from dataflex.method import Method, default
-from dataflex.params import Parameters
 
 LossForm = Literal["domain_mean", "token"]
 LAST_BATCH = "last micro-batch"

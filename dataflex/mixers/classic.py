@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dataflex import distributed
-from dataflex.adapter import adapted
-from dataflex.classic import Arguments, constructed
+from dataflex.components.adapter import adapted
+from dataflex.components.classic import Arguments, constructed
 from dataflex.mixers.base import LAST_BATCH, MixContext, NativeMixer
 
 

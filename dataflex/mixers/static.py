@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.registry import did_you_mean
 from dataflex.errors import ConfigError
 from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
-from dataflex.registry import did_you_mean
 
 Weights = list[float] | dict[str, float]
 

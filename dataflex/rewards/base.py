@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ValidationError
 
-from dataflex.adapter import adapted
+from dataflex.components.adapter import adapted
+from dataflex.components.params import Parameters
+from dataflex.components.registry import Registry
+from dataflex.components.user_code import code_digest
 from dataflex.errors import ConfigError
-from dataflex.params import Parameters
-from dataflex.registry import Registry
-from dataflex.user_code import code_digest
 
 
 class RewardParams(Parameters):

@@ -7,10 +7,10 @@ from typing import Any
 
 from pydantic import Field
 
+from dataflex.components.registry import import_plugin
+from dataflex.components.user_code import code_digest
 from dataflex.errors import ConfigError, DataflexError
-from dataflex.registry import import_plugin
 from dataflex.rewards.base import Reward, RewardParams
-from dataflex.user_code import code_digest
 
 
 class Function(Reward):

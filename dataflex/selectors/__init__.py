@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataflex.components.params import Parameters
+from dataflex.components.registry import register_selector
 from dataflex.features.spec import EmbeddingSpec, GradientSpec, LossSpec
-from dataflex.params import Parameters
-from dataflex.registry import register_selector
 from dataflex.selectors.base import Context, NativeSelector, Need, Selection
 from dataflex.selectors.classic import Selector
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dataflex.adapter import adapted
-from dataflex.classic import Arguments, constructed
+from dataflex.components.adapter import adapted
+from dataflex.components.classic import Arguments, constructed
 from dataflex.draws import generator
 from dataflex.selectors.base import Answer, Context, NativeSelector, Need
 

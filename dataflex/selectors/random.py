@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.draws import generator
-from dataflex.params import Parameters
 from dataflex.selectors.base import Context, NativeSelector, Selection
 from dataflex.selectors.parts.sampling import sample
 

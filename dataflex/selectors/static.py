@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.draws import stream
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.params import Parameters
 from dataflex.rows import KEY_DTYPE, Rows
 from dataflex.selectors.base import Beginning, Context, NativeSelector, Selection
 from dataflex.selectors.parts.files import ExistingFile

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from dataflex import distributed
-from dataflex.sanity import loss_warning
+from dataflex.signs import loss_warning
 
 log = logging.getLogger(__name__)
 

@@ -91,7 +91,7 @@ class DataflexTrainer(Trainer):
 
     Args:
         directing: makes what accompanies the run.
-        row_sets: training rows and target sets (`dataflex.llamafactory.rows.RowSets`).
+        row_sets: training rows and target sets (`dataflex.llamafactory.row_sets.RowSets`).
         model_args: LLaMA-Factory's model arguments.
         resumption: where to begin.
         stopping: what ends the run where a signal asks for it.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dataflex.distributed import world
-from dataflex.features.evaluation import evaluation
-from dataflex.features.loss import token_losses
+from dataflex.features.cross_entropy import token_losses
+from dataflex.features.inference import evaluation
 from dataflex.fingerprint import IGNORE_INDEX
 from dataflex.trainers.factors import Factor, StepCounts
 from dataflex.trainers.micro_batch import ROWS, MicroBatch, capturing

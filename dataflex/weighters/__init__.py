@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataflex.registry import register_weighter
+from dataflex.components.registry import register_weighter
 from dataflex.weighters.base import Examples, Group, NativeWeighter
 from dataflex.weighters.classic import Weighter
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, Field
 
+from dataflex.components.params import Parameters
 from dataflex.errors import DataflexError
 from dataflex.features.need import Need
 from dataflex.method import Method, default
-from dataflex.params import Parameters
 from dataflex.rows import Rows
 
 if TYPE_CHECKING:  # a run file is checked without torch

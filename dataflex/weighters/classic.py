@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dataflex.adapter import adapted
-from dataflex.classic import Arguments, constructed
+from dataflex.components.adapter import adapted
+from dataflex.components.classic import Arguments, constructed
 from dataflex.errors import ConfigError
 from dataflex.fingerprint import IGNORE_INDEX
 from dataflex.weighters.base import Group, NativeWeighter, OwnStep, WeighterParams
@@ -84,7 +84,7 @@ class Weighter:
         """
         from torch.nn.functional import pad
 
-        from dataflex.features.loss import token_losses
+        from dataflex.features.cross_entropy import token_losses
 
         targets = pad(labels[:, 1:], (0, 1), value=ignore_index)
         targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)

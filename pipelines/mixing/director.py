@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dataflex import distributed
+from dataflex.components.user_code import code_digest
 from dataflex.config.mixing import dataset_names
 from dataflex.config.settings import Settings
 from dataflex.errors import MismatchError
@@ -19,7 +20,7 @@ from dataflex.mixers.base import NativeMixer, Statistics, normalised
 from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.mixing.domains import MixtureManager, domains_of
 from dataflex.pipelines.mixing.drawing import Drawing
-from dataflex.pipelines.mixing.record import MixRecord, by_name, in_order, named
+from dataflex.pipelines.mixing.mixture_log import MixRecord, by_name, in_order, named
 from dataflex.pipelines.mixing.shares import Shares
 from dataflex.pipelines.mixing.signals import freeze_routers, signals
 from dataflex.pipelines.mixing.watch import Watch
@@ -28,7 +29,6 @@ from dataflex.pipelines.summary import write_summary
 from dataflex.schedule import Round
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.rounds import DecidedRound, micro_batches
-from dataflex.user_code import code_digest
 
 log = logging.getLogger(__name__)
 

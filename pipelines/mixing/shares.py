@@ -11,7 +11,7 @@ from dataflex import distributed
 from dataflex.errors import DataflexError
 from dataflex.fingerprint import digest
 from dataflex.mixers.base import Domains, MixContext, NativeMixer, Statistics, normalised
-from dataflex.pipelines.mixing.record import by_name, in_order, named
+from dataflex.pipelines.mixing.mixture_log import by_name, in_order, named
 
 
 class Shares:

@@ -13,7 +13,7 @@ from dataflex.config.settings import Settings
 from dataflex.draws import generator
 from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
-from dataflex.features.evaluation import evaluation
+from dataflex.features.inference import evaluation
 from dataflex.features.spec import BASE, LossSpec
 from dataflex.mixers.base import LAST_BATCH, NativeMixer
 from dataflex.pipelines.run import Run

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dataflex.mixers.base import NativeMixer, Statistics
-from dataflex.pipelines.mixing.reference import reference_losses
+from dataflex.pipelines.mixing.reference_losses import reference_losses
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.weighing.director import weighter_factor
 from dataflex.trainers.factors import ByDomain, Factor

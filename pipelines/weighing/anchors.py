@@ -10,7 +10,7 @@ import torch
 from dataflex import distributed
 from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
-from dataflex.features.evaluation import evaluation
+from dataflex.features.inference import evaluation
 from dataflex.pipelines.run import Run
 from dataflex.trainers.micro_batch import capturing
 from dataflex.weighters.adapt import pool, unit

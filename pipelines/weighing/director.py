@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.checkpoints.marks import FOLDER
+from dataflex.components.user_code import code_digest
 from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.json_state import kept_by_json
@@ -20,7 +21,6 @@ from dataflex.pipelines.summary import write_summary
 from dataflex.pipelines.weighing.anchors import Anchors
 from dataflex.trainers.factors import ByWeighter
 from dataflex.trainers.weighing import Weighing
-from dataflex.user_code import code_digest
 from dataflex.weighters.base import NativeWeighter
 
 _STATE_FILE = f"{FOLDER}/weighter.json"

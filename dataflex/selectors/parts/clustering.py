@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from dataflex.stores.faiss_index import load_faiss
+from dataflex.stores.search.faiss_index import load_faiss
 
 Method = Literal["kmeans", "spherical_kmeans", "farthest_first"]
 

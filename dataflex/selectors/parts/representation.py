@@ -10,8 +10,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 from pydantic import BaseModel, model_validator
 
+from dataflex.components.params import Parameters
 from dataflex.features.spec import FeatureSpec
-from dataflex.params import Parameters
 from dataflex.selectors.base import Context, Need
 
 Acts = Mapping[str, tuple[str, tuple[str, ...]]]

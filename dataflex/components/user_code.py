@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dataflex.components.registry import PLUGIN, fetched_by, found_by, plugin_name
 from dataflex.errors import ConfigError
 from dataflex.fingerprint import digest, file_digest
-from dataflex.registry import PLUGIN, fetched_by, found_by, plugin_name
 
 _IMPORTERS = ("import_plugin", "import_module", "__import__")
 
@@ -23,11 +23,11 @@ _IMPORTERS = ("import_plugin", "import_module", "__import__")
 def code_digest(of: Any) -> str | None:
     """Name the code of a class, or of a module, by content; None for DataFlex's own, and for None.
 
-    Read are the file that it stands in, the module that it was found by (`dataflex.registry.found_by`), which may have
-    made or changed it, and from there on every file that is imported: all of their own packages, and beside them
-    whatever lies outside the standard library and site-packages. Imports are found in the text, at any place in it;
-    nothing is run. What is imported under a name that is computed, and what the code reads as data, is not seen, but
-    for what a plugin fetched by `import_plugin`.
+    Read are the file that it stands in, the module that it was found by (`dataflex.components.registry.found_by`),
+    which may have made or changed it, and from there on every file that is imported: all of their own packages, and
+    beside them whatever lies outside the standard library and site-packages. Imports are found in the text, at any
+    place in it; nothing is run. What is imported under a name that is computed, and what the code reads as data, is
+    not seen, but for what a plugin fetched by `import_plugin`.
 
     Raises:
         ConfigError: it stands in no file.

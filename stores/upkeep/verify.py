@@ -9,14 +9,12 @@ import numpy as np
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import Status
-from dataflex.stores.base import Layout
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
 from dataflex.stores.log import Entry, Log
-from dataflex.stores.problem import Problem
+from dataflex.stores.problem import CURE, Problem
 from dataflex.stores.record import read_record
-
-CURE = "`dataflex store repair` removes what is damaged, `dataflex featurize` computes it again"
+from dataflex.stores.values import Layout
 
 
 def document_problems(files: Files, folder: str, stem: str) -> Iterator[Problem]:

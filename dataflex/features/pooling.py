@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dataflex.features.loss import wide
+from dataflex.features.cross_entropy import wide
 from dataflex.features.spec import EmbeddingSpec
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dataflex.stores.files import Files
-from dataflex.stores.gc import Item, Scope
-from dataflex.stores.inspection import Part
 from dataflex.stores.problem import Problem
 from dataflex.stores.root import NAME
 from dataflex.stores.runs import read_runs
-from dataflex.stores.unused import by_folder, is_there
+from dataflex.stores.upkeep.gc import Item, Scope
+from dataflex.stores.upkeep.inspection import Part
+from dataflex.stores.upkeep.unused import by_folder, is_there
 
 
 def by_runs(files: Files) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What can be removed from a root, and why; `dataflex.stores.removal` removes it.
+"""What can be removed from a root, and why; `dataflex.stores.upkeep.removal` removes it.
 
 Two rules keep what a live run needs: a run is recorded before it opens anything, so what it uses is known; and what is
 in no record, or is not committed, is left alone until it is older than a grace period. Clocks matter only for that.
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dataflex.errors import ConfigError, CorruptionError, MismatchError
-from dataflex.stores.astray import astray
-from dataflex.stores.engine import older
+from dataflex.stores.engine_version import older
 from dataflex.stores.files import Files, Stored
 from dataflex.stores.root import NAME, REMOVING
 from dataflex.stores.runs import FOLDER, KnownRun, Used, read_runs
-from dataflex.stores.unused import by_folder, is_there, unused
+from dataflex.stores.upkeep.astray import astray
+from dataflex.stores.upkeep.unused import by_folder, is_there, unused
 
 GRACE_HOURS = 24.0
 

@@ -23,7 +23,7 @@ _TRAIN_PER_LIST = 64  # rows per list that k-means sees; FAISS warns below 39 an
 
 @dataclass
 class FaissIndex:
-    """An index in memory; got from `build` or from `dataflex.stores.faiss_cache.load_or_build`.
+    """An index in memory; got from `build` or from `dataflex.stores.search.faiss_cache.load_or_build`.
 
     Attributes:
         index: the FAISS index, on the CPU; searched by a copy on the first GPU where FAISS has one.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from dataflex.errors import CorruptionError, MismatchError
-from dataflex.stores.astray import astray
 from dataflex.stores.files import Files, Stored
 from dataflex.stores.log import Log
 from dataflex.stores.problem import Problem, mend
@@ -15,8 +14,9 @@ from dataflex.stores.record import find_record, seal
 from dataflex.stores.root import NAME, REMOVING, recorded_store
 from dataflex.stores.runs import FOLDER, RUN_ID, note_problems
 from dataflex.stores.states import LINEAGE, StateStore
-from dataflex.stores.unused import by_folder, unused
-from dataflex.stores.verify import document_problems, log_and_data
+from dataflex.stores.upkeep.astray import astray
+from dataflex.stores.upkeep.unused import by_folder, unused
+from dataflex.stores.upkeep.verify import document_problems, log_and_data
 
 WAITING = "waiting.json"
 """Put by a repair into a store whose recipe was lost: a run that asks for it by its name takes its data over."""

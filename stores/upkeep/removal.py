@@ -1,4 +1,4 @@
-"""Removal of what `dataflex.stores.gc` planned: each thing only while it is still as planned. Run one at a time.
+"""Removal of what `dataflex.stores.upkeep.gc` planned: each thing only while it is still as planned. Run one at a time.
 
 A store goes in two phases. First a mark is put into its folder: a run that opens the store after that is refused, and
 of every run before it there is a record, which is looked for now. Only then its recipe goes, so that no reader finds
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from dataflex.stores.files import Files, Stored
-from dataflex.stores.gc import Item, Scope, leftovers, named_runs, users
 from dataflex.stores.record import claim
 from dataflex.stores.root import REMOVING
 from dataflex.stores.runs import FOLDER, read_runs
-from dataflex.stores.unused import by_folder, is_there
+from dataflex.stores.upkeep.gc import Item, Scope, leftovers, named_runs, users
+from dataflex.stores.upkeep.unused import by_folder, is_there
 
 
 def carry_out(files: Files, planned: list[Item], scope: Scope) -> list[Item]:
@@ -24,7 +24,7 @@ def carry_out(files: Files, planned: list[Item], scope: Scope) -> list[Item]:
 
     Args:
         files: the root's.
-        planned: by `dataflex.stores.gc.plan`.
+        planned: by `dataflex.stores.upkeep.gc.plan`.
         scope: the one it was planned for.
 
     Raises:

@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from dataflex.components.params import Parameters
 from dataflex.features.reward import RewardSpec
-from dataflex.params import Parameters
 
 
 class Sizes(Protocol):

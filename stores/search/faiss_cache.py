@@ -19,10 +19,10 @@ import numpy as np
 from dataflex.errors import CorruptionError, DataflexError
 from dataflex.fingerprint import canonical
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.faiss_index import FaissIndex, Kind, Metric, build, load_faiss
 from dataflex.stores.files import HashingWriter, LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import read_record, seal
+from dataflex.stores.search.faiss_index import FaissIndex, Kind, Metric, build, load_faiss
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def load_or_build(store: ParquetStore, metric: Metric = "cosine", kind: Kind = "
     """Return the kept index of the store's present commits, built and kept if there is none that can be trusted.
 
     Raises:
-        DataflexError: as `dataflex.stores.faiss_index.build`.
+        DataflexError: as `dataflex.stores.search.faiss_index.build`.
     """
     built_from = {"commits": store.version, "faiss": load_faiss().__version__, "metric": metric, "kind": kind}
     stem = f"{store.folder}/derived/faiss/{metric}-{kind}"

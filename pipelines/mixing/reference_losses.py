@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.features.loss import token_losses
+from dataflex.features.cross_entropy import token_losses
 from dataflex.mixers.base import NativeMixer
 from dataflex.rows import Status
 from dataflex.trainers.micro_batch import MicroBatch

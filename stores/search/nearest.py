@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.faiss_index import FaissIndex, Metric, load_faiss
 from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.search.faiss_index import FaissIndex, Metric, load_faiss
 
 _SORTABLE = "S16"
 _PROPOSALS = 1 << 22  # (query, row) pairs held at a time

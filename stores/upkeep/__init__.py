@@ -1,0 +1,1 @@
+"""What lies under a root: looked at, verified, repaired, listed and removed."""
