@@ -68,9 +68,8 @@ class Method(ABC):  # noqa: B024 - each kind has the one that must be overridden
 
     @default
     def reference_model_path(self) -> str | None:
-        """Folder of a model that the trained one is compared with: a parameter of this name, if there is one."""
-        path: str | None = getattr(self.params, "reference_model_path", None)
-        return path
+        """Folder of a model of the run's tokenizer that the trained one is compared with, or None."""
+        return None
 
     @default
     def idle_steps(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +11,11 @@ import numpy as np
 
 KEY_DTYPE = np.dtype("V16")
 """One row key: a 128-bit content digest (`dataflex.fingerprint.row_key`)."""
+
+
+def keys_from(digests: Iterable[bytes]) -> np.ndarray:
+    """Return row keys, (N,) of `KEY_DTYPE`, from their 16 bytes each."""
+    return np.frombuffer(b"".join(digests), dtype=KEY_DTYPE)
 
 
 class Status(IntEnum):
@@ -91,3 +96,20 @@ class _Taken:
 
     def __getitem__(self, row: int, /) -> dict[str, Any]:
         return self.examples[int(self.rows[row])]
+
+
+@dataclass(frozen=True)
+class RowSets:
+    """What LLaMA-Factory's `get_dataset` returns, and what is known about it: the data of a run.
+
+    Attributes:
+        module: the dataset module that LLaMA-Factory's workflow hands to its trainer.
+        train: the training rows.
+        targets: evaluation sets by name; `eval_dataset` names them, `val_size` makes one named `validation`.
+        raw: dataset name -> raw records with all their fields, as loaded.
+    """
+
+    module: dict[str, Any]
+    train: Rows
+    targets: Mapping[str, Rows]
+    raw: Mapping[str, Sequence[Mapping[str, Any]]]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE, FeatureSpec
 from dataflex.llamafactory import workflow
-from dataflex.pipelines.run import Run
+from dataflex.pipelines.run import open_run
+from dataflex.pipelines.selecting.beginning import Begun, begin
 from dataflex.pipelines.selecting.director import SelectingDirector
 from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.stores.search.faiss_cache import load_or_build
 from dataflex.stores.search.faiss_index import kind_for, load_faiss
+from dataflex.trainers.directing import Directing
 from dataflex.trainers.rounds import DecidedRound
-from dataflex.trainers.trainer import Directing
+from dataflex.trainers.trainer import DataflexTrainer
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +59,12 @@ def featurize(settings: Settings) -> None:
     if is_declared and not settings.needs and not settings.dataflex.features:
         name = settings.component_name or "train_type: static"
         raise ConfigError(f"{name} asks for no features; name some under dataflex.features")
-    run_until_update(settings, FeaturizeDirector.stage, partial(FeaturizeDirector, settings))
+    run_until_update(settings, FeaturizeDirector.stage, partial(_directed, settings))
 
 
-def run_until_update(settings: Settings, stage: str, begin: Callable[[Any, str | None], SelectingDirector]) -> None:
+def run_until_update(
+    settings: Settings, stage: str, directed: Callable[[DataflexTrainer, str | None], SelectingDirector]
+) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
     # One folder for all processes of a launch, another for every other launch at the same time.
     launch = os.environ.get("MASTER_PORT") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else str(os.getpid())
@@ -69,7 +74,7 @@ def run_until_update(settings: Settings, stage: str, begin: Callable[[Any, str |
     try:
         workflow.run(
             arguments,
-            Directing(begin, settings.schedule, interrupts=True),
+            Directing(directed, settings.schedule, interrupts=True),
             is_training=False,
             exclude_targets=settings.dataflex.exclude_targets,
         )
@@ -78,29 +83,41 @@ def run_until_update(settings: Settings, stage: str, begin: Callable[[Any, str |
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _directed(settings: Settings, trainer: DataflexTrainer, checkpoint: str | None) -> FeaturizeDirector:
+    return FeaturizeDirector(begin_to_update(settings, trainer, checkpoint, FeaturizeDirector.stage))
+
+
+def begin_to_update(
+    settings: Settings, trainer: DataflexTrainer, checkpoint: str | None, stage: str, chosen: int = 0
+) -> Begun:
+    """Begin a run that ends at its first update. Collective.
+
+    Args:
+        settings: the validated run file.
+        trainer: which trains the warm-up.
+        checkpoint: to go on from, or None.
+        stage: the verb.
+        chosen: rows to be chosen at the update; 0: none.
+    """
+    run = open_run(settings, trainer, stage, trainer.rounds)
+    if not run.live_needs:  # no feature depends on the trained state, so there is no warm-up
+        run = replace(run, rounds=[Round(0, "update", 0, 1, 0, 1)])
+    too_many = f"--num: found {chosen}; expected at most {len(run.eligible)}, the rows with labels"
+    begun = begin(run, checkpoint, chosen, too_many)
+    if not run.live_needs:
+        return replace(begun, start=None)
+    if run.rounds[0].kind == "update" and not trainer.model_arguments.adapter_name_or_path:
+        log.warning(
+            "there is no warm-up and there are no checkpoints: at LoRA's initialisation B is zero and the "
+            "gradients of A vanish. Set warmup_step, or name checkpoints"
+        )
+    return begun
+
+
 class FeaturizeDirector(SelectingDirector):
     """Stops at the first update, with its features computed."""
 
     stage = "featurize"
-
-    def _rounds(self, run: Run) -> Sequence[Round]:
-        """Leave the warm-up out if no feature depends on the trained state."""
-        return run.rounds if run.live_needs else [Round(0, "update", 0, 1, 0, 1)]
-
-    def _start(self, checkpoint: str | None) -> str | None:
-        """Start from the kept state, if a feature depends on it."""
-        start = super()._start(checkpoint)
-        if not self.run.live_needs:
-            return None
-        if self.rounds[0].kind == "update" and not self.run.trainer.model_arguments.adapter_name_or_path:
-            log.warning(
-                "there is no warm-up and there are no checkpoints: at LoRA's initialisation B is zero and the "
-                "gradients of A vanish. Set warmup_step, or name checkpoints"
-            )
-        return start
-
-    def _largest(self) -> int:
-        return 0
 
     def decide(self, round: Round) -> DecidedRound | None:
         """Stop at the first update, its work done."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.rounds import DecidedRound
+from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.weighters.base import NativeWeighter
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Run:
 
     Attributes:
         settings: the validated run file.
-        trainer: the `DataflexTrainer`.
+        trainer: which trains.
         rounds: those that are run, in order; empty where LLaMA-Factory itself orders the rows.
         rows: training rows.
         targets: target sets by name.
@@ -59,10 +60,11 @@ class Run:
         weighter: the one beside a mixer, or None.
         identity: digest of everything a decision depends on but the model: a round is replayed only under its own.
         about: what `identity` is the digest of, in clear.
+        begun: when it was put together, in seconds of `time.monotonic`.
     """
 
     settings: Settings
-    trainer: Any
+    trainer: DataflexTrainer
     rounds: Sequence[Round]
     rows: Rows
     targets: Mapping[str, Rows]
@@ -74,6 +76,7 @@ class Run:
     weighter: NativeWeighter | None
     identity: str
     about: Mapping[str, Any]
+    begun: float
 
     @property
     def methods(self) -> Sequence[Method]:
@@ -164,7 +167,7 @@ class Run:
         return found
 
 
-def open_run(settings: Settings, trainer: Any, stage: str, rounds: Sequence[Round], **runtime: Any) -> Run:
+def open_run(settings: Settings, trainer: DataflexTrainer, stage: str, rounds: Sequence[Round], **runtime: Any) -> Run:
     """Put a run together; `runtime` goes to methods that want objects of the run. Collective.
 
     Raises:
@@ -173,7 +176,7 @@ def open_run(settings: Settings, trainer: Any, stage: str, rounds: Sequence[Roun
         CorruptionError: a checkpoint that features are asked of is damaged.
         MismatchError: it was trained on another base.
     """
-    found = trainer.row_sets
+    begun, found = time.monotonic(), trainer.row_sets
     eligible = np.flatnonzero(found.train.supervised > 0)
     _report(found.train, found.targets, len(eligible))
     state = ModelState(trainer)
@@ -195,11 +198,12 @@ def open_run(settings: Settings, trainer: Any, stage: str, rounds: Sequence[Roun
         eligible=eligible,
         state=state,
         access=FeatureAccess(root, state, settings.dataflex, record, settings.llamafactory.get("cutoff_len", 2048)),
-        journal=Journal(Path(trainer.args.output_dir) / "rounds"),
+        journal=Journal(trainer.output_dir / "rounds"),
         method=method,
         weighter=weighter,
         identity=named,
         about=identity,
+        begun=begun,
     )
     specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
     if specs:
@@ -219,19 +223,19 @@ def open_run(settings: Settings, trainer: Any, stage: str, rounds: Sequence[Roun
     return run
 
 
-def _runtime(trainer: Any, **more: Any) -> dict[str, Any]:
+def _runtime(trainer: DataflexTrainer, **more: Any) -> dict[str, Any]:
     """Return the objects of the run that a class of the classic interface may ask for in its constructor."""
     return {
         "dataset": trainer.train_dataset,
         "eval_dataset": trainer.eval_dataset,
         "accelerator": trainer.accelerator,
         "data_collator": trainer.data_collator,
-        "cache_dir": str(Path(trainer.args.output_dir) / "selector_cache"),
+        "cache_dir": str(trainer.output_dir / "selector_cache"),
         **more,
     }
 
 
-def _say_what_is_idle(settings: Settings, trainer: Any, methods: Sequence[Method]) -> None:
+def _say_what_is_idle(settings: Settings, trainer: DataflexTrainer, methods: Sequence[Method]) -> None:
     """Warn of methods without an effect, where `validate` could not yet know how many steps there are."""
     schedule, args = settings.schedule, trainer.args
     if known_steps(settings.keys, schedule, settings.llamafactory) is not None:

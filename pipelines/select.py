@@ -18,11 +18,13 @@ from dataflex import distributed
 from dataflex.config.outputs import refuse_unwritable
 from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError
-from dataflex.pipelines.featurize import FeaturizeDirector, run_until_update
+from dataflex.pipelines.featurize import FeaturizeDirector, begin_to_update, run_until_update
+from dataflex.pipelines.selecting.beginning import Begun
 from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import Selection
+from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,15 @@ def select(settings: Settings, num: int, output: Path) -> None:
     tokenized = str(arguments.get("tokenized_path") or "")
     if os.path.isdir(tokenized) and os.listdir(tokenized):  # LLaMA-Factory's own rule for a dataset that is there
         raise ConfigError(_NO_RECORDS)
-    run_until_update(settings, SelectDirector.stage, partial(SelectDirector, settings, num, output))
+    run_until_update(settings, SelectDirector.stage, partial(_directed, settings, num, output))
+
+
+def _directed(
+    settings: Settings, num: int, output: Path, trainer: DataflexTrainer, checkpoint: str | None
+) -> SelectDirector:
+    if not trainer.row_sets.raw:
+        raise ConfigError(_NO_RECORDS)
+    return SelectDirector(begin_to_update(settings, trainer, checkpoint, SelectDirector.stage, num), num, output)
 
 
 class SelectDirector(FeaturizeDirector):
@@ -65,19 +75,11 @@ class SelectDirector(FeaturizeDirector):
 
     stage = "select"
 
-    def __init__(self, settings: Settings, num: int, output: Path, trainer: Any, checkpoint: str | None):
-        if not trainer.row_sets.raw:
-            raise ConfigError(_NO_RECORDS)
-        self.num = num  # which the beginning asks for
+    def __init__(self, begun: Begun, num: int, output: Path):
+        super().__init__(begun)
+        self.num = num
         self.output = output
         self._found: list[dict[str, Any]] = []
-        super().__init__(settings, trainer, checkpoint)
-
-    def _largest(self) -> int:
-        return self.num
-
-    def _too_many(self, largest: int) -> str:
-        return f"--num: found {largest}; expected at most {len(self.run.eligible)}, the rows with labels"
 
     def at_update(self, round: Round) -> None:
         """Choose and write."""

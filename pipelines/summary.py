@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from dataflex.pipelines.run import Run
 log = logging.getLogger(__name__)
 
 
-def write_summary(path: Path, stage: str, run: Run, seconds: float, about: dict[str, Any]) -> None:
+def write_summary(path: Path, stage: str, run: Run, about: dict[str, Any]) -> None:
     """Join the tallies of all ranks, write them on rank 0, and log one line. Collective."""
+    seconds = time.monotonic() - run.begun
     tallies = distributed.gather(run.access.tally)
     skipped: dict[str, int] = {}
     for tally in tallies:

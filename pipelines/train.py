@@ -7,9 +7,9 @@ from functools import partial
 from dataflex.config.settings import Settings
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.mixing.director import MixingDirector
-from dataflex.pipelines.selecting.director import SelectingDirector
+from dataflex.pipelines.selecting.director import directed
 from dataflex.pipelines.weighing.director import WeighingDirector
-from dataflex.trainers.trainer import Directing
+from dataflex.trainers.directing import Directing
 
 
 def train(settings: Settings) -> None:
@@ -20,7 +20,7 @@ def train(settings: Settings) -> None:
     """
     directing = {
         "static": None,
-        "dynamic_select": Directing(partial(SelectingDirector, settings), settings.schedule, interrupts=True),
+        "dynamic_select": Directing(partial(directed, settings), settings.schedule, interrupts=True),
         "dynamic_mix": Directing(partial(MixingDirector, settings), settings.schedule),
         "dynamic_weight": Directing(partial(WeighingDirector, settings)),
     }[settings.train_type]

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dataflex.errors import DataflexError
-from dataflex.weighters.adapt import Adapt, pool, unit
+from dataflex.features.pooling import exact_pool
+from dataflex.weighters.adapt import Adapt, unit
 from dataflex.weighters.base import Examples
 from tests.weighed import NAN, adapt, group
 
@@ -26,14 +27,14 @@ def examples(states: Tensor, mask: Tensor | None = None) -> Examples:
 
 def test_pooling_equals_the_vector_and_does_not_see_padding():
     states = torch.tensor([[1.0, 0], [0, 1], [2, 2]], dtype=torch.float64)
-    found = pool(states[None], torch.ones(1, 3, dtype=torch.bool))
+    found = exact_pool(states[None], torch.ones(1, 3, dtype=torch.bool))
     np.testing.assert_allclose(found[0], [1.1666667, 1.3333333], atol=1e-7)
     np.testing.assert_allclose(unit(found)[0], [0.6585046079, 0.7525766947], atol=1e-10)
     junk = torch.full((2, 2), NAN, dtype=torch.float64)
     both = torch.stack([torch.cat([junk, states]), torch.cat([states, junk])])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
-    assert pool(both, mask).tolist() == [found[0].tolist()] * 2
-    assert pool(states[None].bfloat16(), torch.ones(1, 3)).dtype == torch.float64
+    assert exact_pool(both, mask).tolist() == [found[0].tolist()] * 2
+    assert exact_pool(states[None].bfloat16(), torch.ones(1, 3)).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_signal_is_the_mean_cosine():
     anchors, states = rng.normal(size=(5, 4, 8)), rng.normal(size=(3, 4, 8))
     every = torch.ones(5, 4, dtype=torch.bool)
     weighter = adapt()
-    weighter.set_anchors(unit(pool(torch.tensor(anchors), every)).mean(dim=0), 0)
+    weighter.set_anchors(unit(exact_pool(torch.tensor(anchors), every)).mean(dim=0), 0)
     position = np.arange(1, 5) / 10
 
     def vector(rows: np.ndarray) -> np.ndarray:

@@ -216,7 +216,7 @@ class Opened:
 @pytest.fixture(scope="module")
 def opened(workspace_class: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     from dataflex.llamafactory import workflow
-    from dataflex.trainers.trainer import Directing
+    from dataflex.trainers.directing import Directing
 
     workspace = workspace_class(tmp_path_factory.mktemp("opened"), tiny)
     settings = load(workspace.write("run", lora_dropout=0.0))

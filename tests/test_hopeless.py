@@ -14,7 +14,7 @@ from dataflex.config import load
 from dataflex.errors import ConfigError, CoverageError, DataflexError
 from dataflex.features.spec import LossSpec
 from dataflex.pipelines.select import select
-from dataflex.pipelines.selecting.director import refuse_silent_targets
+from dataflex.pipelines.selecting.beginning import refuse_silent_targets
 from dataflex.selectors.base import Need
 from tests.held import pool
 

@@ -411,7 +411,7 @@ def test_a_run_that_ends_early_tells_what_was_trained_on(workspace: Any, drawn: 
 
 
 def test_a_domain_without_rows_is_refused() -> None:
-    rows = SimpleNamespace(names=("a", "b", "c"), dataset=np.array([0, 0, 1]), supervised=np.array([1, 0, 0]))
+    rows: Any = SimpleNamespace(names=("a", "b", "c"), dataset=np.array([0, 0, 1]), supervised=np.array([1, 0, 0]))
     with pytest.raises(ConfigError, match="found no row with a supervised token in b, c;"):
         domains_of(rows, ["a", "b", "c"], "rows")
     with pytest.raises(ConfigError, match="does not tell which rows are of d"):

@@ -178,8 +178,8 @@ def test_an_entry_point_takes_a_builtin_name_too(kind: str, tmp_path: Path, monk
 
 def test_a_reward_follows_it_too(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from dataflex.rewards import register_reward\nfrom dataflex.rewards.base import RewardParams\n\n\n"
-        "@register_reward('exact_match')\nclass Mine:\n    class Params(RewardParams):\n        mine: int = 3\n\n"
+        "from dataflex.rewards import Parameters, register_reward\n\n\n"
+        "@register_reward('exact_match')\nclass Mine:\n    class Params(Parameters):\n        mine: int = 3\n\n"
         "    def __init__(self, params): ...\n    def score(self, *texts): ...\n    def identity(self): ...\n"
     )
     builtin = type(build_reward("exact_match", {}))

@@ -307,9 +307,9 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
 def test_a_registered_class(tmp_path: Path) -> None:
     path = tmp_path / "registers.py"
     path.write_text(
-        "from dataflex.rewards import register_reward\nfrom dataflex.rewards.base import RewardParams\n"
+        "from dataflex.rewards import Parameters, register_reward\n"
         "@register_reward('shortness')\nclass Shortness:\n"
-        "    class Params(RewardParams):\n        at: float = 1.0\n"
+        "    class Params(Parameters):\n        at: float = 1.0\n"
         "    def __init__(self, params): self.at = params.at\n"
         "    def score(self, prompts, responses, references): return [-self.at * len(r) for r in responses]\n"
         "    def identity(self): return {'type': 'shortness', 'at': self.at}\n"

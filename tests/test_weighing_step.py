@@ -39,7 +39,8 @@ def begun(weighter: NativeWeighter, batches: Sequence[Batch], acts_from: int = 0
     args = SimpleNamespace(average_tokens_across_devices=True, device=torch.device("cpu"))
     state = SimpleNamespace(global_step=0, max_steps=1)
     items = torch.stack([(b["labels"][:, 1:] >= 0).sum() for b in batches]).sum()
-    made.begin(SimpleNamespace(args=args, state=state, model_accepts_loss_kwargs=True), batches, items)
+    trainer: Any = SimpleNamespace(args=args, state=state, model_accepts_loss_kwargs=True)
+    made.begin(trainer, batches, items)
     return made
 
 

@@ -19,6 +19,7 @@ from dataflex.access.policy_source import PolicySource
 from dataflex.access.progress import Progress
 from dataflex.access.sources import EncoderSource, ModelSource, Source, Wanted
 from dataflex.access.views import Snapshot
+from dataflex.config.keys import DataflexKeys
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.features.spec import ENGINE_VERSION, FeatureSpec
 from dataflex.fingerprint import keys_digest
@@ -39,20 +40,20 @@ class FeatureAccess:
     Args:
         root: the stores.
         state: the live model.
-        section: the run file's `dataflex` section (storage, token_budget, fragment_rows, nonfinite_limit, on_missing).
+        options: the run file's `dataflex` mapping.
         record: where it is written down what the run uses.
         cutoff_len: tokens of a row, at most.
     """
 
-    def __init__(self, root: StoreRoot, state: ModelState, section: Any, record: RunRecord, cutoff_len: int):
+    def __init__(self, root: StoreRoot, state: ModelState, options: DataflexKeys, record: RunRecord, cutoff_len: int):
         self.root = root
         self.record = record
         self.url = root.files.name("")
         self.tally = Tally()
         self.progress = Progress()
         self._state = state
-        self._section = section
-        self._model = ModelSource(state, section.token_budget, cutoff_len)
+        self._options = options
+        self._model = ModelSource(state, options.token_budget, cutoff_len)
         self._encoders: dict[str, EncoderSource] = {}
         self._policy: PolicySource | None = None
         self._has_loss = False
@@ -70,12 +71,12 @@ class FeatureAccess:
         """
         with distributed.together():
             is_empty = not self.root.files.names("")
-            if distributed.is_main() and self._section.on_missing == "compute" and (must_write or is_empty):
+            if distributed.is_main() and self._options.on_missing == "compute" and (must_write or is_empty):
                 self.record.begin()
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the recipe of a feature at the state the model is in. Collective under ZeRO-3."""
-        return {**self._source(spec).recipe(spec), "storage": spec.stored_as(self._section.storage)}
+        return {**self._source(spec).recipe(spec), "storage": spec.stored_as(self._options.storage)}
 
     def width(self, spec: FeatureSpec) -> int:
         """Return the numbers of a feature's vector; 0 for a feature without."""
@@ -135,7 +136,7 @@ class FeatureAccess:
             self.tally.reused += len(specs) * len(np.unique(rows.keys))
             self.progress.skip(self.passes(specs, rows))
             return self._complete_at[asked]
-        limit = NonfiniteLimit(self._section.nonfinite_limit, len(np.unique((among or rows).keys)))
+        limit = NonfiniteLimit(self._options.nonfinite_limit, len(np.unique((among or rows).keys)))
         with stop.held(), self._state.at(checkpoint), self.progress.showing(self.passes(specs, rows)):
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):
@@ -162,7 +163,7 @@ class FeatureAccess:
         absent = distributed.broadcast(np.stack([~stores[spec].contains(unique) for spec in specs]))
         self.tally.reused += int((~absent).sum())
         self.progress.skip(len(rows) - int(absent.any(axis=0).sum()))
-        if absent.any() and self._section.on_missing == "error":
+        if absent.any() and self._options.on_missing == "error":
             raise CoverageError(
                 f"features of {int(absent.any(axis=0).sum())} rows are missing under {self.url}; run "
                 "`dataflex featurize` with this run file, or set dataflex.on_missing: compute"
@@ -177,8 +178,8 @@ class FeatureAccess:
                 rows,
                 unique[wanted],
                 first[wanted],
-                self._section.token_budget,
-                self._section.fragment_rows,
+                self._options.token_budget,
+                self._options.fragment_rows,
                 limit,
             )
             if source.is_collective:  # ranks meet in every layer: where one fails, the launcher has to end the others
@@ -217,11 +218,11 @@ class FeatureAccess:
             said = f"no {spec.kind} store under {self.url} yet"
             if nearest is not None:
                 said = f"no {spec.kind} store fits; the nearest differs in {'; '.join(nearest[1])} (store → run)"
-            if self._section.on_missing == "error":
+            if self._options.on_missing == "error":
                 raise CoverageError(f"{said}. Run `dataflex featurize`, or set dataflex.on_missing: compute")
             if distributed.is_main():
                 log.info("%s: computing", said)
-        layout = Layout(dict(spec.scalars), self._source(spec).width(spec), spec.stored_as(self._section.storage))
+        layout = Layout(dict(spec.scalars), self._source(spec).width(spec), spec.stored_as(self._options.storage))
         return self.root.open(spec.kind, recipe, layout)
 
     def _say_what_is_older(self) -> None:
@@ -241,11 +242,11 @@ class FeatureAccess:
         if spec.rewards:
             if self._policy is None:
                 note = partial(self.note, "store")
-                self._policy = PolicySource(self._model, self._state, self.root, self._section, note)
+                self._policy = PolicySource(self._model, self._state, self.root, self._options, note)
             return self._policy
         name = spec.encoder
         if name is None:
             return self._model
         if name not in self._encoders:
-            self._encoders[name] = EncoderSource(name, self._state, self._section.token_budget)
+            self._encoders[name] = EncoderSource(name, self._state, self._options.token_budget)
         return self._encoders[name]

@@ -14,6 +14,7 @@ import numpy as np
 from dataflex import distributed
 from dataflex.access.responses import ResponseStore, RewardStore, keys_of
 from dataflex.access.sources import ModelSource, Wanted
+from dataflex.config.keys import DataflexKeys
 from dataflex.errors import ConfigError
 from dataflex.explanation import explained
 from dataflex.features.generation import Generator, Job, ModelGenerator
@@ -57,7 +58,7 @@ class PolicySource:
         model: computes the gradients.
         state: names the model's state.
         root: where responses and rewards are kept.
-        section: the run file's `dataflex` section (token_budget, plugins).
+        options: the run file's `dataflex` mapping.
         note: takes the name of every store before it is opened.
 
     Raises:
@@ -67,13 +68,13 @@ class PolicySource:
     is_collective = False
 
     def __init__(
-        self, model: ModelSource, state: ModelState, root: StoreRoot, section: Any, note: Callable[[str], None]
+        self, model: ModelSource, state: ModelState, root: StoreRoot, options: DataflexKeys, note: Callable[[str], None]
     ):
         if not state.sharding.has_whole_weights:
             raise ConfigError(
                 "policy_gradient: a model that DeepSpeed ZeRO-3 shards cannot write responses here; use ZeRO-2 or DDP"
             )
-        self._model, self._state, self._root, self._section, self._note = model, state, root, section, note
+        self._model, self._state, self._root, self._options, self._note = model, state, root, options, note
         self._tokenizer = state.trainer.processing_class
         self._rewards: dict[str, Reward] = {}
 
@@ -175,7 +176,7 @@ class PolicySource:
             trainer.model,
             stop=self._words["stop"],
             pad_token_id=self._tokenizer.pad_token_id or 0,
-            token_budget=self._section.token_budget,
+            token_budget=self._options.token_budget,
             autocast=trainer.accelerator.autocast,
         )
 
@@ -191,7 +192,7 @@ class PolicySource:
     def _reward(self, spec: RewardSpec) -> Reward:
         named = digest({"type": spec.type, "params": spec.params()})
         if named not in self._rewards:
-            self._rewards[named] = build_reward(spec.type, spec.params(), self._section.plugins)
+            self._rewards[named] = build_reward(spec.type, spec.params(), self._options.plugins)
         return self._rewards[named]
 
     def _reward_recipe(self, spec: RewardSpec) -> dict[str, Any]:

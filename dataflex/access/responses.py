@@ -18,7 +18,7 @@ from dataflex.errors import DataflexError
 from dataflex.features.generation import Job, Responses
 from dataflex.fingerprint import keys_digest, text_key
 from dataflex.rewards import Reward
-from dataflex.rows import KEY_DTYPE, Status
+from dataflex.rows import Status, keys_from
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.values import Layout, Values
 
@@ -118,4 +118,4 @@ class RewardStore:
 def keys_of(parts: Sequence[bytes]) -> np.ndarray:
     """Return the 16-byte digest of each part, (N,) of `KEY_DTYPE`."""
     hashed = (hashlib.blake2b(part, digest_size=16, person=b"dataflex-resp-v1").digest() for part in parts)
-    return np.frombuffer(b"".join(hashed), dtype=KEY_DTYPE)
+    return keys_from(hashed)

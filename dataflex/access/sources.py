@@ -20,7 +20,7 @@ from dataflex.features.spec import ENGINE_VERSION, FeatureSpec, FeatureValues, L
 from dataflex.fingerprint import text_key
 from dataflex.folders import model_folder
 from dataflex.live.state import ModelState
-from dataflex.rows import KEY_DTYPE, Rows
+from dataflex.rows import Rows, keys_from
 
 _MEASURED = 16
 """Rows whose loss stands for that of all."""
@@ -225,7 +225,7 @@ class EncoderSource:
 
     def keys(self, rows: Rows) -> np.ndarray:
         """Return the keys of the texts."""
-        return np.frombuffer(b"".join(text_key(*rows.text(row)) for row in range(len(rows))), dtype=KEY_DTYPE)
+        return keys_from(text_key(*rows.text(row)) for row in range(len(rows)))
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the feature, the encoder's files and our engine; what the encoder is called does not matter."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from pathlib import Path
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 
 
 class Parameters(BaseModel):
@@ -29,6 +30,25 @@ class Parameters(BaseModel):
     def _refuse_further_keys_alike(self) -> Self:
         self._refuse_what_types_do_not_reach(self.model_extra)
         return self
+
+
+def _file(path: str) -> str:
+    if not Path(path).is_file():
+        raise ValueError("a file that exists, relative to the working folder")
+    return path
+
+
+def _folder(path: str) -> str:
+    if not Path(path).is_dir():
+        raise ValueError("a folder that exists, relative to the working folder")
+    return path
+
+
+ExistingFile = Annotated[str, AfterValidator(_file)]
+"""Path of a file; looked for with the run file, before anything is loaded."""
+
+ExistingFolder = Annotated[str, AfterValidator(_folder)]
+"""Path of a folder; looked for with the run file, before anything is loaded."""
 
 
 def _not_finite(value: Any) -> tuple[str, float] | None:

@@ -1,4 +1,4 @@
-"""One vector per row out of its hidden states."""
+"""One vector per row out of its hidden states. B rows, T tokens, H numbers per state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataflex.features.spec import EmbeddingSpec
 
 
 def pool(hidden: Tensor, mask: Tensor, spec: EmbeddingSpec) -> Tensor:
-    """Return (B, D), at least float32, from hidden states (B, T, D) and a mask (B, T) that is False at padding.
+    """Return (B, H), at least float32, from hidden states (B, T, H) and a mask (B, T) that is False at padding.
 
     Source: position_weighted is RDS+ (arXiv 2503.01807): weights t / sum(t), t = 1..L over a row's tokens.
     """
@@ -20,8 +20,28 @@ def pool(hidden: Tensor, mask: Tensor, spec: EmbeddingSpec) -> Tensor:
     state = wide(hidden)
     if not bool(mask.all()):
         state = state.masked_fill(~mask[..., None], 0.0)  # 0 x NaN would be NaN
-    weight = mask.to(state.dtype)
-    if spec.pooling == "position_weighted":
-        weight = weight.cumsum(dim=1) * weight
-    weight = weight / weight.sum(dim=1, keepdim=True)
+    weight = _weights(mask, state.dtype, by_position=spec.pooling == "position_weighted")
     return torch.bmm(weight[:, None], state).squeeze(1)
+
+
+def exact_pool(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the position-weighted mean of each row's hidden states, (B, H) float64; NaN of a row without tokens.
+
+    In float64, so that an example's weight hardly depends on the rows that it is padded with.
+
+    Args:
+        states: (B, T, H).
+        mask: (B, T) bool, real tokens; t = 1, 2, ... counts them alone, wherever the padding is.
+    """
+    weight = _weights(mask, torch.float64, by_position=True)
+    # Row by row, as float64 of all states is four times what the model holds; 0 x NaN at padding would be NaN.
+    rows = zip(weight, states.detach(), mask, strict=True)
+    return torch.stack([w @ h.double().masked_fill(~m[:, None], 0.0) for w, h, m in rows])
+
+
+def _weights(mask: Tensor, dtype: torch.dtype, by_position: bool) -> Tensor:
+    """Return the share of each token in its row's mean, (B, T), 0 at padding."""
+    weight = mask.to(dtype)
+    if by_position:
+        weight = weight.cumsum(dim=1) * weight
+    return weight / weight.sum(dim=1, keepdim=True)

@@ -11,13 +11,14 @@ from dataflex.config.arguments import values
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import model_digest, plain, source_digests
 from dataflex.folders import model_folder
+from dataflex.live.trainer import LiveTrainer
 from dataflex.source import named_classes
 
 _NO_VALUE = ("_name_or_path", "transformers_version", "use_cache", "auto_map")
 """Of a model's configuration; the code that `auto_map` names is in the digest of the model."""
 
 
-def base_identity(trainer: Any, digest_of: Callable[[Path], str]) -> dict[str, Any]:
+def base_identity(trainer: LiveTrainer, digest_of: Callable[[Path], str]) -> dict[str, Any]:
     """Name the frozen base: its files, the adapters merged into it, and the options it was loaded with.
 
     Args:
@@ -45,7 +46,7 @@ def base_identity(trainer: Any, digest_of: Callable[[Path], str]) -> dict[str, A
     }
 
 
-def _drawn(trainer: Any) -> dict[str, Any]:
+def _drawn(trainer: LiveTrainer) -> dict[str, Any]:
     """Return the arguments under which frozen weights come from a random draw; none where files alone tell them."""
     found = values(("drawn", "drawn file"), trainer.model_arguments, trainer.finetuning_args)
     quiet = {"pissa_iter"} if not found.get("pissa_init") else set()  # those that act beside another alone
@@ -54,7 +55,7 @@ def _drawn(trainer: Any) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in quiet}
 
 
-def reference_identity(trainer: Any) -> list[Any]:
+def reference_identity(trainer: LiveTrainer) -> list[Any]:
     """Name the models that the training loss compares with; there are some under ASFT alone."""
     args, tuning = trainer.model_arguments, trainer.finetuning_args
     if not tuning.use_asft_loss or tuning.ref_model is None:

@@ -10,6 +10,8 @@ import torch
 from dataflex.checkpoints.pickles import read_pickle
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.adam import Moments, Scalars, relative_rates
+from dataflex.live.sharding import Sharding
+from dataflex.live.trainer import LiveTrainer
 
 MOMENTS_FILE = "dataflex/moments.safetensors"
 """Where our checkpoints keep them, relative to the checkpoint."""
@@ -17,24 +19,25 @@ MOMENTS_FILE = "dataflex/moments.safetensors"
 Named = list[tuple[str, Any]]
 
 
-def live_moments(trainer: Any, named: Named) -> Moments:
+def live_moments(trainer: LiveTrainer, sharding: Sharding, named: Named) -> Moments:
     """Return the moments of the trainer's optimizer. Collective under DeepSpeed.
 
     Args:
-        trainer: the running `RoundTrainer`.
+        trainer: the running trainer.
+        sharding: how its model lies over the processes.
         named: trainable parameters by name.
 
     Raises:
         MismatchError, DataflexError: the optimizer keeps no Adam moments.
     """
-    if trainer.is_deepspeed_enabled:
+    if not sharding.has_plain_optimizer:
         return _from_deepspeed(trainer, named)
     if trainer.state.global_step == 0:
         return _before_any_step(trainer.optimizer, named)
     return Moments.from_optimizer(trainer.optimizer, named)
 
 
-def checkpoint_moments(folder: Path, trainer: Any, named: Named) -> Moments:
+def checkpoint_moments(folder: Path, trainer: LiveTrainer, sharding: Sharding, named: Named) -> Moments:
     """Return a checkpoint's moments: by name from ours, by position from a foreign `optimizer.pt`.
 
     The latter knows its parameters by number, so the optimizer that LLaMA-Factory made for this run tells the order;
@@ -51,7 +54,7 @@ def checkpoint_moments(folder: Path, trainer: Any, named: Named) -> Moments:
             f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam needs the optimizer state. "
             "Train with save_only_model: false, or use gradient_type: sgd"
         )
-    if trainer.is_deepspeed_enabled:
+    if not sharding.has_plain_optimizer:
         raise ConfigError(f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed")
     names = {id(p): name for name, p in named}
     ordered = {names[id(p)]: tuple(p.shape) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -67,7 +70,7 @@ def _before_any_step(optimizer: Any, named: Named) -> Moments:
     return Moments(zeros, zeros, scalars)
 
 
-def _from_deepspeed(trainer: Any, named: Named) -> Moments:
+def _from_deepspeed(trainer: LiveTrainer, named: Named) -> Moments:
     """Gather the moments from all ranks."""
     from deepspeed.utils import safe_get_full_optimizer_state
 

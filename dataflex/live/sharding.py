@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex.errors import ConfigError
+from dataflex.live.trainer import LiveTrainer
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Sharding:
     kind: Literal["none", "optimizer", "parameters"]
 
     @classmethod
-    def of(cls, trainer: Any) -> Sharding:
+    def of(cls, trainer: LiveTrainer) -> Sharding:
         """Return how a trainer's model lies.
 
         Raises:
@@ -44,6 +45,11 @@ class Sharding:
     @property
     def has_plain_checkpoints(self) -> bool:
         """Whether checkpoints are those of Transformers, of which a store can keep the state."""
+        return self.kind == "none"
+
+    @property
+    def has_plain_optimizer(self) -> bool:
+        """Whether each process has the optimizer's whole state, by the parameters that the model has too."""
         return self.kind == "none"
 
     @contextlib.contextmanager

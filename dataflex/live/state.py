@@ -22,6 +22,7 @@ from dataflex.live import frozen, weights
 from dataflex.live.base_model import base_identity, reference_identity
 from dataflex.live.moments import checkpoint_moments, live_moments
 from dataflex.live.sharding import Sharding
+from dataflex.live.trainer import LiveTrainer
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ class ModelState:
     """Names the state of a live model by its content.
 
     Args:
-        trainer: the running `RoundTrainer`; model and optimizer are read from it at every question.
+        trainer: the running trainer; model and optimizer are read from it at every question.
 
     Raises:
         ConfigError: the model is sharded by FSDP.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: LiveTrainer):
         self.trainer = trainer
         self.model = trainer.model
         self.sharding = Sharding.of(trainer)
@@ -248,9 +249,9 @@ class ModelState:
         if self._moments is None or self._moments[0] != self.position:
             named = self.trainable()
             found = (
-                live_moments(self.trainer, named)
+                live_moments(self.trainer, self.sharding, named)
                 if self._checkpoint is None
-                else checkpoint_moments(Path(self._checkpoint), self.trainer, named)
+                else checkpoint_moments(Path(self._checkpoint), self.trainer, self.sharding, named)
             )
             self._moments = self.position, found
         return self._moments[1]

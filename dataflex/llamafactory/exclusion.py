@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from dataflex.errors import ConfigError
-from dataflex.llamafactory.row_sets import RowSets
+from dataflex.rows import RowSets
 
 log = logging.getLogger(__name__)
 

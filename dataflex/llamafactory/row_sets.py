@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,26 +37,9 @@ from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.records import DATASET, INDEX, column_of, load_records, origin, origins
 from dataflex.llamafactory.sanity import judge_records
 from dataflex.llamafactory.texts import DecodedTexts, RecordTexts
-from dataflex.rows import KEY_DTYPE, Rows
+from dataflex.rows import Rows, RowSets, keys_from
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RowSets:
-    """What LLaMA-Factory's `get_dataset` returns, and what is known about it.
-
-    Attributes:
-        module: the dataset module that LLaMA-Factory's workflow hands to its trainer.
-        train: the training rows.
-        targets: evaluation sets by name; `eval_dataset` names them, `val_size` makes one named `validation`.
-        raw: dataset name -> raw records with all their fields, as loaded.
-    """
-
-    module: dict[str, Any]
-    train: Rows
-    targets: Mapping[str, Rows]
-    raw: Mapping[str, Dataset]
 
 
 class TokenRows:
@@ -146,7 +129,7 @@ def _rows(noted: Dataset, fed: Dataset, records: Dataset, processing: Processing
         text = RecordTexts(records, before, after)
     return Rows(
         examples=examples,
-        keys=np.frombuffer(b"".join(noted[KEY][:]), dtype=KEY_DTYPE),
+        keys=keys_from(noted[KEY][:]),
         dataset=number,
         index=index,
         length=column_of(noted, LENGTH).astype(np.int32),
@@ -208,7 +191,7 @@ def _plain(dataset: Dataset, name: str, tokenizer: Any) -> Rows:
         counts.append((len(example["labels"]), supervised(example["labels"])))
     return Rows(
         examples=examples,
-        keys=np.frombuffer(b"".join(keys), dtype=KEY_DTYPE),
+        keys=keys_from(keys),
         dataset=np.zeros(len(keys), np.int32),
         index=np.arange(len(keys)),
         length=np.array([length for length, _ in counts], np.int32),

@@ -27,13 +27,14 @@ from dataflex.llamafactory.learning_rates import check_schedule
 from dataflex.llamafactory.loaded import check_loaded
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.provenance import made_from
-from dataflex.llamafactory.row_sets import RowSets, load_rows
+from dataflex.llamafactory.row_sets import load_rows
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
-from dataflex.trainers.first_step import FirstStepJudged
+from dataflex.rows import RowSets
+from dataflex.trainers.directing import Directing, Stopped
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
 from dataflex.trainers.stopping import Stopping
-from dataflex.trainers.trainer import DataflexTrainer, Directing, Stopped
+from dataflex.trainers.trainer import DataflexTrainer
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def _substituted(
 
     added: Any = DataflexTrainer if directing.schedule is None else RoundTrainer
 
-    class Joined(FirstStepJudged, added, base):  # type: ignore[misc, valid-type]
+    class Joined(added, base):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any) -> None:
             self.is_new = model_arguments[-1].train_from_scratch
             about: dict[str, Any] = {"directing": directing, "row_sets": loaded[-1], "model_args": model_arguments[-1]}

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.errors import ConfigError
-from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
+from dataflex.mixers.base import MixContext, NativeMixer, normalised
 from dataflex.mixers.power_law import PowerLaw, fit
 
 BLOCK = 10  # steps that are one point of a fit, as the authors' code takes every tenth
@@ -36,7 +37,7 @@ class Ado(NativeMixer):
     interval: ClassVar[int] = 1
     idle_by: ClassVar[tuple[str, ...]] = ("ignore_steps", "fit_interval")
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `ado`."""
 
         ignore_steps: int = Field(1000, ge=0, description="optimizer steps that no fit looks at")

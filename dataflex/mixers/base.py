@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from dataflex.components.params import Parameters
 from dataflex.draws import generator
 from dataflex.errors import DataflexError
 from dataflex.method import Method, default
@@ -20,10 +19,6 @@ from dataflex.method import Method, default
 LossForm = Literal["domain_mean", "token"]
 LAST_BATCH = "last micro-batch"
 """The signal that mixers of the classic interface are handed."""
-
-
-class MixerParams(Parameters):
-    """Base of the parameters of a mixer."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +192,12 @@ class NativeMixer(Method):
     @default
     def looks_ahead(self) -> bool:
         """Whether a step's own losses move the weights before that step is trained on, at a forward pass more."""
-        return self.loss_form is not None and bool(getattr(self.params, "exact", False))
+        return False
+
+    @default
+    def reference_is_live(self) -> bool:
+        """Whether the reference stands beside the model and runs at every step; else `needs` has its stored losses."""
+        return False
 
     def check(self, names: Sequence[str], unit: str) -> list[str]:
         """Return what is wrong with the parameters for domains of these names and proportions in `unit`."""

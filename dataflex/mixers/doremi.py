@@ -8,10 +8,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import ExistingFolder, Parameters
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.features.need import Need
-from dataflex.mixers.base import LossForm, MixContext, MixerParams, NativeMixer, normalised
-from dataflex.mixers.reference import REFERENCE_KINDS, ReferencePath, reference_needs
+from dataflex.mixers.base import LossForm, MixContext, NativeMixer, normalised
+from dataflex.mixers.reference import REFERENCE_KINDS, reference_needs
 
 
 class Doremi(NativeMixer):
@@ -36,10 +37,10 @@ class Doremi(NativeMixer):
     needs_every_domain = True
     draws = "greedy"
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `doremi`."""
 
-        reference_model_path: ReferencePath = Field(
+        reference_model_path: ExistingFolder = Field(
             description="folder of the reference: a model with its tokenizer, which is the run's, trained on the "
             "domains as they are"
         )
@@ -73,9 +74,24 @@ class Doremi(NativeMixer):
         self._total = np.zeros(0)
         self._updates = 0
 
+    @property
+    def reference_model_path(self) -> str | None:
+        """The parameter of this name."""
+        return self.params.reference_model_path
+
+    @property
+    def reference_is_live(self) -> bool:
+        """True with `reference: live`."""
+        return self.params.reference == "live"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """True with `exact`."""
+        return self.params.exact
+
     def needs(self) -> Sequence[Need]:
         """Need the reference's loss of every token, unless its model stands beside."""
-        return reference_needs(self.params)
+        return reference_needs(self)
 
     @property
     def loss_form(self) -> LossForm:

@@ -8,8 +8,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.errors import ConfigError, DataflexError
-from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
+from dataflex.mixers.base import MixContext, NativeMixer, normalised
+
+
+class RoutedRows(Parameters):
+    """Parameters of a mixer that asks for the signal `expert_loads`: which rows are sent through the router."""
+
+    collect_steps: int = Field(10, ge=1, description="evaluation batches of each domain per update, at most")
+    eval_samples: int = Field(1000, ge=1, description="rows of each domain that are evaluated, at most")
+    eval_batch_size: int = Field(32, ge=1, description="rows of an evaluation batch")
 
 
 class DynamicMoe(NativeMixer):
@@ -34,7 +43,7 @@ class DynamicMoe(NativeMixer):
         """The tokens of each domain's evaluation rows that the experts get."""
         return ("expert_loads",)
 
-    class Params(MixerParams):
+    class Params(RoutedRows):
         """Parameters of `dynamic_moe`."""
 
         eta: float = Field(10.0, gt=0, description="step size of log w, per unit of distance")
@@ -45,9 +54,6 @@ class DynamicMoe(NativeMixer):
         distance: Literal["l2", "cosine"] = Field(
             "l2", description="of the shares of the experts: Euclidean distance; 1 - cosine"
         )
-        collect_steps: int = Field(10, ge=1, description="evaluation batches of each domain per update, at most")
-        eval_samples: int = Field(1000, ge=1, description="rows of each domain that are evaluated, at most")
-        eval_batch_size: int = Field(32, ge=1, description="rows of an evaluation batch")
 
     params: Params
 

@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from dataflex.components.params import ExistingFolder, Parameters
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, LossSpec
 from dataflex.mixers.arms import Arms
-from dataflex.mixers.base import MixContext, MixerParams, NativeMixer
-from dataflex.mixers.reference import REFERENCE_KINDS, ReferencePath, reference_needs
+from dataflex.mixers.base import MixContext, NativeMixer
+from dataflex.mixers.reference import REFERENCE_KINDS, reference_needs
 from dataflex.mixers.static import Weights, proportions_of, unknown_names, weight_problems
 
 LOSS_CAP = 16.0
@@ -40,7 +41,7 @@ class Odm(NativeMixer):
     draws: ClassVar[Literal["greedy", "random"]] = "random"
     idle_by: ClassVar[tuple[str, ...]] = ("warmup_steps",)
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `odm`."""
 
         variant: Literal["official", "paper", "exp3"] = Field(
@@ -72,7 +73,7 @@ class Odm(NativeMixer):
             "mixed", description="single: a micro-batch has one domain, as in the paper, and counts once; mixed: tokens"
         )
 
-        reference_model_path: ReferencePath | None = Field(
+        reference_model_path: ExistingFolder | None = Field(
             None,
             description="folder of a reference model; rewards are then by max(loss - reference loss, 0) of each token, "
             "so that what the reference could not learn either counts nothing",
@@ -124,10 +125,20 @@ class Odm(NativeMixer):
         """What it asks for while it mixes."""
         return ("base_losses",) if self.params.initial_losses == "base" else ()
 
+    @property
+    def reference_model_path(self) -> str | None:
+        """The parameter of this name."""
+        return self.params.reference_model_path
+
+    @property
+    def reference_is_live(self) -> bool:
+        """True with `reference: live`."""
+        return self.params.reference == "live"
+
     def needs(self) -> Sequence[Need]:
         """Need the base model's losses, if the estimates begin at them, and those of a reference."""
         base = [Need(LossSpec(), "train", BASE)] if self.params.initial_losses == "base" else []
-        return [*base, *reference_needs(self.params)]
+        return [*base, *reference_needs(self)]
 
     @property
     def whole_batches(self) -> bool:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.draws import generator
-from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
+from dataflex.mixers.base import MixContext, NativeMixer, normalised
 
 
 class Random(NativeMixer):
@@ -21,7 +22,7 @@ class Random(NativeMixer):
 
     interval: ClassVar[int] = 100
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `random`."""
 
         seed: int | None = Field(None, ge=0, description="seed of the draws; default: the run's seed")

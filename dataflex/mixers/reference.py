@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import AfterValidator
 
 from dataflex.features.need import Need
 from dataflex.features.spec import TokenLossSpec
-
-
-def _existing(path: str) -> str:
-    if not Path(path).is_dir():
-        raise ValueError("a folder that exists, relative to the working folder, with the reference model")
-    return path
-
-
-ReferencePath = Annotated[str, AfterValidator(_existing)]
+from dataflex.mixers.base import NativeMixer
 
 REFERENCE_KINDS = (
     "stored: the token losses of a reference of the run's architecture and finetuning_type are computed once and kept; "
@@ -26,12 +14,8 @@ REFERENCE_KINDS = (
 )
 
 
-def reference_needs(params: Any) -> Sequence[Need]:
-    """Return the need of the reference's loss of every token, unless there is none or its model stands beside.
-
-    Args:
-        params: have `reference_model_path` and `reference`.
-    """
-    if params.reference_model_path is None or params.reference == "live":
+def reference_needs(mixer: NativeMixer) -> Sequence[Need]:
+    """Return the need of the reference's loss of every token, unless there is none or its model stands beside."""
+    if mixer.reference_model_path is None or mixer.reference_is_live:
         return []
-    return [Need(TokenLossSpec(), "train", params.reference_model_path)]
+    return [Need(TokenLossSpec(), "train", mixer.reference_model_path)]

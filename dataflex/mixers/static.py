@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.components.registry import did_you_mean
 from dataflex.errors import ConfigError
-from dataflex.mixers.base import MixContext, MixerParams, NativeMixer, normalised
+from dataflex.mixers.base import MixContext, NativeMixer, normalised
 
 Weights = list[float] | dict[str, float]
 
@@ -23,7 +24,7 @@ Weights = list[float] | dict[str, float]
 class Static(NativeMixer):
     """The proportions of the run file, or those that another run wrote."""
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `static`."""
 
         proportions: Weights | str | None = Field(
@@ -58,7 +59,7 @@ class Static(NativeMixer):
 class Uniform(NativeMixer):
     """The same share for every domain."""
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `uniform`: none."""
 
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
@@ -72,7 +73,7 @@ class Stratified(NativeMixer):
     Source: the baseline that no method beats on every data set in Aioli (arXiv 2411.05735).
     """
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `stratified`: none."""
 
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
@@ -86,7 +87,7 @@ class Temperature(NativeMixer):
     Source: multilingual BERT and mT5 (arXiv 2010.11934).
     """
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `temperature`."""
 
         tau: float = Field(
@@ -105,7 +106,7 @@ class Unimax(NativeMixer):
     size, which repeats all domains alike.
     """
 
-    class Params(MixerParams):
+    class Params(Parameters):
         """Parameters of `unimax`."""
 
         epochs: float = Field(1.0, gt=0, description="most passes over a domain")

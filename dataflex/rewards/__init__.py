@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataflex.components.params import Parameters
 from dataflex.rewards.base import REWARDS, Reward, build_reward, register_reward, reward_identity
 
-__all__ = ["REWARDS", "Reward", "build_reward", "register_reward", "reward_identity"]
+__all__ = ["REWARDS", "Parameters", "Reward", "build_reward", "register_reward", "reward_identity"]

@@ -16,10 +16,6 @@ from dataflex.components.user_code import code_digest
 from dataflex.errors import ConfigError
 
 
-class RewardParams(Parameters):
-    """Base of the parameters of a reward."""
-
-
 class Reward(ABC):
     """Base of rewards: override `score` and `identity`, and `prepare` if something has to be loaded.
 
@@ -27,7 +23,7 @@ class Reward(ABC):
         Params: its parameters, a frozen model.
     """
 
-    Params: ClassVar[type[BaseModel]] = RewardParams
+    Params: ClassVar[type[BaseModel]] = Parameters
 
     def __init__(self, params: Any = None):
         self.params = params

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import Field
 
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.components.params import Parameters
+from dataflex.rewards.base import Reward
 
 
 def normalised(text: str, case_sensitive: bool = False, punctuation: bool = True) -> str:
@@ -23,7 +24,7 @@ def normalised(text: str, case_sensitive: bool = False, punctuation: bool = True
 class ExactMatch(Reward):
     """1 where the response equals the reference after normalisation, else 0."""
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `exact_match`."""
 
         case_sensitive: bool = Field(False, description="whether case counts")

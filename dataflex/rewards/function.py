@@ -7,10 +7,11 @@ from typing import Any
 
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.components.registry import import_plugin
 from dataflex.components.user_code import code_digest
 from dataflex.errors import ConfigError, DataflexError
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.rewards.base import Reward
 
 
 class Function(Reward):
@@ -19,7 +20,7 @@ class Function(Reward):
     The identity is the file that the function stands in, and those of yours that it imports (`code_digest`).
     """
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `function`."""
 
         function: str = Field(description="module:function, or path/to/file.py:function")

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from dataflex.chat import ChatServer
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.components.params import Parameters
+from dataflex.rewards.base import Reward
 
 _TEMPLATE = """Judge how well the response answers the request.
 
@@ -31,7 +32,7 @@ class Judge(Reward):
     A server's replies may change from day to day, so the reply to a text is kept and never asked for again.
     """
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `judge`."""
 
         base_url: str = Field(description="address of the server, as http://localhost:8000/v1")

@@ -14,9 +14,10 @@ from typing import Any
 
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.rewards import sandbox
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.rewards.base import Reward
 
 _START_SECONDS = 120.0  # importing sympy on a busy machine
 
@@ -28,7 +29,7 @@ class MathVerify(Reward):
     response gets 0.
     """
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `math_verify`."""
 
         seconds: float = Field(10.0, gt=0, description="time for one comparison")

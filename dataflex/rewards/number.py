@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import Field
 
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.components.params import Parameters
+from dataflex.rewards.base import Reward
 
 _NUMBER = re.compile(
     r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d))?|(?<![\w.])-?\.\d+"
@@ -28,7 +29,7 @@ class Number(Reward):
     A response without a number gets 0; with a reference without one, nothing can be scored.
     """
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `number`."""
 
         tolerance: float = Field(1e-6, ge=0, description="largest difference, relative to the reference or to 1")

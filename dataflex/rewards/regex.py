@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.components.params import Parameters
+from dataflex.rewards.base import Reward
 from dataflex.rewards.exact_match import normalised
 
 
@@ -20,7 +21,7 @@ class Regex(Reward):
     one without nested repetition.
     """
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `regex`."""
 
         pattern: str = Field(description=r"regular expression of the answer, as \\boxed{(.*?)} or Answer: ([A-D])")

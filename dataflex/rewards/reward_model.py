@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.errors import ConfigError
 from dataflex.folders import folder_digest
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.rewards.base import Reward
 
 
 class RewardModel(Reward):
@@ -21,7 +22,7 @@ class RewardModel(Reward):
     conversation that is longer than the model can read cannot be scored.
     """
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `reward_model`."""
 
         path: str = Field(description="folder of the model and its tokenizer")

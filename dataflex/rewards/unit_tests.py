@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.rewards import sandbox
-from dataflex.rewards.base import Reward, RewardParams
+from dataflex.rewards.base import Reward
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class UnitTests(Reward):
     is no Python, tests nothing, gives what is no such literal, or uses several names and all are Python's own.
     """
 
-    class Params(RewardParams):
+    class Params(Parameters):
         """Parameters of `unit_tests`."""
 
         seconds: float = Field(3.0, gt=0, description="wall clock of one response, start of the interpreters included")

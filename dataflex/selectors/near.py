@@ -7,12 +7,13 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import ExistingFile
 from dataflex.errors import CoverageError, MismatchError
 from dataflex.rows import Rows
 from dataflex.selectors.base import Beginning, Context, Need
 from dataflex.selectors.composed import Composed, Composition
+from dataflex.selectors.parts.array_file import load_array
 from dataflex.selectors.parts.choice import RoundRobin
-from dataflex.selectors.parts.files import ExistingFile, load_array
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.representation import Part
 from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientVectors

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from dataflex.components.params import Parameters
+from dataflex.components.params import ExistingFile, Parameters
 from dataflex.draws import stream
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.rows import KEY_DTYPE, Rows
+from dataflex.rows import Rows, keys_from
 from dataflex.selectors.base import Beginning, Context, NativeSelector, Selection
-from dataflex.selectors.parts.files import ExistingFile
 
 
 class Static(NativeSelector):
@@ -77,7 +76,7 @@ def _from_parquet(file: Path, rows: Rows) -> np.ndarray:
     if not {"index", "row_key"} <= set(table.column_names):
         raise ConfigError(f"{file}: found columns {', '.join(table.column_names)}; expected index and row_key")
     index = table["index"].to_numpy().astype(np.int64)
-    wanted = np.frombuffer(b"".join(table["row_key"].to_pylist()), dtype=KEY_DTYPE)
+    wanted = keys_from(table["row_key"].to_pylist())
     fits = (index >= 0) & (index < len(rows))
     fits[fits] = rows.keys[index[fits]] == wanted[fits]
     if not fits.all():  # the dataset was reordered or has grown: find the rows by their keys

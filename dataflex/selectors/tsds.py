@@ -7,13 +7,14 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.params import ExistingFile
 from dataflex.errors import CoverageError, MismatchError
 from dataflex.rows import Rows
 from dataflex.selectors.base import Beginning, Context, Need, Selection
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.near import Compared
+from dataflex.selectors.parts.array_file import load_array
 from dataflex.selectors.parts.choice import Choice, KnnKde, KnnUniform
-from dataflex.selectors.parts.files import ExistingFile, load_array
 from dataflex.selectors.parts.representation import Part, part
 from dataflex.selectors.parts.sampling import logs, sample
 from dataflex.selectors.parts.vectors import EmbeddingVectors

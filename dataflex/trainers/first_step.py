@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class FirstStepJudged(Trainer):
-    """Mixin: put before all other trainer classes in the bases.
+    """Mixin: put before LLaMA-Factory's trainer class in the bases.
 
     A new model is expected to guess, so with `is_new` nothing is said.
     """
@@ -28,13 +28,17 @@ class FirstStepJudged(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Train on a micro-batch, and look at the loss when the first optimizer step of all is complete."""
-        loss = super().training_step(*args, **kwargs)
+        loss = self._train_on(*args, **kwargs)
         if self.state.global_step == 0 and not self.is_new:
             self._first, self._parts = self._first + loss.detach(), self._parts + 1
             if self._parts == self.current_gradient_accumulation_steps:
                 means = distributed.gather(float(self._first))
                 self.judge_loss(sum(means) / len(means), "the first step")
         return loss
+
+    def _train_on(self, *args: Any, **kwargs: Any) -> Any:
+        """Train on a micro-batch; what replaces Transformers' own step overrides this, so that every loss is seen."""
+        return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and warn once if a loss or a gradient is no number: Transformers shows such a loss as 0.

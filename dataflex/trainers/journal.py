@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataflex.errors import CorruptionError, MismatchError
-from dataflex.rows import KEY_DTYPE
+from dataflex.rows import keys_from
 from dataflex.schedule import Round
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.whole import replacing
@@ -101,7 +101,7 @@ class Journal:
                 "Resume with the per_device_train_batch_size, gradient_accumulation_steps and processes that give "
                 f"{len(rows) / round.steps:g} rows per step, or start anew with another output_dir"
             )
-        recorded = np.frombuffer(b"".join(table["row_key"].to_pylist()), dtype=KEY_DTYPE)
+        recorded = keys_from(table["row_key"].to_pylist())
         inside = bool(len(rows)) and rows.min() >= 0 and rows.max() < len(keys)
         if not inside or not np.array_equal(keys[rows], recorded):
             raise MismatchError(

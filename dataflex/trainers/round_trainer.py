@@ -6,30 +6,17 @@ is set after each step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dataflex.errors import ConfigError, Interrupted
+from dataflex.rows import RowSets
 from dataflex.schedule import Round
+from dataflex.trainers.directing import Directing, RoundDirector
 from dataflex.trainers.rounds import DecidedRound, RoundLoader
-from dataflex.trainers.trainer import DataflexTrainer, Directing, Director, same_random_state
-
-
-class RoundDirector(Director, Protocol):
-    """Decides what a run trains on."""
-
-    @property
-    def rounds(self) -> Sequence[Round]:
-        """The rounds that are run, in order."""
-        ...
-
-    def decide(self, round: Round) -> DecidedRound | None:
-        """Return the round's rows, or None to stop before it."""
-        ...
+from dataflex.trainers.trainer import DataflexTrainer, same_random_state
 
 
 class RoundTrainer(DataflexTrainer):
@@ -47,7 +34,7 @@ class RoundTrainer(DataflexTrainer):
 
     director: RoundDirector | None
 
-    def __init__(self, *, directing: Directing, row_sets: Any, model_args: Any, **kwargs: Any):
+    def __init__(self, *, directing: Directing, row_sets: RowSets, model_args: Any, **kwargs: Any):
         args, schedule = kwargs["args"], directing.schedule
         assert schedule is not None
         if args.auto_find_batch_size:
@@ -83,29 +70,6 @@ class RoundTrainer(DataflexTrainer):
         elif decided.round.steps < round.steps:  # the last one: Transformers ends, saves and evaluates as ever
             self.state.max_steps = decided.round.first_step + decided.round.steps
         return decided
-
-    def learning_rates(self, first: int, steps: int) -> list[float] | None:
-        """Return the learning rates of a span of steps before any is taken, None if they follow from measured losses.
-
-        LLaMA-Factory's own scheduler is stepped over an optimizer of one number.
-        """
-        if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-            return None
-        number = torch.zeros(1, requires_grad=True)
-        optimizer = torch.optim.SGD([number], lr=self.args.learning_rate)
-        kept = self.lr_scheduler, self._created_lr_scheduler
-        self.lr_scheduler = None
-        try:
-            scheduler: Any = self.create_scheduler(self.args.max_steps, optimizer)
-        finally:
-            self.lr_scheduler, self._created_lr_scheduler = kept
-        rates = []
-        for step in range(first + steps):
-            if step >= first:
-                rates.append(float(scheduler.get_last_lr()[0]))
-            optimizer.step()
-            scheduler.step()
-        return rates
 
 
 class _EpochShown(TrainerCallback):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from transformers import Trainer
 from transformers.trainer_utils import seed_worker
 
 from dataflex.schedule import Round
@@ -47,8 +48,8 @@ class RoundLoader:
         decide: returns a round's rows, or None to end the run before it.
     """
 
-    def __init__(self, trainer: Any, rounds: Sequence[Round], decide: Callable[[Round], DecidedRound | None]):
-        self.dataset = trainer.train_dataset
+    def __init__(self, trainer: Trainer, rounds: Sequence[Round], decide: Callable[[Round], DecidedRound | None]):
+        self.dataset: Any = trainer.train_dataset
         self._trainer = trainer
         self._rounds = rounds
         self._decide = decide

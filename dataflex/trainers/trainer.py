@@ -10,88 +10,33 @@ import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from dataflex import distributed
 from dataflex.checkpoints.marks import mark_complete, unmark
 from dataflex.errors import DataflexError
-from dataflex.schedule import Round, Schedule
+from dataflex.rows import RowSets
+from dataflex.schedule import Round
+from dataflex.trainers.directing import Directing, Director, Stopped
+from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.stopping import Stopping
 from dataflex.trainers.weighing import Weighing
-from dataflex.weighters.base import OwnStep
 
 
-class Stopped(Exception):
-    """Leaves LLaMA-Factory's workflow after the director ended the run before its last step."""
-
-
-class Director(Protocol):
-    """Accompanies a training from its beginning on; every method is called on every rank."""
-
-    @property
-    def start(self) -> str | None:
-        """Folder of the checkpoint that the training starts from; None: it starts anew."""
-        ...
-
-    @property
-    def weighing(self) -> Weighing | None:
-        """What is asked about the losses of the steps; None: nothing, they are LLaMA-Factory's."""
-        ...
-
-    @property
-    def own_step(self) -> OwnStep | None:
-        """The step that the run trains by from `acts_from` on, in place of the trainer's."""
-        ...
-
-    @property
-    def acts_from(self) -> int:
-        """The optimizer step from which `own_step` is told to act."""
-        ...
-
-    @property
-    def steps_kept(self) -> int:
-        """Steps whose end state is kept elsewhere, so that they need no checkpoint."""
-        ...
-
-    def saved(self, checkpoint: str) -> dict[str, Any]:
-        """Add to a checkpoint what belongs in it; return what its mark records."""
-        ...
-
-    def finish(self) -> None:
-        """Conclude after training."""
-        ...
-
-
-@dataclass(frozen=True)
-class Directing:
-    """How a run is directed, before there is a trainer.
-
-    Attributes:
-        begin: makes the director from the trainer and the checkpoint to go on from, once, before the first step.
-        schedule: the rounds of a run whose rows are decided (`RoundDirector`); None: their order is LLaMA-Factory's.
-        interrupts: whether the end that the director sets leaves out what LLaMA-Factory does after training.
-    """
-
-    begin: Callable[[Any, str | None], Director]
-    schedule: Schedule | None = None
-    interrupts: bool = False
-
-
-class DataflexTrainer(Trainer):
+class DataflexTrainer(FirstStepJudged):
     """Mixin: put before LLaMA-Factory's trainer class in the bases.
 
     Args:
         directing: makes what accompanies the run.
-        row_sets: training rows and target sets (`dataflex.llamafactory.row_sets.RowSets`).
+        row_sets: training rows and target sets.
         model_args: LLaMA-Factory's model arguments.
         resumption: where to begin.
         stopping: what ends the run where a signal asks for it.
@@ -102,6 +47,17 @@ class DataflexTrainer(Trainer):
     """Empty where LLaMA-Factory itself orders the rows."""
     director: Director | None = None
     """There from the beginning of `train` on."""
+    finetuning_args: Any
+    """LLaMA-Factory's, which its trainer sets."""
+    # Transformers' types allow for trainers without them, and for models of any kind.
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+    processing_class: Any
+    data_collator: Any
+    train_dataset: Any
+    eval_dataset: Any
 
     @property
     def _weighing(self) -> Weighing | None:
@@ -111,7 +67,7 @@ class DataflexTrainer(Trainer):
         self,
         *,
         directing: Directing,
-        row_sets: Any,
+        row_sets: RowSets,
         model_args: Any,
         resumption: Resumption,
         stopping: Stopping,
@@ -129,6 +85,11 @@ class DataflexTrainer(Trainer):
         self._stopped = False
         super().__init__(**kwargs)
 
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return Path(str(self.args.output_dir))
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train; raises `Stopped` when the director ended the run early."""
         if self.args.world_size > 1 and self.args.device.type == "cpu":
@@ -137,8 +98,7 @@ class DataflexTrainer(Trainer):
         self.stopping.counts(lambda: director.steps_kept)
         if director.weighing is not None:
             self.compute_loss_func = self._loss
-            rows: Any = self.train_dataset
-            self.train_dataset = rows.add_column(ROWS, np.arange(len(rows)))
+            self.train_dataset = self.train_dataset.add_column(ROWS, np.arange(len(self.train_dataset)))
             self.data_collator = _WithRows(self.data_collator)
         output = super().train(director.start, *args, **kwargs)
         director.finish()
@@ -152,11 +112,11 @@ class DataflexTrainer(Trainer):
         self.parameter_groups = [dict(group) for group in optimizer.param_groups]
         return optimizer
 
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+    def _train_on(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Train on a micro-batch: by the weighter's own step, where it has one."""
         director = self.director
         if director is None or director.own_step is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return super()._train_on(model, inputs, num_items_in_batch)
         acts = self.state.global_step >= director.acts_from
         # It divides by the accumulation steps itself.
         items = None if num_items_in_batch is None else num_items_in_batch / self.args.gradient_accumulation_steps
@@ -213,7 +173,7 @@ class DataflexTrainer(Trainer):
 
     def _with_auxiliary(self, loss: Any, output: Any) -> Any:
         """Add the auxiliary loss of a mixture of experts, which the model adds to no loss but its own."""
-        model: Any = self.model
+        model = self.model
         extra, config = output.get("aux_loss"), model.config.get_text_config()
         if extra is not None and getattr(config, "output_router_logits", False):  # as the model adds it itself
             loss = loss + _auxiliary_weight(model, config) * extra.to(loss.device)
@@ -252,6 +212,29 @@ class DataflexTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def learning_rates(self, first: int, steps: int) -> list[float] | None:
+        """Return the learning rates of a span of steps before any is taken, None if they follow from measured losses.
+
+        LLaMA-Factory's own scheduler is stepped over an optimizer of one number.
+        """
+        if self.args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            return None
+        number = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([number], lr=self.args.learning_rate)
+        kept = self.lr_scheduler, self._created_lr_scheduler
+        self.lr_scheduler = None
+        try:
+            scheduler: Any = self.create_scheduler(self.args.max_steps, optimizer)
+        finally:
+            self.lr_scheduler, self._created_lr_scheduler = kept
+        rates = []
+        for step in range(first + steps):
+            if step >= first:
+                rates.append(float(scheduler.get_last_lr()[0]))
+            optimizer.step()
+            scheduler.step()
+        return rates
 
     def snapshot(self, folder: str) -> str:
         """Write a resumable checkpoint of the current step under `folder` and return its path. Collective."""

@@ -19,6 +19,7 @@ from dataflex.distributed import world
 from dataflex.features.cross_entropy import token_losses
 from dataflex.features.inference import evaluation
 from dataflex.fingerprint import IGNORE_INDEX
+from dataflex.live.trainer import LiveTrainer
 from dataflex.trainers.factors import Factor, StepCounts
 from dataflex.trainers.micro_batch import ROWS, MicroBatch, capturing
 from dataflex.trainers.observer import Observer
@@ -42,7 +43,7 @@ class Weighing:
     acts_from: int = 0
     prefetch: Callable[[Sequence[Tensor]], None] | None = None
 
-    def begin(self, trainer: Any, batches: Sequence[Mapping[str, Any]], items: Any) -> None:
+    def begin(self, trainer: LiveTrainer, batches: Sequence[Mapping[str, Any]], items: Any) -> None:
         """Prepare for the micro-batches of a step. Collective."""
         self._items, self._count, self._next = items, len(batches), 0
         self._rank_scale = 1 if trainer.args.average_tokens_across_devices else world()
@@ -63,7 +64,7 @@ class Weighing:
         for factor in self.factors:
             factor.begin(ahead, counts)
 
-    def _ahead(self, trainer: Any, batches: Sequence[Mapping[str, Any]]) -> Iterator[MicroBatch]:
+    def _ahead(self, trainer: LiveTrainer, batches: Sequence[Mapping[str, Any]]) -> Iterator[MicroBatch]:
         """Yield the losses of a step's micro-batches under the weights that it begins with."""
         for batch in batches:
             inputs = trainer._prepare_inputs(dict(batch))
@@ -105,6 +106,6 @@ class Weighing:
         """Return what a training log should say of the steps since the last time; waits for the device."""
         return {name: value for factor in self.factors for name, value in factor.report().items()}
 
-    def captured(self, trainer: Any) -> AbstractContextManager[list[Tensor]]:
+    def captured(self, trainer: LiveTrainer) -> AbstractContextManager[list[Tensor]]:
         """Collect the last hidden states meanwhile, if they are wanted."""
         return capturing(trainer.model) if self.wants_states else nullcontext([])

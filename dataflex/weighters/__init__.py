@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataflex.components.registry import register_weighter
-from dataflex.weighters.base import Examples, Group, NativeWeighter
+from dataflex.weighters.base import Examples, Group, NativeWeighter, WeighterParams
 from dataflex.weighters.classic import Weighter
 
-__all__ = ["Examples", "Group", "NativeWeighter", "Weighter", "register_weighter"]
+__all__ = ["Examples", "Group", "NativeWeighter", "Weighter", "WeighterParams", "register_weighter"]

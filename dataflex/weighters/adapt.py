@@ -86,7 +86,7 @@ class Adapt(NativeWeighter):
         return self._mean is None or step - self._refreshed >= self.params.refresh_interval
 
     def set_anchors(self, mean: Tensor, step: int) -> None:
-        """Take the anchors: the mean of their unit vectors (`unit(pool(...))`), (H,), embedded after `step` steps.
+        """Take the anchors, embedded after `step` steps: the mean of `unit(exact_pool(...))` over them, (H,).
 
         Raises:
             DataflexError: a number is not finite, as the mean of no anchors.
@@ -108,7 +108,9 @@ class Adapt(NativeWeighter):
             missing = "anchors" if self._mean is None else "hidden states"
             raise DataflexError(f"adapt: found no {missing}; expected set_anchors and states before the first signal")
         self._mean = self._mean.to(examples.states.device)
-        return unit(pool(examples.states, examples.mask)) @ self._mean
+        from dataflex.features.pooling import exact_pool
+
+        return unit(exact_pool(examples.states, examples.mask)) @ self._mean
 
     def weights(self, group: Group) -> Tensor:
         """Return the weights, (M,) float64; 0 where there is no loss or no finite signal."""
@@ -132,23 +134,6 @@ class Adapt(NativeWeighter):
 
             self._mean = torch.tensor(state["mean"], dtype=torch.float64)
             self._refreshed = int(state["refreshed"])
-
-
-def pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of each row's hidden states with weights t / sum(t), (B, H) float64; NaN of a row without tokens.
-
-    Args:
-        states: (B, T, H).
-        mask: (B, T) bool, real tokens; t = 1, 2, ... counts them alone, wherever the padding is.
-    """
-    import torch
-
-    real = mask.bool()
-    weight = real.double().cumsum(dim=1) * real
-    weight = weight / weight.sum(dim=1, keepdim=True)
-    # Row by row, as float64 of all states is four times what the model holds; 0 x NaN at padding would be NaN.
-    rows = zip(weight, states.detach(), real, strict=True)
-    return torch.stack([w @ h.double().masked_fill(~m[:, None], 0.0) for w, h, m in rows])
 
 
 def unit(vectors: Tensor) -> Tensor:

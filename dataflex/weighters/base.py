@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -87,20 +87,12 @@ class Group:
         return self.losses.isfinite()
 
 
-class OwnStep(Protocol):
-    """A weighter's own training step (`dataflex.weighters.classic.Weighter.training_step`)."""
-
-    def __call__(self, ctx: Any, model: Any, inputs: Any, num_items_in_batch: Any, use_weighter: bool) -> Tensor:
-        """Train on a micro-batch; return its part of the step's loss, without gradient."""
-        ...
-
-
 class NativeWeighter(Method):
     """Base of weighters: override `weights`, and of the rest what differs. See also `dataflex.method.Method`.
 
     Attributes:
         wants_states: whether `signal` reads the last hidden states.
-        acts_alone: whether it computes the whole loss, so that it cannot stand beside a mixer.
+        acts_alone: whether it trains by `own_step` in place of the trainer's, so that it cannot stand beside a mixer.
     """
 
     Params: ClassVar[type[BaseModel]] = WeighterParams
@@ -111,11 +103,6 @@ class NativeWeighter(Method):
     def anchor_batch_size(self) -> int:
         """Target rows embedded at a time, for one that needs targets."""
         return 8
-
-    @default
-    def own_step(self) -> OwnStep | None:
-        """The step that it trains by in place of the trainer's, for one that acts alone."""
-        return None
 
     @default
     def compares(self) -> bool:
@@ -155,6 +142,21 @@ class NativeWeighter(Method):
     @abstractmethod
     def weights(self, group: Group) -> Tensor:
         """Return the weight of each example, (M,) float64: 0 where it is not usable; no host synchronisation."""
+
+    def own_step(self, ctx: Any, model: Any, inputs: Any, num_items_in_batch: Any, use_weighter: bool) -> Tensor:
+        """Train on a micro-batch; return its part of the step's loss, without gradient. For one that `acts_alone`.
+
+        Args:
+            ctx: the trainer.
+            model: as the trainer wraps it.
+            inputs: the micro-batch.
+            num_items_in_batch: the step's supervised tokens over the accumulation steps; None where they do not count.
+            use_weighter: False in the warm-up.
+
+        Raises:
+            DataflexError: the weighter says that it acts alone, and has no step.
+        """
+        raise DataflexError(f"{type(self).__name__}: found no own_step; expected it beside acts_alone")
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run goes on from: plain data, floats exact."""

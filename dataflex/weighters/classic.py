@@ -9,7 +9,7 @@ from dataflex.components.adapter import adapted
 from dataflex.components.classic import Arguments, constructed
 from dataflex.errors import ConfigError
 from dataflex.fingerprint import IGNORE_INDEX
-from dataflex.weighters.base import Group, NativeWeighter, OwnStep, WeighterParams
+from dataflex.weighters.base import Group, NativeWeighter, WeighterParams
 
 if TYPE_CHECKING:  # a run file is checked without torch
     from torch import Tensor
@@ -105,11 +105,10 @@ class ClassicWeighter(NativeWeighter):
         made = constructed(self.__wrapped__, self.params, runtime)
         self._made = made if callable(getattr(made, "training_step", None)) else _LossOnly(made)
 
-    @property
-    def own_step(self) -> OwnStep:
-        """Its step."""
-        step: OwnStep = self._made.training_step
-        return step
+    def own_step(self, ctx: Any, model: Any, inputs: Any, num_items_in_batch: Any, use_weighter: bool) -> Tensor:
+        """Train by its `training_step`."""
+        loss: Tensor = self._made.training_step(ctx, model, inputs, num_items_in_batch, use_weighter)
+        return loss
 
     def weights(self, group: Group) -> Tensor:
         """Never asked for: one that acts alone computes the whole loss."""
@@ -134,6 +133,6 @@ def adapted_weighter(cls: type[Any]) -> type[NativeWeighter]:
     if not found.acts_alone and not issubclass(found.Params, WeighterParams):
         raise ConfigError(
             f"found Params in {cls.__qualname__} without normalisation and reduction, which every weighter has; "
-            "expected a kind of dataflex.weighters.base.WeighterParams"
+            "expected a subclass of dataflex.weighters.WeighterParams"
         )
     return found

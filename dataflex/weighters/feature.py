@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from dataflex.components.params import ExistingFile
 from dataflex.distributed import is_main
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.need import Need, View
@@ -22,12 +22,6 @@ if TYPE_CHECKING:  # a run file is checked without torch
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-
-
-def _existing(path: str) -> str:
-    if not Path(path).is_file():
-        raise ValueError("a file that exists, relative to the working folder")
-    return path
 
 
 _SCALAR = {"embedding": "norm", "gradient": "norm", "policy_gradient": "reward"}
@@ -46,7 +40,7 @@ class ByFeature(NativeWeighter):
         feature: FeatureSpec | None = Field(
             None, description="stored feature: loss is read per token; of the others, a number beside the vector"
         )
-        path: Annotated[str, AfterValidator(_existing)] | None = Field(
+        path: ExistingFile | None = Field(
             None,
             description="Parquet with row_key (as `dataflex select` writes it) or index (row position), and column",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,20 @@ from dataflex.pipelines.summary import write_summary
 from dataflex.schedule import Round
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.rounds import DecidedRound, micro_batches
+from dataflex.trainers.trainer import DataflexTrainer
 
 log = logging.getLogger(__name__)
 
 
 class MixingDirector:
-    """A `dataflex.trainers.round_trainer.RoundDirector`, made on every rank when the trainer exists.
+    """A `dataflex.trainers.directing.RoundDirector`, made on every rank when the trainer exists.
 
     The proportions of a step follow from the statistics of all steps before it: the lag is 0, and a loader's workers
     read ahead within what is decided. The weights of domains in the loss follow in the same way.
 
     Args:
         settings: the validated run file.
-        trainer: the `RoundTrainer`.
+        trainer: which trains.
         checkpoint: to go on from, or None.
     """
 
@@ -49,10 +49,9 @@ class MixingDirector:
     acts_from = 0
     steps_kept = 0
 
-    def __init__(self, settings: Settings, trainer: Any, checkpoint: str | None):
+    def __init__(self, settings: Settings, trainer: DataflexTrainer, checkpoint: str | None):
         self.settings, self.trainer, self.start = settings, trainer, checkpoint
         self.rounds: Sequence[Round] = trainer.rounds
-        self._begun = time.monotonic()
         rows, unit = trainer.row_sets.train, settings.dataflex.mixture.unit
         members, self.domains = domains_of(rows, dataset_names(settings.llamafactory), unit)
         given = settings.keys.init_mixture_proportions
@@ -71,7 +70,7 @@ class MixingDirector:
         self._resumed: Mapping[str, Any] | None = None
         self.watch = Watch(self.run, self.mixer, members, settings.keys.warmup_step, self._ahead)
         self.weighing = self.watch.weighing
-        self.record = MixRecord(Path(trainer.args.output_dir))
+        self.record = MixRecord(trainer.output_dir)
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
             self.run.say_what_has_changed(checkpoint)
@@ -237,8 +236,8 @@ class MixingDirector:
             "realised_rows": named(names, served),
             "passes": named(names, served / self.domains.rows),
         }
-        path = Path(self.trainer.args.output_dir) / "dataflex_summary.json"
-        write_summary(path, "train", self.run, time.monotonic() - self._begun, about)
+        path = self.trainer.output_dir / "dataflex_summary.json"
+        write_summary(path, "train", self.run, about)
         shown = ", ".join(f"{n} {s / max(1, served.sum()):.1%}" for n, s in zip(names, served, strict=True))
         log.info("rows trained on: %s", shown)
         outcome = self.mixer.outcome()

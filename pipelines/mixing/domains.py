@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from dataflex.errors import ConfigError
 from dataflex.mixers.base import Domains
+from dataflex.rows import Rows
 
 
 class MixtureManager:
@@ -30,7 +31,7 @@ class MixtureManager:
         return {n: self._dataset.select(m) for n, m in zip(self.names, self._members, strict=True)}
 
 
-def domains_of(rows: Any, names: Sequence[str], unit: Any) -> tuple[list[np.ndarray], Domains]:
+def domains_of(rows: Rows, names: Sequence[str], unit: Literal["rows", "tokens"]) -> tuple[list[np.ndarray], Domains]:
     """Return the rows of each domain that have something to learn from, and the domains.
 
     Args:

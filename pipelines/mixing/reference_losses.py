@@ -18,6 +18,7 @@ from dataflex.features.cross_entropy import token_losses
 from dataflex.mixers.base import NativeMixer
 from dataflex.rows import Status
 from dataflex.trainers.micro_batch import MicroBatch
+from dataflex.trainers.trainer import DataflexTrainer
 
 if TYPE_CHECKING:  # a run checks its reference when it is put together
     from dataflex.pipelines.run import Run
@@ -35,7 +36,7 @@ def reference_losses(run: Run, mixer: NativeMixer) -> StoredReference | LiveRefe
     path = mixer.reference_model_path
     if path is None:
         return None
-    if mixer.params.reference == "live":
+    if mixer.reference_is_live:
         if not run.state.sharding.has_whole_weights:
             raise ConfigError(
                 "reference: found live under ZeRO-3, which would shard the reference without running it; take "
@@ -114,7 +115,7 @@ class LiveReference:
         trainer: whose device and precision it takes.
     """
 
-    def __init__(self, path: str, trainer: Any):
+    def __init__(self, path: str, trainer: DataflexTrainer):
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM
 

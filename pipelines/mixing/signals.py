@@ -16,6 +16,7 @@ from dataflex.features.batching import collate
 from dataflex.features.inference import evaluation
 from dataflex.features.spec import BASE, LossSpec
 from dataflex.mixers.base import LAST_BATCH, NativeMixer
+from dataflex.mixers.dynamic_moe import RoutedRows
 from dataflex.pipelines.run import Run
 from dataflex.rows import Status
 
@@ -37,13 +38,22 @@ def signals(
         ConfigError: there is no such signal, the model has no experts, or there are no rows to route.
     """
     made: dict[str, Callable[[], Callable[[], Any]]] = {
-        "expert_loads": lambda: ExpertLoads(run, mixer.params, settings, members, names),
+        "expert_loads": lambda: ExpertLoads(run, _routed(mixer), settings, members, names),
         "base_losses": lambda: BaseLosses(run, members),
         LAST_BATCH: lambda: last_batch,
     }
     if other := [name for name in mixer.signals if name not in made]:
         raise ConfigError(f"signals: found {', '.join(other)}; expected some of {', '.join(made)}")
     return {name: made[name]() for name in mixer.signals}
+
+
+def _routed(mixer: NativeMixer) -> RoutedRows:
+    if not isinstance(mixer.params, RoutedRows):
+        raise ConfigError(
+            f"expert_loads: found the parameters {type(mixer.params).__qualname__} of {type(mixer).__qualname__}; "
+            "expected a subclass of dataflex.mixers.dynamic_moe.RoutedRows, which say what is sent through the router"
+        )
+    return mixer.params
 
 
 class BaseLosses:
@@ -87,7 +97,9 @@ class ExpertLoads:
         ConfigError: the model's experts are unknown.
     """
 
-    def __init__(self, run: Run, params: Any, settings: Settings, members: Sequence[np.ndarray], names: Sequence[str]):
+    def __init__(
+        self, run: Run, params: RoutedRows, settings: Settings, members: Sequence[np.ndarray], names: Sequence[str]
+    ):
         self._run, self._params = run, params
         config = run.trainer.model.config.get_text_config()
         self._k = getattr(config, "num_experts_per_tok", None)
@@ -122,7 +134,7 @@ class ExpertLoads:
         Raises:
             ConfigError: the model gives no router logits after all.
         """
-        trainer: Any = self._run.trainer
+        trainer = self._run.trainer
         size, world, rank = self._params.eval_batch_size, distributed.world(), distributed.rank()
         loads = []
         with evaluation(trainer.model), torch.no_grad():
@@ -139,7 +151,7 @@ class ExpertLoads:
         return np.asarray(stacked.cpu().numpy())
 
     def _counts(self, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        trainer: Any = self._run.trainer
+        trainer = self._run.trainer
         pad = trainer.processing_class.pad_token_id or 0
         batch = collate(examples, pad, "right", next(trainer.model.parameters()).device)
         with trainer.accelerator.autocast():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +14,40 @@ from dataflex.checkpoints.marks import FOLDER
 from dataflex.config.settings import Settings
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.live.moments import MOMENTS_FILE
-from dataflex.pipelines.run import Run, open_run
+from dataflex.pipelines.run import open_run
 from dataflex.pipelines.selecting import update, warmup
+from dataflex.pipelines.selecting.beginning import Begun, begin
 from dataflex.pipelines.selecting.diagnostics import Diagnostics
 from dataflex.pipelines.summary import write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round
-from dataflex.selectors.base import Beginning
 from dataflex.trainers.rounds import DecidedRound
+from dataflex.trainers.trainer import DataflexTrainer
 
 log = logging.getLogger(__name__)
 
 
-class SelectingDirector:
-    """A `dataflex.trainers.round_trainer.RoundDirector`; those of `featurize` and `select` stop at the first update.
-
-    Made on every rank when the trainer exists: it puts the run together, and chooses where to start from: a checkpoint,
-    a kept state, or the beginning.
-
-    Args:
-        settings: the validated run file.
-        trainer: the `RoundTrainer`.
-        checkpoint: to go on from, or None.
+def directed(settings: Settings, trainer: DataflexTrainer, checkpoint: str | None) -> SelectingDirector:
+    """Put a training with a selector together, once its trainer exists; call it on every rank.
 
     Raises:
         DataflexError: the run cannot come to a good end, as far as is known before anything is computed.
+    """
+    run = open_run(settings, trainer, SelectingDirector.stage, trainer.rounds)
+    wanted = max((round.steps for round in run.updates), default=0) * trainer.global_batch
+    largest = wanted if settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
+    too_many = (
+        f"update_step: an update needs {largest} rows ({largest // trainer.global_batch} steps of "
+        f"{trainer.global_batch}), found {len(run.eligible)} that can be chosen; lower update_step or the batch size"
+    )
+    return SelectingDirector(begin(run, checkpoint, largest, too_many))
+
+
+class SelectingDirector:
+    """A `dataflex.trainers.directing.RoundDirector`; those of `featurize` and `select` stop at the first update.
+
+    Args:
+        begun: the run, and where it starts.
     """
 
     stage = "train"
@@ -48,60 +55,15 @@ class SelectingDirector:
     own_step = None
     acts_from = 0
 
-    def __init__(self, settings: Settings, trainer: Any, checkpoint: str | None):
-        self.settings = settings
+    def __init__(self, begun: Begun):
+        self.run, self.warm, self.start = begun.run, begun.warm, begun.start
+        self.settings = begun.run.settings
         self.updates: list[dict[str, Any]] = []
-        self._begun = time.monotonic()
-        run = open_run(settings, trainer, self.stage, trainer.rounds)
-        self.run = replace(run, rounds=self._rounds(run))
-        refuse_silent_targets(self.run)
-        if settings.train_type == "dynamic_select":
-            self._prepare()
-        if not self.run.state.has_adapter:  # of a model trained whole, the base is at hand before any weight is loaded
-            update.ensure_base(self.run)
-        self.warm = warmup.WarmState(self.run, is_resumed=checkpoint is not None)
-        self.start = self._start(checkpoint)
 
     @property
     def rounds(self) -> Sequence[Round]:
         """The rounds that are run."""
         return self.run.rounds
-
-    def _rounds(self, run: Run) -> Sequence[Round]:
-        """Return the rounds to be run; asked before anything of this object but `settings` is there."""
-        return run.rounds
-
-    def _start(self, checkpoint: str | None) -> str | None:
-        """Return the folder to start from, the journal brought to that state. Collective."""
-        if checkpoint is not None:
-            self.run.state.require_same_base(checkpoint, is_resumed=True)
-            self.run.say_what_has_changed(checkpoint)
-            warmup.restore_rounds(self.run, Path(checkpoint))
-            return checkpoint
-        if distributed.is_main():
-            self.run.journal.clear()
-        distributed.barrier()
-        return self.warm.start()
-
-    def _prepare(self) -> None:
-        """Have the selector check what it can before anything is computed."""
-        run, largest = self.run, self._largest()
-        if run.selector.chooses_distinct and largest > len(run.eligible):
-            raise CoverageError(self._too_many(largest))
-        run.selector.prepare(Beginning(run.rows, run.targets, largest, run.access.width))
-
-    def _largest(self) -> int:
-        """Return the rows that the largest choice will be of at least; 0 where nothing is chosen."""
-        wanted = max((round.steps for round in self.run.updates), default=0) * self.run.trainer.global_batch
-        return wanted if self.settings.schedule.update_step > 0 else min(wanted, len(self.run.eligible))
-
-    def _too_many(self, largest: int) -> str:
-        """Say that there are fewer rows than a choice needs."""
-        batch = self.run.trainer.global_batch
-        return (
-            f"update_step: an update needs {largest} rows ({largest // batch} steps of {batch}), found "
-            f"{len(self.run.eligible)} that can be chosen; lower update_step or the batch size"
-        )
 
     def decide(self, round: Round) -> DecidedRound | None:
         """Return the round on every rank, recorded before its first batch."""
@@ -163,7 +125,7 @@ class SelectingDirector:
         """Write the run's summary."""
         trainer = self.run.trainer
         self.warm.release()
-        self.summarise(Path(trainer.args.output_dir) / "dataflex_summary.json", steps=trainer.state.global_step)
+        self.summarise(trainer.output_dir / "dataflex_summary.json", steps=trainer.state.global_step)
 
     def summarise(self, path: Path, **more: Any) -> None:
         """Write what the stage came to. Collective."""
@@ -173,7 +135,7 @@ class SelectingDirector:
             "diagnostics": self.diagnostics() if distributed.is_main() else [],
             **more,
         }
-        write_summary(path, self.stage, self.run, time.monotonic() - self._begun, about)
+        write_summary(path, self.stage, self.run, about)
         if distributed.is_main():
             self.run.access.record.finish()
 
@@ -192,20 +154,6 @@ class SelectingDirector:
         if found is None and begun:
             raise CoverageError(f"{self.run.journal.path(round.number)}: missing; the checkpoint was trained on it")
         return found if found is not None and (begun or found.info.get("identity") == self.run.identity) else None
-
-
-def refuse_silent_targets(run: Run) -> None:
-    """Refuse targets that say nothing, where a method compares rows with them.
-
-    Raises:
-        CoverageError: a target set has no supervised token.
-    """
-    for name, target in run.targets.items() if any(need.of == "targets" for need in run.needs) else ():
-        if not (target.supervised > 0).any():
-            raise CoverageError(
-                f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "
-                "template and cutoff_len"
-            )
 
 
 def _line(decided: DecidedRound, rows: Rows) -> str:

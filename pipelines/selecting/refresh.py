@@ -14,10 +14,9 @@ steps, and without moving the reused vectors along they would be compared with t
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from dataflex.config.keys import Refresh
 from dataflex.draws import generator
 
 _EACH = 20
@@ -26,18 +25,18 @@ _ANCHORS = (4, 1024)
 """Fewest anchors, if half of the share is as many, and most: more would not make their mean much surer."""
 
 
-def anchors(refresh: Any, size: int) -> np.ndarray:
+def anchors(refresh: Refresh, size: int) -> np.ndarray:
     """Return the rows that are computed at every update, ascending; a function of the share and the pool's size."""
     share = _share(refresh, size)
     count = min(max(share // _EACH, _ANCHORS[0]), max(1, share // 2), _ANCHORS[1])
     return np.sort(generator(0, "anchors").permutation(size)[:count])
 
 
-def first(refresh: Any, update: int, updated: np.ndarray) -> np.ndarray:
+def first(refresh: Refresh, update: int, updated: np.ndarray) -> np.ndarray:
     """Say which rows are computed with the live model before any is scored, (N,) bool.
 
     Args:
-        refresh: policy, refresh_fraction, max_age.
+        refresh: how rows are refreshed.
         update: updates done before this one.
         updated: (N,) update at which each row was last computed.
     """
@@ -53,11 +52,11 @@ def first(refresh: Any, update: int, updated: np.ndarray) -> np.ndarray:
     return _with_best(chosen, age, min(max(1, share // _EACH), share - int(chosen.sum())))
 
 
-def rest(refresh: Any, chosen: np.ndarray, scores: np.ndarray, selected: np.ndarray) -> np.ndarray:
+def rest(refresh: Refresh, chosen: np.ndarray, scores: np.ndarray, selected: np.ndarray) -> np.ndarray:
     """Add rows to those computed already until the share is used up, (N,) bool: selected ones, then the best.
 
     Args:
-        refresh: refresh_fraction.
+        refresh: how rows are refreshed.
         chosen: (N,) bool, what `first` named.
         scores: (N,) by reused vectors and the targets of now; -inf where a row has none.
         selected: (k,) rows that would be chosen by them; not those of the best scores under every rule.
@@ -79,7 +78,7 @@ def moved(now: np.ndarray, before: np.ndarray) -> np.ndarray:
     return (steps.mean(axis=0) if both.any() else np.zeros(now.shape[1])).astype(np.float32)
 
 
-def _share(refresh: Any, size: int) -> int:
+def _share(refresh: Refresh, size: int) -> int:
     return int(np.ceil(refresh.refresh_fraction * size))
 
 

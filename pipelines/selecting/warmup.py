@@ -106,7 +106,7 @@ class WarmState:
         """Return a folder of this node's with the state as a checkpoint, which one of its processes makes."""
         folder = None
         if distributed.local_rank() == 0:
-            output_dir = Path(self.run.trainer.args.output_dir)
+            output_dir = self.run.trainer.output_dir
             output_dir.mkdir(parents=True, exist_ok=True)
             # Readable by this user alone, and removed with this object. Not in /tmp: an optimizer's state can be large.
             self._scratch = tempfile.TemporaryDirectory(prefix=".state-", dir=output_dir)
@@ -126,7 +126,7 @@ class WarmState:
         """Keep the state if the warm-up has just ended and was trained here. Collective."""
         if self.lineage is None or self._story is None or self.loaded or round.first_step != self._end:
             return
-        scratch = Path(self.run.trainer.args.output_dir) / ".state"
+        scratch = self.run.trainer.output_dir / ".state"
         folder = Path(self.run.trainer.snapshot(str(scratch)))
         if distributed.is_main():
             try:

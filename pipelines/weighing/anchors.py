@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -11,9 +10,10 @@ from dataflex import distributed
 from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
 from dataflex.features.inference import evaluation
+from dataflex.features.pooling import exact_pool
 from dataflex.pipelines.run import Run
 from dataflex.trainers.micro_batch import capturing
-from dataflex.weighters.adapt import pool, unit
+from dataflex.weighters.adapt import unit
 from dataflex.weighters.base import NativeWeighter
 
 
@@ -39,7 +39,7 @@ class Anchors:
         """Embed the anchors before the step that follows `step` others, if they are due. Collective."""
         if not self._weighter.due(step):
             return
-        trainer: Any = self._run.trainer
+        trainer = self._run.trainer
         size, world = self._weighter.anchor_batch_size, distributed.world()
         mine = list(distributed.shard(self._examples, distributed.rank(), world))
         # As many passes on every rank: sharded weights are put together by all of them at once.
@@ -54,6 +54,6 @@ class Anchors:
                 with trainer.accelerator.autocast(), capturing(trainer.model) as states:
                     trainer.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
                 if some:
-                    total += unit(pool(states[-1], batch.attention_mask.bool())).sum(dim=0)
+                    total += unit(exact_pool(states[-1], batch.attention_mask.bool())).sum(dim=0)
         total = distributed.all_gather_rows(total).sum(dim=0)
         self._weighter.set_anchors(total / len(self._examples), step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.pipelines.weighing.anchors import Anchors
 from dataflex.trainers.factors import ByWeighter
+from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.trainers.weighing import Weighing
 from dataflex.weighters.base import NativeWeighter
 
@@ -27,25 +27,24 @@ _STATE_FILE = f"{FOLDER}/weighter.json"
 
 
 class WeighingDirector:
-    """A `dataflex.trainers.trainer.Director`, made on every rank when the trainer exists.
+    """A `dataflex.trainers.directing.Director`, made on every rank when the trainer exists.
 
     Args:
         settings: the validated run file.
-        trainer: the `DataflexTrainer`.
+        trainer: which trains.
         checkpoint: to go on from, or None.
     """
 
     steps_kept = 0
 
-    def __init__(self, settings: Settings, trainer: Any, checkpoint: str | None):
+    def __init__(self, settings: Settings, trainer: DataflexTrainer, checkpoint: str | None):
         self.settings, self.start = settings, checkpoint
-        self._begun = time.monotonic()
         self.run = open_run(settings, trainer, "train", ())
         assert isinstance(self.run.method, NativeWeighter)
         self.weighter = self.run.method
         self.acts_from = settings.keys.warmup_step
-        self.own_step = self.weighter.own_step
-        self.weighing = None if self.own_step is not None else self._weighing()
+        self.own_step = self.weighter.own_step if self.weighter.acts_alone else None
+        self.weighing = None if self.weighter.acts_alone else self._weighing()
         if checkpoint is not None:
             self.run.state.require_same_base(checkpoint, is_resumed=True)
             self.run.say_what_has_changed(checkpoint)
@@ -95,9 +94,8 @@ class WeighingDirector:
     def finish(self) -> None:
         """Write the run's summary."""
         trainer = self.run.trainer
-        path = Path(trainer.args.output_dir) / "dataflex_summary.json"
-        seconds = time.monotonic() - self._begun
-        write_summary(path, "train", self.run, seconds, {"steps": trainer.state.global_step})
+        path = trainer.output_dir / "dataflex_summary.json"
+        write_summary(path, "train", self.run, {"steps": trainer.state.global_step})
         if distributed.is_main():
             self.run.access.record.finish()
 

@@ -1,24 +1,10 @@
-"""Files among the parameters of selectors."""
+"""A NumPy array that a parameter names."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import numpy as np
-from pydantic import AfterValidator
 
 from dataflex.errors import MismatchError
-
-
-def _existing(path: str) -> str:
-    if not Path(path).is_file():
-        raise ValueError("a file that exists, relative to the working folder")
-    return path
-
-
-ExistingFile = Annotated[str, AfterValidator(_existing)]
-"""Path of a file; checked with the run file, before anything is loaded."""
 
 
 def load_array(path: str) -> np.ndarray:
