@@ -40,6 +40,7 @@ check: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	pyrefly check
 	lint-imports
 
 format: $(READY)

@@ -168,7 +168,7 @@ def together() -> Iterator[None]:
     if first is None:
         return
     if first is failed:  # one process
-        raise failed
+        raise first
     first.everywhere = True
     raise first from failed
 

@@ -103,7 +103,7 @@ class Values:
         for name, column in found.items():
             if column.dtype.kind != "f":
                 continue
-            finite = np.isfinite(column).all(axis=tuple(range(1, column.ndim)))
+            finite = np.asarray(np.isfinite(column).all(axis=tuple(range(1, column.ndim))))
             if not finite[usable].all():
                 row = int(np.flatnonzero(usable & ~finite)[0])
                 raise DataflexError(

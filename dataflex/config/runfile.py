@@ -54,6 +54,7 @@ def read(path: Path, problems: Problems) -> Document | None:
         return None
     try:
         lines: dict[str, int] = {}
+        values: Any
         if path.suffix.lower() == ".json":
             values = json.loads(text, object_pairs_hook=_unique)
         else:

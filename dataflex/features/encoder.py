@@ -39,10 +39,11 @@ class TextEncoder:
 
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         model.to(device)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-        self._limit = min(int(limit), int(self._tokenizer.model_max_length))
-        self._engine = FeatureEngine(model, pad_token_id=self._tokenizer.pad_token_id or 0, token_budget=token_budget)
+        self._tokenizer = tokenizer
+        self._limit = min(int(limit), int(tokenizer.model_max_length))
+        self._engine = FeatureEngine(model, pad_token_id=tokenizer.pad_token_id or 0, token_budget=token_budget)
 
     def compute(self, texts: Sequence[Text], specs: Sequence[FeatureSpec]) -> list[FeatureValues]:
         """Return the embeddings of texts, one result for each specification.
@@ -94,7 +95,7 @@ def _sentence_transformer(folder: Path, device: torch.device) -> Any:
 
 
 def _values(vectors: np.ndarray) -> FeatureValues:
-    finite = np.isfinite(vectors).all(axis=1)
+    finite = np.asarray(np.isfinite(vectors).all(axis=1))
     vectors = np.where(finite[:, None], vectors, 0.0).astype(np.float32)
     status = np.where(finite, Status.OK, Status.NONFINITE).astype(np.uint8)
     return FeatureValues(status, {"norm": np.linalg.norm(vectors, axis=1).astype(np.float32)}, vectors)

@@ -72,7 +72,7 @@ class FeatureEngine:
         self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
         self.autocast = autocast
         self._projectors: dict[Projection, Projector] = {}
-        get_base: Callable[[], nn.Module] = getattr(model, "get_base_model", lambda: model)
+        get_base: Any = getattr(model, "get_base_model", lambda: model)
         self._accepts = inspect.signature(get_base().forward).parameters
 
     @cached_property

@@ -114,7 +114,7 @@ class ModelGenerator:
         token_budget: int = 8192,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        get_base: Callable[[], Any] = getattr(model, "get_base_model", lambda: model)
+        get_base: Any = getattr(model, "get_base_model", lambda: model)
         self._model, self._base = model, get_base()
         self._stop, self._pad, self._budget, self._autocast = list(stop), pad_token_id, _MORE * token_budget, autocast
         self._context = getattr(self._base.config.get_text_config(), "max_position_embeddings", None) or 1 << 30

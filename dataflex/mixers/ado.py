@@ -81,7 +81,8 @@ class Ado(NativeMixer):
             raise ConfigError("\n".join(problems))
         if not len(self._seen):
             count = len(context.domains)
-            self._laws, self._seen, self._block = [None] * count, np.zeros(count), np.zeros((2, count))
+            self._laws = [None for _ in range(count)]
+            self._seen, self._block = np.zeros(count), np.zeros((2, count))
             self._drawn = self._mean = context.initial
         if context.update == 0 and context.statistics.steps == 0:
             return context.initial

@@ -84,7 +84,7 @@ class RewardModel(Reward):
                 f"reward_model.path: found {found} in {self._folder}; expected a sequence-classification model with "
                 "one label, whose head was trained"
             )
-        tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side="right")
+        tokenizer: Any = AutoTokenizer.from_pretrained(self._folder, padding_side="right")
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
         device = torch.device(self.params.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -153,7 +153,8 @@ def _check_vocabulary(path: str, tokenizer: Any) -> None:
         )
     from transformers import AutoTokenizer
 
-    ours, theirs = tokenizer.get_vocab(), AutoTokenizer.from_pretrained(path).get_vocab()
+    other_tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    ours, theirs = tokenizer.get_vocab(), other_tokenizer.get_vocab()
     if other := [token for token, number in ours.items() if theirs.get(token) != number]:
         raise MismatchError(
             f"reference_model_path: {len(other)} of the run's {len(ours)} tokens are others, or none, in {path} "

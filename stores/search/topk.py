@@ -58,7 +58,7 @@ def top_k(
         if (block.status != Status.OK).any():
             block = block.take(block.status == Status.OK)
         scores = _scores(queries, block, store.layout.storage, unit_rows, weight)
-        finite = np.isfinite(scores).all(axis=0)
+        finite = np.asarray(np.isfinite(scores).all(axis=0))
         if not finite.all():
             dropped += int((~finite).sum())
             scores, block = scores[:, finite], block.take(finite)

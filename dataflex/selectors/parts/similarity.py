@@ -188,7 +188,7 @@ def _reduced(block: np.ndarray, targets: np.ndarray, similarity: Similarity, wit
 
 def _usable(vectors: np.ndarray) -> np.ndarray:
     """Say which vectors can be compared, (b,) bool: a zero vector says that there is none, under every similarity."""
-    return np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+    return np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
 
 
 def _identity(vectors: np.ndarray) -> np.ndarray:
