@@ -48,6 +48,8 @@ def told(error: BaseException) -> tuple[str, int] | None:
         least = str(error).partition("\n")[0].partition(". GPU")[0]
         advice = "lower per_device_train_batch_size, cutoff_len or dataflex.token_budget, or fewer rows and steps"
         return f"{where} ran out{': ' + least if least else ''}\n  {advice}; what was committed stays", 1
+    if isinstance(error, ModuleNotFoundError) and (link := _missing_link(error.name or "")) is not None:
+        return link, 1
     if not isinstance(error, OSError) and (found := _OF_RUST.search(str(error))):
         number = int(found[1] or found[2])
         error = OSError(number, os.strerror(number))
@@ -62,6 +64,19 @@ def told(error: BaseException) -> tuple[str, int] | None:
         advice = _ADVICE.get(error.errno, "see to it, and run the same command again")
         return f"{': '.join([*files, reason])}\n  {advice}; what was committed stays", 1
     return (found_in, 1) if (found_in := of_user_code(error)) is not None else None
+
+
+def _missing_link(module: str) -> str | None:
+    """Say that a package of ours whose folder lies elsewhere in the checkout is out of reach; None if it is not so."""
+    name = module.removeprefix("dataflex.").partition(".")[0]
+    place = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    if name not in ("pipelines", "stores") or os.path.isdir(place):
+        return None
+    return (
+        f"{place}: found {'a file' if os.path.isfile(place) else 'nothing'}; expected a link to ../{name}, which this "
+        f"checkout was made without\n  git config core.symlinks true; git checkout -- dataflex/{name}; or install "
+        "without --editable, which needs no links"
+    )
 
 
 def of_user_code(error: BaseException) -> str | None:

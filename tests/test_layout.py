@@ -56,6 +56,20 @@ def test_links(name: str) -> None:
     assert link.resolve() == ROOT / name
 
 
+def test_a_checkout_without_links_says_so(tmp_path: Path) -> None:
+    """As git makes one where links are switched off: each link is a file that holds its target."""
+    shutil.copytree(ROOT / "dataflex", tmp_path / "dataflex", symlinks=True)
+    for name in OUTSIDE:
+        (tmp_path / "dataflex" / name).unlink()
+        (tmp_path / "dataflex" / name).write_text(f"../{name}")
+    installed = "import sys; sys.meta_path = [each for each in sys.meta_path if 'editable' not in repr(each)]"
+    command = ("-c", f"{installed}; from dataflex.cli import main; main()", "store", "verify")
+    ran = python(*command, cwd=tmp_path, path=tmp_path)
+    assert ran.returncode == 1, ran.stderr
+    assert ran.stderr.count("\n") <= 3
+    assert "dataflex/stores: found a file; expected a link to ../stores" in ran.stderr
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build a wheel of a copy of what is packaged, with the backend that pip would call."""
