@@ -166,6 +166,7 @@ def test_extra_arguments_pass_if_llamafactory_lets_them(monkeypatch):
         ("freeze_gate: true", (), "only dynamic_mix reads freeze_gate"),
         ("", ("train_type",), "train_type is static by default, so component_name, warmup_step"),
         ("run_name: '${oc.env:USER}'", (), "run_name: '${oc.env:USER}' stays as it is"),
+        ("dataflex: {params: {save_interval: 3}}", (), "dataflex.params: save_interval has no effect: whatever is"),
         ("use_dft_loss: true", (), "gradients are of the plain mean cross-entropy"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dataflex.components.compatibility import without_effect
 from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, Registry, import_plugin, use_plugins
 from dataflex.config.combinations import Combinations
 from dataflex.config.component import Asked, Component, M, component, find_file, replaced, validated
@@ -213,6 +214,8 @@ class _Loading:
             made = component(asked, self.document, file, section.plugins, output_dir, self.problems)
             if made is not None and (said := asked.registry.override(asked.name, made.cls)):
                 self.notes.append(said)
+            if made is not None:
+                self.notes += [f"{asked.params_at}: {said}" for said in without_effect(made.params)]
             return made
 
         kinds: dict[str, Registry[Any]]

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from dataflex import distributed
+from dataflex.components.compatibility import accepted
 from dataflex.errors import ConfigError
 from dataflex.selectors.base import Beginning, Context, Selection, View
 from dataflex.selectors.composed import Aggregation, over_sets
@@ -44,10 +45,10 @@ class ClusterLess(Propagated):
         aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
-        embedding_model_dtype: Literal["auto"] = Field("auto", description="accepted for compatibility")
-        clustering_batch_size: int = Field(8, ge=1, description="accepted for compatibility")
-        assignment_chunk_size: int = Field(4096, ge=1, description="accepted for compatibility")
-        save_interval: int = Field(16, ge=1, description="accepted for compatibility; batches are filled by tokens")
+        embedding_model_dtype: Literal["auto"] = accepted("embedding_model_dtype", "auto")
+        clustering_batch_size: int = accepted("clustering_batch_size", 8, ge=1)
+        assignment_chunk_size: int = accepted("assignment_chunk_size", 4096, ge=1)
+        save_interval: int = accepted("save_interval", 16, ge=1)
 
     def __init__(self, params: Params):
         super().__init__(params)

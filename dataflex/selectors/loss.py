@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from dataflex.components.compatibility import accepted
 from dataflex.features.spec import BASE
 from dataflex.selectors.composed import Composed, Composition
 from dataflex.selectors.parts.choice import Bands, Choice, Middle, TopK, Window
@@ -41,8 +42,8 @@ class ByLoss(Composed):
         replacement: bool = Field(False, description="soft, middle_band: a row may be drawn again within an update")
         measure: Literal["mean", "sum", "perplexity"] = Field("mean", description="loss per token, per row; exp(mean)")
         model: Literal["base", "live"] = Field("live", description="base: before any training; live: as it is now")
-        score_batch_size: int = Field(8, ge=1, description="accepted for compatibility; batches are filled by tokens")
-        score_num_workers: int = Field(2, ge=0, description="accepted for compatibility")
+        score_batch_size: int = accepted("score_batch_size", 8, ge=1)
+        score_num_workers: int = accepted("score_num_workers", 2, ge=0)
         cache_dir: str | None = Field(
             None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
         )
@@ -86,7 +87,7 @@ class ByDeltaLoss(Composed):
         score: Literal["delta", "relative_delta", "excess"] = Field(
             "delta", description="l0 - l; (l0 - l) / l0; or l - l0, the reducible loss of RHO (arXiv 2206.07137)"
         )
-        score_batch_size: int = Field(8, ge=1, description="accepted for compatibility; batches are filled by tokens")
+        score_batch_size: int = accepted("score_batch_size", 8, ge=1)
         cache_dir: str | None = Field(
             None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from dataflex.components.compatibility import accepted
 from dataflex.selectors.composed import Aggregation, Composed, Composition, over_sets
 from dataflex.selectors.parts.representation import part
 from dataflex.selectors.parts.vectors import PolicyFields, PolicyVectors
@@ -26,7 +27,7 @@ class Nice(Composed):
         aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"
         )
-        save_interval: int = Field(16, ge=1, description="accepted for compatibility; batches are filled by tokens")
+        save_interval: int = accepted("save_interval", 16, ge=1)
         cache_dir: str | None = Field(
             None, description="root of the stores where neither dataflex.store nor DATAFLEX_HOME is set"
         )

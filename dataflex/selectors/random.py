@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from dataflex.components.compatibility import accepted
 from dataflex.components.params import Parameters
 from dataflex.draws import generator
 from dataflex.selectors.base import Context, NativeSelector, Selection
@@ -21,7 +22,7 @@ class Random(NativeSelector):
 
         seed: int | None = Field(None, ge=0, description="seed of the draws; default: the run's seed")
         replacement: bool = Field(False, description="draw with replacement within an update")
-        cache_dir: str | None = Field(None, description="accepted for compatibility; nothing is cached")
+        cache_dir: str | None = accepted("cache_dir", None)
 
     @property
     def chooses_distinct(self) -> bool:
