@@ -24,9 +24,8 @@ from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.stores.search.faiss_cache import load_or_build
 from dataflex.stores.search.faiss_index import kind_for, load_faiss
-from dataflex.trainers.directing import Directing
+from dataflex.trainers.directing import DirectedTrainer, Directing
 from dataflex.trainers.rounds import DecidedRound
-from dataflex.trainers.trainer import DataflexTrainer
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def featurize(settings: Settings) -> None:
 
 
 def run_until_update(
-    settings: Settings, stage: str, directed: Callable[[DataflexTrainer, str | None], SelectingDirector]
+    settings: Settings, stage: str, directed: Callable[[DirectedTrainer, str | None], SelectingDirector]
 ) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
     # One folder for all processes of a launch, another for every other launch at the same time.
@@ -83,12 +82,12 @@ def run_until_update(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _directed(settings: Settings, trainer: DataflexTrainer, checkpoint: str | None) -> FeaturizeDirector:
+def _directed(settings: Settings, trainer: DirectedTrainer, checkpoint: str | None) -> FeaturizeDirector:
     return FeaturizeDirector(begin_to_update(settings, trainer, checkpoint, FeaturizeDirector.stage))
 
 
 def begin_to_update(
-    settings: Settings, trainer: DataflexTrainer, checkpoint: str | None, stage: str, chosen: int = 0
+    settings: Settings, trainer: DirectedTrainer, checkpoint: str | None, stage: str, chosen: int = 0
 ) -> Begun:
     """Begin a run that ends at its first update. Collective.
 

@@ -22,15 +22,15 @@ from dataflex.live.state import ModelState
 from dataflex.live.weights import adapter_config
 from dataflex.method import Method
 from dataflex.rewards import build_reward, reward_identity
+from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.lineage import training_arguments
-from dataflex.trainers.trainer import DataflexTrainer
 
 _SCRATCH = "cache_dir"
 """The parameter that names a folder to write to; its content is no input."""
 
 
 def run_identity(
-    settings: Settings, trainer: DataflexTrainer, state: ModelState, methods: Sequence[Method]
+    settings: Settings, trainer: DirectedTrainer, state: ModelState, methods: Sequence[Method]
 ) -> dict[str, Any]:
     """Return everything that a decision depends on but the trained weights, as plain data. Collective.
 

@@ -28,9 +28,9 @@ from dataflex.schedule import Round, Schedule
 from dataflex.selectors.base import NativeSelector
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import RunRecord
+from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.rounds import DecidedRound
-from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.weighters.base import NativeWeighter
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Run:
     """
 
     settings: Settings
-    trainer: DataflexTrainer
+    trainer: DirectedTrainer
     rounds: Sequence[Round]
     rows: Rows
     targets: Mapping[str, Rows]
@@ -167,7 +167,7 @@ class Run:
         return found
 
 
-def open_run(settings: Settings, trainer: DataflexTrainer, stage: str, rounds: Sequence[Round], **runtime: Any) -> Run:
+def open_run(settings: Settings, trainer: DirectedTrainer, stage: str, rounds: Sequence[Round], **runtime: Any) -> Run:
     """Put a run together; `runtime` goes to methods that want objects of the run. Collective.
 
     Raises:
@@ -223,7 +223,7 @@ def open_run(settings: Settings, trainer: DataflexTrainer, stage: str, rounds: S
     return run
 
 
-def _runtime(trainer: DataflexTrainer, **more: Any) -> dict[str, Any]:
+def _runtime(trainer: DirectedTrainer, **more: Any) -> dict[str, Any]:
     """Return the objects of the run that a class of the classic interface may ask for in its constructor."""
     return {
         "dataset": trainer.train_dataset,
@@ -235,7 +235,7 @@ def _runtime(trainer: DataflexTrainer, **more: Any) -> dict[str, Any]:
     }
 
 
-def _say_what_is_idle(settings: Settings, trainer: DataflexTrainer, methods: Sequence[Method]) -> None:
+def _say_what_is_idle(settings: Settings, trainer: DirectedTrainer, methods: Sequence[Method]) -> None:
     """Warn of methods without an effect, where `validate` could not yet know how many steps there are."""
     schedule, args = settings.schedule, trainer.args
     if known_steps(settings.keys, schedule, settings.llamafactory) is not None:

@@ -24,7 +24,7 @@ from dataflex.pipelines.selecting.update import choose
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import Selection
-from dataflex.trainers.trainer import DataflexTrainer
+from dataflex.trainers.directing import DirectedTrainer
 from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def select(settings: Settings, num: int, output: Path) -> None:
 
 
 def _directed(
-    settings: Settings, num: int, output: Path, trainer: DataflexTrainer, checkpoint: str | None
+    settings: Settings, num: int, output: Path, trainer: DirectedTrainer, checkpoint: str | None
 ) -> SelectDirector:
     if not trainer.row_sets.raw:
         raise ConfigError(_NO_RECORDS)

@@ -4,20 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from torch import Tensor
+
+from dataflex.live.trainer import LiveTrainer
+from dataflex.rows import RowSets
 from dataflex.schedule import Round, Schedule
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.trainers.weighing import Weighing
 
-if TYPE_CHECKING:  # the trainer imports this
-    from torch import Tensor
-
-    from dataflex.trainers.trainer import DataflexTrainer
-
 
 class Stopped(Exception):
     """Leaves LLaMA-Factory's workflow after the director ended the run before its last step."""
+
+
+class DirectedTrainer(LiveTrainer, Protocol):
+    """What a director asks of the trainer (`dataflex.trainers.trainer.DataflexTrainer`) beside the live model."""
+
+    @property
+    def row_sets(self) -> RowSets:
+        """Training rows and target sets."""
+        ...
+
+    @property
+    def rounds(self) -> Sequence[Round]:
+        """The rounds of the schedule; empty where LLaMA-Factory itself orders the rows."""
+        ...
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of an optimizer step, over all processes."""
+        ...
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        ...
+
+    @property
+    def train_dataset(self) -> Any:
+        """What the trainer is fed."""
+        ...
+
+    @property
+    def eval_dataset(self) -> Any:
+        """What it evaluates on."""
+        ...
+
+    @property
+    def data_collator(self) -> Any:
+        """What makes a batch of examples."""
+        ...
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The scheduler of learning rates."""
+        ...
+
+    @property
+    def last_batch(self) -> Any:
+        """The last micro-batch of this process; None before the first."""
+        ...
+
+    def learning_rates(self, first: int, steps: int) -> list[float] | None:
+        """Return the learning rates of a span of steps before any is taken, None if they follow from losses."""
+        ...
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Show numbers to whoever follows the training."""
+        ...
+
+    def snapshot(self, folder: str) -> str:
+        """Write a resumable checkpoint of the current step under `folder` and return its path. Collective."""
+        ...
 
 
 class OwnStep(Protocol):
@@ -88,6 +149,6 @@ class Directing:
         interrupts: whether the end that the director sets leaves out what LLaMA-Factory does after training.
     """
 
-    begin: Callable[[DataflexTrainer, str | None], Director]
+    begin: Callable[[DirectedTrainer, str | None], Director]
     schedule: Schedule | None = None
     interrupts: bool = False

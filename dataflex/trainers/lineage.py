@@ -8,17 +8,17 @@ import numpy as np
 
 from dataflex.config.arguments import values
 from dataflex.fingerprint import keys_digest
-from dataflex.trainers.trainer import DataflexTrainer
+from dataflex.trainers.directing import DirectedTrainer
 
 
-def training_arguments(trainer: DataflexTrainer) -> dict[str, Any]:
+def training_arguments(trainer: DirectedTrainer) -> dict[str, Any]:
     """Return every argument that changes what a step does to the weights, but the schedule of learning rates."""
     holders = trainer.args, trainer.finetuning_args, trainer.model_arguments
     ways = ("model", "drawn", "drawn file", "step", "step file")
     return {"arguments": values(ways, *holders), "device": trainer.args.device.type}
 
 
-def lineage(trainer: DataflexTrainer, parent: Any, keys: np.ndarray, first: int, steps: int) -> dict[str, Any] | None:
+def lineage(trainer: DirectedTrainer, parent: Any, keys: np.ndarray, first: int, steps: int) -> dict[str, Any] | None:
     """Describe the state after `steps` more steps; its digest is the lineage.
 
     Args:

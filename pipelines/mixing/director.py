@@ -26,9 +26,9 @@ from dataflex.pipelines.mixing.watch import Watch
 from dataflex.pipelines.run import open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.schedule import Round
+from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.rounds import DecidedRound, micro_batches
-from dataflex.trainers.trainer import DataflexTrainer
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class MixingDirector:
     acts_from = 0
     steps_kept = 0
 
-    def __init__(self, settings: Settings, trainer: DataflexTrainer, checkpoint: str | None):
+    def __init__(self, settings: Settings, trainer: DirectedTrainer, checkpoint: str | None):
         self.settings, self.trainer, self.start = settings, trainer, checkpoint
         self.rounds: Sequence[Round] = trainer.rounds
         rows, unit = trainer.row_sets.train, settings.dataflex.mixture.unit

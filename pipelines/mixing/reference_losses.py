@@ -17,8 +17,8 @@ from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.cross_entropy import token_losses
 from dataflex.mixers.base import NativeMixer
 from dataflex.rows import Status
+from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.micro_batch import MicroBatch
-from dataflex.trainers.trainer import DataflexTrainer
 
 if TYPE_CHECKING:  # a run checks its reference when it is put together
     from dataflex.pipelines.run import Run
@@ -115,7 +115,7 @@ class LiveReference:
         trainer: whose device and precision it takes.
     """
 
-    def __init__(self, path: str, trainer: DataflexTrainer):
+    def __init__(self, path: str, trainer: DirectedTrainer):
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM
 

@@ -21,13 +21,13 @@ from dataflex.pipelines.selecting.diagnostics import Diagnostics
 from dataflex.pipelines.summary import write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round
+from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.rounds import DecidedRound
-from dataflex.trainers.trainer import DataflexTrainer
 
 log = logging.getLogger(__name__)
 
 
-def directed(settings: Settings, trainer: DataflexTrainer, checkpoint: str | None) -> SelectingDirector:
+def directed(settings: Settings, trainer: DirectedTrainer, checkpoint: str | None) -> SelectingDirector:
     """Put a training with a selector together, once its trainer exists; call it on every rank.
 
     Raises:

@@ -18,8 +18,8 @@ from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.pipelines.weighing.anchors import Anchors
+from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.factors import ByWeighter
-from dataflex.trainers.trainer import DataflexTrainer
 from dataflex.trainers.weighing import Weighing
 from dataflex.weighters.base import NativeWeighter
 
@@ -37,7 +37,7 @@ class WeighingDirector:
 
     steps_kept = 0
 
-    def __init__(self, settings: Settings, trainer: DataflexTrainer, checkpoint: str | None):
+    def __init__(self, settings: Settings, trainer: DirectedTrainer, checkpoint: str | None):
         self.settings, self.start = settings, checkpoint
         self.run = open_run(settings, trainer, "train", ())
         assert isinstance(self.run.method, NativeWeighter)
