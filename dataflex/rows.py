@@ -39,7 +39,7 @@ class Text(NamedTuple):
         return "\n".join(part for part in (self.system, self.tools, self.prompt, self.response) if part)
 
 
-class Examples(Protocol):
+class ProcessedExamples(Protocol):
     """Random access to processed examples: `input_ids`, `labels` and perhaps `attention_mask`."""
 
     def __len__(self) -> int: ...
@@ -64,7 +64,7 @@ class Rows:
         text: row -> what it says, for encoders and rewards, which read text.
     """
 
-    examples: Examples
+    examples: ProcessedExamples
     keys: np.ndarray
     dataset: np.ndarray
     index: np.ndarray
@@ -88,7 +88,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Taken:
-    examples: Examples
+    examples: ProcessedExamples
     rows: np.ndarray
 
     def __len__(self) -> int:

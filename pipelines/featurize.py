@@ -58,16 +58,16 @@ def featurize(settings: Settings) -> None:
     if is_declared and not settings.needs and not settings.dataflex.features:
         name = settings.component_name or "train_type: static"
         raise ConfigError(f"{name} asks for no features; name some under dataflex.features")
-    run_until_update(settings, FeaturizeDirector.stage, partial(_directed, settings))
+    run_until_update(settings, FeaturizeDirector.verb, partial(_directed, settings))
 
 
 def run_until_update(
-    settings: Settings, stage: str, directed: Callable[[DirectedTrainer, str | None], SelectingDirector]
+    settings: Settings, verb: str, directed: Callable[[DirectedTrainer, str | None], SelectingDirector]
 ) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
     # One folder for all processes of a launch, another for every other launch at the same time.
     launch = os.environ.get("MASTER_PORT") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else str(os.getpid())
-    scratch = Path(settings.llamafactory["output_dir"]) / f".{stage}-{launch}"
+    scratch = Path(settings.llamafactory["output_dir"]) / f".{verb}-{launch}"
     arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
     arguments.pop("max_steps", None)
     try:
@@ -83,11 +83,11 @@ def run_until_update(
 
 
 def _directed(settings: Settings, trainer: DirectedTrainer, checkpoint: str | None) -> FeaturizeDirector:
-    return FeaturizeDirector(begin_to_update(settings, trainer, checkpoint, FeaturizeDirector.stage))
+    return FeaturizeDirector(begin_to_update(settings, trainer, checkpoint, FeaturizeDirector.verb))
 
 
 def begin_to_update(
-    settings: Settings, trainer: DirectedTrainer, checkpoint: str | None, stage: str, chosen: int = 0
+    settings: Settings, trainer: DirectedTrainer, checkpoint: str | None, verb: str, chosen: int = 0
 ) -> Begun:
     """Begin a run that ends at its first update. Collective.
 
@@ -95,10 +95,10 @@ def begin_to_update(
         settings: the validated run file.
         trainer: which trains the warm-up.
         checkpoint: to go on from, or None.
-        stage: the verb.
+        verb: which is run.
         chosen: rows to be chosen at the update; 0: none.
     """
-    run = open_run(settings, trainer, stage, trainer.rounds)
+    run = open_run(settings, trainer, verb, trainer.rounds)
     if not run.live_needs:  # no feature depends on the trained state, so there is no warm-up
         run = replace(run, rounds=[Round(0, "update", 0, 1, 0, 1)])
     too_many = f"--num: found {chosen}; expected at most {len(run.eligible)}, the rows with labels"
@@ -116,7 +116,7 @@ def begin_to_update(
 class FeaturizeDirector(SelectingDirector):
     """Stops at the first update, with its features computed."""
 
-    stage = "featurize"
+    verb = "featurize"
 
     def decide(self, round: Round) -> DecidedRound | None:
         """Stop at the first update, its work done."""
@@ -149,7 +149,7 @@ class FeaturizeDirector(SelectingDirector):
 
     def finish(self) -> None:
         """Write the summary beside the run's output."""
-        self.summarise(Path(self.settings.llamafactory["output_dir"]) / f"dataflex_{self.stage}.json")
+        self.summarise(Path(self.settings.llamafactory["output_dir"]) / f"dataflex_{self.verb}.json")
 
     def _wanted(self) -> list[tuple[list[FeatureSpec], Rows, str | None]]:
         """List (features, rows, state), features of the same rows and state together: they share one pass."""

@@ -167,7 +167,7 @@ class Run:
         return found
 
 
-def open_run(settings: Settings, trainer: DirectedTrainer, stage: str, rounds: Sequence[Round], **runtime: Any) -> Run:
+def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Sequence[Round], **runtime: Any) -> Run:
     """Put a run together; `runtime` goes to methods that want objects of the run. Collective.
 
     Raises:
@@ -184,11 +184,11 @@ def open_run(settings: Settings, trainer: DirectedTrainer, stage: str, rounds: S
     methods = [each for each in (method, weighter) if each is not None]
     for each in methods:
         each._bind(_runtime(trainer, **runtime))
-    if stage == "train" and distributed.is_main():
+    if verb == "train" and distributed.is_main():
         _say_what_is_idle(settings, trainer, methods)
     identity = run_identity(settings, trainer, state, methods)
     root, named = StoreRoot(settings.store_root), digest(identity)
-    record = RunRecord(root.files, settings.llamafactory["output_dir"], stage, named, settings.component_name or "")
+    record = RunRecord(root.files, settings.llamafactory["output_dir"], verb, named, settings.component_name or "")
     run = Run(
         settings=settings,
         trainer=trainer,

@@ -59,7 +59,7 @@ def select(settings: Settings, num: int, output: Path) -> None:
     tokenized = str(arguments.get("tokenized_path") or "")
     if os.path.isdir(tokenized) and os.listdir(tokenized):  # LLaMA-Factory's own rule for a dataset that is there
         raise ConfigError(_NO_RECORDS)
-    run_until_update(settings, SelectDirector.stage, partial(_directed, settings, num, output))
+    run_until_update(settings, SelectDirector.verb, partial(_directed, settings, num, output))
 
 
 def _directed(
@@ -67,13 +67,13 @@ def _directed(
 ) -> SelectDirector:
     if not trainer.row_sets.raw:
         raise ConfigError(_NO_RECORDS)
-    return SelectDirector(begin_to_update(settings, trainer, checkpoint, SelectDirector.stage, num), num, output)
+    return SelectDirector(begin_to_update(settings, trainer, checkpoint, SelectDirector.verb, num), num, output)
 
 
 class SelectDirector(FeaturizeDirector):
     """Stops at the first update, with its choice written."""
 
-    stage = "select"
+    verb = "select"
 
     def __init__(self, begun: Begun, num: int, output: Path):
         super().__init__(begun)

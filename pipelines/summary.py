@@ -1,4 +1,4 @@
-"""What a stage came to: rows, computed, reused, skipped by reason, bytes, seconds; for people and for machines."""
+"""What a run came to: rows, computed, reused, skipped by reason, bytes, seconds; for people and for machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataflex.pipelines.run import Run
 log = logging.getLogger(__name__)
 
 
-def write_summary(path: Path, stage: str, run: Run, about: dict[str, Any]) -> None:
+def write_summary(path: Path, verb: str, run: Run, about: dict[str, Any]) -> None:
     """Join the tallies of all ranks, write them on rank 0, and log one line. Collective."""
     seconds = time.monotonic() - run.begun
     tallies = distributed.gather(run.access.tally)
@@ -26,7 +26,7 @@ def write_summary(path: Path, stage: str, run: Run, about: dict[str, Any]) -> No
     total = {name: sum(getattr(t, name) for t in tallies) for name in counted}
     chosen = sum(round.steps for round in run.updates) * run.trainer.global_batch
     summary = {
-        "stage": stage,
+        "stage": verb,
         "seconds": float(f"{seconds:.2f}"),
         "feature_seconds": float(f"{tallies[0].seconds:.2f}"),
         "rows": len(run.rows),
@@ -47,6 +47,6 @@ def write_summary(path: Path, stage: str, run: Run, about: dict[str, Any]) -> No
     said = ", ".join(f"{reason} {count}" for reason, count in skipped.items()) or "none"
     log.info(
         "%s: %d rows and %d target rows; features computed %d, reused %d, unusable: %s; %d tokens, %.1f MB, %.1f s",
-        stage, len(run.rows), summary["target_rows"], total["computed"], tallies[0].reused, said, total["tokens"],
+        verb, len(run.rows), summary["target_rows"], total["computed"], tallies[0].reused, said, total["tokens"],
         total["bytes"] / 1e6, seconds,
     )  # fmt: skip

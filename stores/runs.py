@@ -41,14 +41,14 @@ class RunRecord:
     Args:
         files: the root's files.
         output_dir: the run's output folder.
-        stage: the command.
+        verb: the command.
         identity: what the run's decisions depend on.
         method: the selector's name.
     """
 
-    def __init__(self, files: Files, output_dir: str | os.PathLike[str], stage: str, identity: str, method: str = ""):
+    def __init__(self, files: Files, output_dir: str | os.PathLike[str], verb: str, identity: str, method: str = ""):
         self.files = files
-        self.about = {"output_dir": os.path.abspath(output_dir), "stage": stage, "identity": identity}
+        self.about = {"output_dir": os.path.abspath(output_dir), "stage": verb, "identity": identity}
         self.id = digest(self.about)
         self._begun = (f"begun.{uuid.uuid4().hex}", {**self.about, "method": method})
         self._written: set[str] = set()
@@ -93,7 +93,7 @@ class KnownRun:
     Attributes:
         id: names its folder.
         output_dir: of its latest launch; empty where that document is missing or damaged.
-        stage: the command; likewise.
+        verb: the command; likewise.
         method: the selector; likewise.
         uses: stores and states, sorted.
         is_over: whether its latest launch came to its end.
@@ -104,7 +104,7 @@ class KnownRun:
 
     id: str
     output_dir: str
-    stage: str
+    verb: str
     method: str
     uses: tuple[Used, ...]
     is_over: bool
@@ -192,7 +192,7 @@ def _known(files: Files, run: str, documents: Iterable[Stored]) -> KnownRun:
     return KnownRun(
         id=run,
         output_dir=str(about.get("output_dir", "")),
-        stage=str(about.get("stage", "")),
+        verb=str(about.get("stage", "")),
         method=str(about.get("method", "")),
         uses=tuple(sorted({(kind, name) for kind, name, _ in notes if kind in ("store", "state")})),  # type: ignore[misc]
         is_over=bool(launches) and launches[-1][1] in ended,

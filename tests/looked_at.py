@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.problem import Problem
-from dataflex.stores.upkeep.inspection import Part, inspect, repair
+from dataflex.stores.upkeep.inspection import Inspected, inspect, repair
 
 
 def problems(store: ParquetStore) -> list[Problem]:
@@ -24,7 +24,7 @@ def repaired(store: ParquetStore) -> list[Problem]:
     return _of(store, repair(store.files))
 
 
-def _of(store: ParquetStore, parts: Iterable[Part]) -> list[Problem]:
+def _of(store: ParquetStore, parts: Iterable[Inspected]) -> list[Problem]:
     (part,) = [part for part in parts if part.name == store.folder]
     assert not part.unread
     return list(part.problems)

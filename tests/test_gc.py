@@ -68,7 +68,7 @@ def test_a_run_is_known_by_what_it_used(files: Files, monkeypatch: pytest.Monkey
     assert found.keys() == {first.id, other.id}
     run = found[first.id]
     assert run.uses == (("state", LINEAGE), ("store", "gradient-" + "0" * 32), ("store", "gradient-" + "1" * 32))
-    assert (run.output_dir, run.stage, run.method) == (os.path.abspath("saves/a"), "train", "less")
+    assert (run.output_dir, run.verb, run.method) == (os.path.abspath("saves/a"), "train", "less")
     assert run.is_called("saves/a")
     assert run.is_called(run.id[:8])
     assert not run.is_called(run.id[:7])
@@ -433,7 +433,7 @@ def test_featurize_and_train_are_recorded(workspace) -> None:
     workspace.run("featurize", path)
     workspace.run("train", path)
     root = StoreRoot(workspace.folder / "store")
-    runs = {run.stage: run for run in read_runs(root.files)}
+    runs = {run.verb: run for run in read_runs(root.files)}
     assert runs.keys() == {"featurize", "train"}
     everything = {("store", store.folder) for store in root.stores()}
     assert len(everything) == 2

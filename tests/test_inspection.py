@@ -14,7 +14,7 @@ from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.record import FORMAT, claim, seal, unseal
 from dataflex.stores.root import StoreRoot, folder_name, open_files, open_store
 from dataflex.stores.runs import read_runs
-from dataflex.stores.upkeep.inspection import Part, inspect, refuse, repair
+from dataflex.stores.upkeep.inspection import Inspected, inspect, refuse, repair
 from tests.roots import LAYOUT, LINEAGE, make_state, make_store, record, run, values
 
 
@@ -46,7 +46,7 @@ def faults(files: Files) -> list[str]:
     return [problem.path for part in inspect(files) for problem in part.faults]
 
 
-def parts(files: Files) -> dict[str, Part]:
+def parts(files: Files) -> dict[str, Inspected]:
     return {part.name: part for part in inspect(files)}
 
 

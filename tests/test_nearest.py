@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dataflex import distributed
-from dataflex.access.views import Mixed, Snapshot
+from dataflex.access.views import Mixed, StoreView
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.launch import free_port
 from dataflex.rows import KEY_DTYPE, Status
@@ -61,7 +61,7 @@ def brute(
     return scores, rows
 
 
-def agree(view: Snapshot | Mixed, keys: np.ndarray, vectors: np.ndarray, queries: np.ndarray, k: int, metric: str):
+def agree(view: StoreView | Mixed, keys: np.ndarray, vectors: np.ndarray, queries: np.ndarray, k: int, metric: str):
     scores, rows = view.nearest(queries, k, metric)  # type: ignore[arg-type]
     expected, expected_rows = brute(vectors, keys, view.status, queries, k, metric)
     assert (scores.dtype, rows.dtype, scores.shape, rows.shape) == (np.float64, np.int64, *[(len(queries), k)] * 2)
@@ -79,7 +79,7 @@ def test_a_view_with_duplicates_in_a_store_with_foreign_rows(
     vectors = rng.standard_normal((300, WIDTH)) if kind == "smooth" else rng.integers(-1, 2, (300, WIDTH))
     store, keys = made(tmp_path / "root", vectors, storage=storage)
     rows = np.concatenate([rng.permutation(300)[:180], [5, 5, 9, 3, 0, 5]])  # 3 is not usable
-    view = Snapshot.of(store, keys[rows])
+    view = StoreView.of(store, keys[rows])
     stored = store.read(keys[rows]).vectors
     assert stored is not None
     queries = rng.standard_normal((7, WIDTH)) if kind == "smooth" else rng.integers(1, 3, (7, WIDTH))
@@ -94,7 +94,7 @@ def test_what_float32_cannot_tell_apart_is_ranked_exactly(tmp_path: Path, metric
     vectors = (1000 + 1e-3 * rng.standard_normal((400, WIDTH))).astype(np.float32)
     store, keys = made(tmp_path / "root", vectors)
     queries = (1000 + 1e-3 * rng.standard_normal((25, WIDTH))).astype(np.float32)
-    agree(Snapshot.of(store, keys), keys, store.read(keys).vectors, queries, 3, metric)  # type: ignore[arg-type]
+    agree(StoreView.of(store, keys), keys, store.read(keys).vectors, queries, 3, metric)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -103,7 +103,7 @@ def test_gradients_of_tiny_and_huge_norm(tmp_path: Path, metric: str) -> None:
     vectors = rng.standard_normal((200, WIDTH)) * 10.0 ** rng.integers(-9, 3, (200, 1))
     store, keys = made(tmp_path / "root", vectors)
     queries = (rng.standard_normal((4, WIDTH)) * 1e-6).astype(np.float32)
-    agree(Snapshot.of(store, keys), keys, store.read(keys).vectors, queries, 30, metric)  # type: ignore[arg-type]
+    agree(StoreView.of(store, keys), keys, store.read(keys).vectors, queries, 30, metric)  # type: ignore[arg-type]
 
 
 def joined(tmp_path: Path) -> tuple[Mixed, np.ndarray, np.ndarray]:
@@ -120,7 +120,7 @@ def joined(tmp_path: Path) -> tuple[Mixed, np.ndarray, np.ndarray]:
         found = store.read(keys[at]).vectors
         assert found is not None
         vectors[at] = found
-        parts.append((at, Snapshot.of(store, keys[at], part)))
+        parts.append((at, StoreView.of(store, keys[at], part)))
     return Mixed.of(parts, size), keys, vectors
 
 
@@ -138,7 +138,7 @@ def test_an_inverted_file_finds_most_and_never_nothing(tmp_path: Path, metric: s
     vectors = rng.standard_normal((4000, WIDTH))
     store, keys = made(tmp_path / "root", vectors)
     rows = np.concatenate([np.arange(0, 4000, 3), [0, 0]])
-    view = Snapshot.of(store, keys[rows])
+    view = StoreView.of(store, keys[rows])
     queries = rng.standard_normal((9, WIDTH)).astype(np.float32)
     exact = view.nearest(queries, 20, metric)[1]  # type: ignore[arg-type]
     scores, found = view.nearest(queries, 20, metric, approximate_above=1000)  # type: ignore[arg-type]
@@ -157,10 +157,10 @@ def test_an_inverted_file_finds_most_and_never_nothing(tmp_path: Path, metric: s
 def test_the_index_is_kept_and_shared(tmp_path: Path) -> None:
     store, keys = made(tmp_path / "root", np.random.default_rng(7).standard_normal((50, WIDTH)))
     queries = np.ones((2, WIDTH), np.float32)
-    Snapshot.of(store, keys).nearest(queries, 3, "ip")
+    StoreView.of(store, keys).nearest(queries, 3, "ip")
     kept = Path(store.path, "derived", "faiss", "ip-flat.faiss")
     written = kept.stat().st_mtime_ns
-    Snapshot.of(store, keys[:30]).nearest(queries, 3, "ip")
+    StoreView.of(store, keys[:30]).nearest(queries, 3, "ip")
     assert kept.stat().st_mtime_ns == written
 
 
@@ -189,13 +189,13 @@ def test_ranks_share_the_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 RANK = """
 import sys
 import numpy as np, torch.distributed as dist
-from dataflex.access.views import Snapshot
+from dataflex.access.views import StoreView
 from dataflex.stores.root import StoreRoot
 
 dist.init_process_group("gloo")
 (store,) = StoreRoot(sys.argv[1]).stores()
 keys = np.concatenate([block.keys for block in store.scan()])
-scores, rows = Snapshot.of(store, np.sort(keys)).nearest(np.load(sys.argv[2]), 5, "l2")
+scores, rows = StoreView.of(store, np.sort(keys)).nearest(np.load(sys.argv[2]), 5, "l2")
 np.savez(sys.argv[3] + str(dist.get_rank()), scores=scores, rows=rows)
 dist.destroy_process_group()
 """
@@ -222,7 +222,7 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     finally:
         for process in started:
             process.kill()
-    alone = Snapshot.of(store, np.sort(keys)).nearest(queries, 5, "l2")
+    alone = StoreView.of(store, np.sort(keys)).nearest(queries, 5, "l2")
     for rank in range(2):
         found = np.load(tmp_path / f"rank{rank}.npz")
         assert (found["scores"].tobytes(), found["rows"].tobytes()) == tuple(a.tobytes() for a in alone)
@@ -232,8 +232,8 @@ def test_the_order_of_the_pool_does_not_matter(tmp_path: Path) -> None:
     store, keys = made(tmp_path / "root", np.random.default_rng(9).integers(-1, 2, (200, WIDTH)))
     shuffled = np.random.default_rng(0).permutation(200)
     queries = np.ones((1, WIDTH), np.float32)
-    rows = Snapshot.of(store, keys).nearest(queries, 40, "l2")[1]
-    again = Snapshot.of(store, keys[shuffled]).nearest(queries, 40, "l2")[1]
+    rows = StoreView.of(store, keys).nearest(queries, 40, "l2")[1]
+    again = StoreView.of(store, keys[shuffled]).nearest(queries, 40, "l2")[1]
     assert shuffled[again].tolist() == rows.tolist()
 
 
@@ -241,7 +241,7 @@ def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
     vectors = np.random.default_rng(10).standard_normal((40, WIDTH))
     vectors[::2] = 0
     store, keys = made(tmp_path / "root", vectors)
-    view, queries = Snapshot.of(store, keys), np.ones((2, WIDTH), np.float32)
+    view, queries = StoreView.of(store, keys), np.ones((2, WIDTH), np.float32)
     usable = int((view.status == Status.OK).sum())
     view.nearest(queries, usable, "l2")
     with pytest.raises(CoverageError, match=f"{usable + 1} neighbours wanted, {usable} rows are usable"):
@@ -261,4 +261,4 @@ def test_what_cannot_be_answered_is_refused(tmp_path: Path) -> None:
     losses = StoreRoot(tmp_path / "losses").open("loss", {}, Layout({"loss_sum": "float64"}))
     losses.append("f", Values(keys[:3], np.zeros(3, np.uint8), {"loss_sum": np.ones(3)}))
     with pytest.raises(MismatchError, match="no vectors"):
-        Snapshot.of(losses, keys[:3]).nearest(queries, 1, "ip")
+        StoreView.of(losses, keys[:3]).nearest(queries, 1, "ip")

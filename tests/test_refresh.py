@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.refresh import lines, reported
-from dataflex.access.views import Snapshot
+from dataflex.access.views import StoreView
 from dataflex.config.keys import Refresh
 from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.rows import KEY_DTYPE
@@ -89,9 +89,9 @@ def test_a_shifted_view_adds_the_shift_but_to_zeros(tmp_path: Path) -> None:
     store.append("f", Values(keys, np.array([0, 0, 1, 0], np.uint8), {}, vectors))
     ages = np.ones(5, np.int32)
     order = [3, 2, 1, 0, 0]
-    view = Snapshot.of(store, keys[order], 1)
+    view = StoreView.of(store, keys[order], 1)
     assert (view.ages == ages).all()
-    shifted = Snapshot(store, view.keys, view.status, view.ages, np.array([10, 20], np.float32)).dense()
+    shifted = StoreView(store, view.keys, view.status, view.ages, np.array([10, 20], np.float32)).dense()
     np.testing.assert_array_equal(shifted, [[15, 26], [np.nan, np.nan], [0, 0], [11, 22], [11, 22]])
 
 

@@ -18,9 +18,10 @@ from dataflex.access.fragments import NonfiniteLimit, Tally, Work
 from dataflex.access.policy_source import PolicySource
 from dataflex.access.progress import Progress
 from dataflex.access.sources import EncoderSource, ModelSource, Source, Wanted
-from dataflex.access.views import Snapshot
+from dataflex.access.views import StoreView
 from dataflex.config.keys import DataflexKeys
 from dataflex.errors import CoverageError, DataflexError
+from dataflex.features.need import StateName
 from dataflex.features.spec import ENGINE_VERSION, FeatureSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.live.state import ModelState
@@ -55,7 +56,7 @@ class FeatureAccess:
         self._options = options
         self._model = ModelSource(state, options.token_budget, cutoff_len)
         self._encoders: dict[str, EncoderSource] = {}
-        self._policy: PolicySource | None = None
+        self._policy_source: PolicySource | None = None
         self._has_loss = False
         self._has_looked_back = False
         self._complete_at: dict[tuple[Any, ...], list[ParquetStore]] = {}
@@ -98,10 +99,10 @@ class FeatureAccess:
 
     def view(
         self, spec: FeatureSpec, rows: Rows, store: ParquetStore, age: int = 0, is_target: bool = False
-    ) -> Snapshot:
+    ) -> StoreView:
         """Return a view of rows that a store has; training rows without labels are not usable."""
         self.note("store", store.folder)
-        return Snapshot.of(store, self._source(spec).keys(rows), age, None if is_target else rows.supervised)
+        return StoreView.of(store, self._source(spec).keys(rows), age, None if is_target else rows.supervised)
 
     def note(self, kind: Kind, name: str) -> None:
         """Record, before a store or kept state is opened, that the run uses it: `store gc` leaves it alone then."""
@@ -113,7 +114,7 @@ class FeatureAccess:
         return len(rows) * len({self._source(spec) for spec in specs})
 
     def ensure(
-        self, specs: Sequence[FeatureSpec], rows: Rows, checkpoint: str | None = None, among: Rows | None = None
+        self, specs: Sequence[FeatureSpec], rows: Rows, state: StateName = None, among: Rows | None = None
     ) -> list[ParquetStore]:
         """Compute whatever is missing of several features of the same rows; return their stores. Collective.
 
@@ -122,7 +123,7 @@ class FeatureAccess:
         Args:
             specs: the features.
             rows: the rows.
-            checkpoint: the state, see `ModelState.at`.
+            state: of the model.
             among: the dataset that the rows are some of, for the share that may be NaN or infinite; default: `rows`.
 
         Raises:
@@ -131,18 +132,18 @@ class FeatureAccess:
             Interrupted: a signal asked for it, on whichever rank; what is committed stays.
         """
         begun = time.monotonic()
-        asked = (tuple(specs), keys_digest(rows.keys), checkpoint)
+        asked = (tuple(specs), keys_digest(rows.keys), state)
         if asked in self._complete_at:  # a checkpoint does not change, so it need not be loaded again
             self.tally.reused += len(specs) * len(np.unique(rows.keys))
             self.progress.skip(self.passes(specs, rows))
             return self._complete_at[asked]
         limit = NonfiniteLimit(self._options.nonfinite_limit, len(np.unique((among or rows).keys)))
-        with stop.held(), self._state.at(checkpoint), self.progress.showing(self.passes(specs, rows)):
+        with stop.held(), self._state.at(state), self.progress.showing(self.passes(specs, rows)):
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):
                 asked_here = {spec: store for spec, store in stores.items() if self._source(spec) is source}
                 self._complete(source, asked_here, rows, limit)
-            self._judge_loss(rows, checkpoint)
+            self._judge_loss(rows, state)
         if stop.is_asked_anywhere():  # as long as this takes, everyone's fragments are committed behind it
             stop.leave(together=True)
         for spec, store in stores.items():
@@ -150,7 +151,7 @@ class FeatureAccess:
             limit.hold(int((store.read(keys, columns=[], vectors=False).status == Status.NONFINITE).sum()))
         self.tally.seconds += time.monotonic() - begun
         found = [stores[spec] for spec in specs]
-        if checkpoint is not None:
+        if state is not None:
             self._complete_at[asked] = found
         return found
 
@@ -192,7 +193,7 @@ class FeatureAccess:
                     stop.announce()  # the others need not go through all of their share first
                     raise
 
-    def _judge_loss(self, rows: Rows, checkpoint: str | None) -> None:
+    def _judge_loss(self, rows: Rows, state: StateName) -> None:
         """Have the mean loss of a pass looked at. Collective.
 
         A pass for embeddings alone takes none: once in a run, and if it is the first, some rows are read for it.
@@ -205,7 +206,7 @@ class FeatureAccess:
             total, tokens = self._model.measure(rows)
         self._has_loss = True
         if tokens:
-            by = "" if checkpoint is None else f" by {checkpoint}"
+            by = "" if state is None else f" by {state}"
             self._state.trainer.judge_loss(total / tokens, f"the features' pass over {len(rows)} rows{by}")
 
     def _open(self, spec: FeatureSpec) -> ParquetStore:
@@ -240,10 +241,10 @@ class FeatureAccess:
     def _source(self, spec: FeatureSpec) -> Source:
         """Return what computes a feature."""
         if spec.rewards:
-            if self._policy is None:
+            if self._policy_source is None:
                 note = partial(self.note, "store")
-                self._policy = PolicySource(self._model, self._state, self.root, self._options, note)
-            return self._policy
+                self._policy_source = PolicySource(self._model, self._state, self.root, self._options, note)
+            return self._policy_source
         name = spec.encoder
         if name is None:
             return self._model

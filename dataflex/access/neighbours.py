@@ -16,14 +16,14 @@ from dataflex.stores.search import nearest as in_store
 from dataflex.stores.search.faiss_cache import load_or_build
 from dataflex.stores.search.faiss_index import FaissIndex, Kind, Metric, kind_for
 
-Part = tuple[ParquetStore, np.ndarray, np.ndarray]
+Piece = tuple[ParquetStore, np.ndarray, np.ndarray]
 """A store, the keys there (r,) of usable rows, and the positions (r,) of these rows in the view."""
 _Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores, keys and positions, (M, n) each, best first
 _SORTABLE = "S16"
 
 
 def nearest(
-    parts: Sequence[Part], queries: np.ndarray, k: int, metric: Metric, approximate_above: int
+    parts: Sequence[Piece], queries: np.ndarray, k: int, metric: Metric, approximate_above: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return what `dataflex.features.need.View.nearest` says. Collective: every rank searches for its share.
 
@@ -49,7 +49,7 @@ def nearest(
     return scores, rows
 
 
-def _check(parts: Sequence[Part], queries: np.ndarray, k: int, metric: Metric) -> None:
+def _check(parts: Sequence[Piece], queries: np.ndarray, k: int, metric: Metric) -> None:
     total = sum(len(rows) for _, _, rows in parts)
     if metric not in ("cosine", "ip", "l2"):
         raise ConfigError(f"no neighbours by {metric!r}: cosine, ip or l2")
@@ -73,7 +73,7 @@ def _index(store: ParquetStore, metric: Metric, kind: Kind) -> FaissIndex:
     return index or load_or_build(store, metric, kind)
 
 
-def _of_part(part: Part, index: FaissIndex, queries: np.ndarray, k: int) -> _Found:
+def _of_part(part: Piece, index: FaissIndex, queries: np.ndarray, k: int) -> _Found:
     """Return the nearest rows of one part: k, or all that can be neighbours where there are fewer."""
     store, keys, rows = part
     distinct, at = np.unique(keys.view(_SORTABLE), return_inverse=True)

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Target:
+class Prompt:
     """What a target row asks and what it expects.
 
     Attributes:
@@ -131,7 +131,7 @@ class PolicySource:
             if isinstance(spec, PolicyGradientSpec)
         ]
 
-    def _values(self, targets: Sequence[Target], spec: PolicyGradientSpec) -> FeatureValues:
+    def _values(self, targets: Sequence[Prompt], spec: PolicyGradientSpec) -> FeatureValues:
         count = spec.mc_samples
         responses = self._responses(targets, spec)
         texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
@@ -156,7 +156,7 @@ class PolicySource:
         }
         return FeatureValues(status, scalars, vectors)
 
-    def _responses(self, targets: Sequence[Target], spec: PolicyGradientSpec) -> list[np.ndarray]:
+    def _responses(self, targets: Sequence[Prompt], spec: PolicyGradientSpec) -> list[np.ndarray]:
         """Return the responses to every target, `mc_samples` to each, in order."""
         jobs = []
         for target in targets:
@@ -180,7 +180,7 @@ class PolicySource:
             autocast=trainer.accelerator.autocast,
         )
 
-    def _scores(self, targets: Sequence[Target], texts: Sequence[str], spec: PolicyGradientSpec) -> np.ndarray:
+    def _scores(self, targets: Sequence[Prompt], texts: Sequence[str], spec: PolicyGradientSpec) -> np.ndarray:
         """Return the weighted sum of the rewards of each text, NaN where one could not score it."""
         total = np.zeros(len(texts))
         for each in spec.reward:
@@ -214,7 +214,7 @@ class PolicySource:
         flat = [i for each in stops for i in (each if isinstance(each, list) else [each]) if i is not None]
         return {"tokenizer": digest(_decoding(self._tokenizer)), "stop": sorted(set(flat))}
 
-    def _target(self, rows: Rows, row: int) -> Target:
+    def _target(self, rows: Rows, row: int) -> Prompt:
         """Split a row at its first supervised token.
 
         Of a row with one answer the texts are those of its record; of a conversation whose every answer is supervised
@@ -224,7 +224,7 @@ class PolicySource:
         ids, labels = np.asarray(example["input_ids"], np.int64), np.asarray(example["labels"])
         supervised = np.flatnonzero(labels != IGNORE_INDEX)
         if not len(supervised):
-            return Target(ids[:0], "", "")
+            return Prompt(ids[:0], "", "")
         start, count = int(supervised[0]), len(supervised)
         if start == 0:
             raise ConfigError(
@@ -233,11 +233,11 @@ class PolicySource:
             )
         if supervised[-1] - start + 1 == count:
             text = rows.text(row)
-            return Target(ids[:start], text.prompt, text.response)
+            return Prompt(ids[:start], text.prompt, text.response)
         ignored = np.flatnonzero(labels[start:] == IGNORE_INDEX)
         answer = ids[start : start + int(ignored[0])]
         prompt, reference = (self._tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], answer))
-        return Target(ids[:start], prompt, reference)
+        return Prompt(ids[:start], prompt, reference)
 
     def _report(self, spec: PolicyGradientSpec, rewards: np.ndarray, status: np.ndarray) -> None:
         unscored = int(np.isnan(rewards).sum())

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dataflex.access.neighbours import Part, nearest
+from dataflex.access.neighbours import Piece, nearest
 from dataflex.rows import Status
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.search.faiss_index import Metric
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class StoreView:
     """A feature of R rows that one store has.
 
     Attributes:
@@ -32,7 +32,7 @@ class Snapshot:
     shift: np.ndarray | None = None
 
     @classmethod
-    def of(cls, store: ParquetStore, keys: np.ndarray, age: int = 0, supervised: np.ndarray | None = None) -> Snapshot:
+    def of(cls, store: ParquetStore, keys: np.ndarray, age: int = 0, supervised: np.ndarray | None = None) -> StoreView:
         """Return a view of rows that were computed `age` updates ago.
 
         Args:
@@ -84,7 +84,7 @@ class Snapshot:
             found[rows] = vectors
         return found
 
-    def take(self, rows: np.ndarray) -> Snapshot:
+    def take(self, rows: np.ndarray) -> StoreView:
         """Return the view of some of the rows, in the order given."""
         return replace(self, keys=self.keys[rows], status=self.status[rows], ages=self.ages[rows])
 
@@ -94,7 +94,7 @@ class Snapshot:
         """Return the k nearest usable rows of each query: scores and rows, (M, k) each. Collective."""
         return nearest([self.usable(np.arange(len(self.keys)))], queries, k, metric, approximate_above)
 
-    def usable(self, rows: np.ndarray) -> Part:
+    def usable(self, rows: np.ndarray) -> Piece:
         """Return the store, and the keys and positions of usable rows, given the position (R,) of each row."""
         ok = self.status == Status.OK
         return self.store, self.keys[ok], rows[ok]
@@ -104,12 +104,12 @@ class Snapshot:
 class Mixed:
     """A feature whose rows come from several stores, each part with its own age."""
 
-    parts: list[tuple[np.ndarray, Snapshot]]
+    parts: list[tuple[np.ndarray, StoreView]]
     status: np.ndarray
     ages: np.ndarray
 
     @classmethod
-    def of(cls, parts: list[tuple[np.ndarray, Snapshot]], size: int) -> Mixed:
+    def of(cls, parts: list[tuple[np.ndarray, StoreView]], size: int) -> Mixed:
         """Join views of disjoint rows that together are all `size` rows."""
         status, ages = np.zeros(size, dtype=np.uint8), np.zeros(size, dtype=np.int32)
         for rows, view in parts:

@@ -10,6 +10,9 @@ import numpy as np
 
 from dataflex.features.spec import FeatureSpec
 
+StateName = str | None
+"""Which state of the model: None, as it is when asked; `BASE`, before any training; or the folder of a checkpoint."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -18,12 +21,12 @@ class Need:
     Attributes:
         spec: the feature.
         of: of the training rows or of every target set.
-        state: folder of a checkpoint, `BASE`, or None for the model as it is at the update.
+        state: of the model; None is the model as it is at the update.
     """
 
     spec: FeatureSpec
     of: Literal["train", "targets"]
-    state: str | None = None
+    state: StateName = None
 
 
 class View(Protocol):
@@ -85,7 +88,7 @@ class Features(Protocol):
     """Gives features: from the stores, computed first where they are missing. Collective: ask alike on every rank."""
 
     def __call__(
-        self, spec: FeatureSpec, target: str | None = None, state: str | None = None, rows: np.ndarray | None = None
+        self, spec: FeatureSpec, target: str | None = None, state: StateName = None, rows: np.ndarray | None = None
     ) -> View:
         """Return a feature of the training rows, or of the target set named; `rows` (R,) takes some of them.
 

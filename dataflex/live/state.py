@@ -15,6 +15,7 @@ from dataflex.errors import ConfigError, CoverageError, MismatchError
 from dataflex.explanation import explained
 from dataflex.features.adam import Moments
 from dataflex.features.facts import Feature
+from dataflex.features.need import StateName
 from dataflex.features.spec import BASE, ENGINE_VERSION
 from dataflex.fingerprint import model_digest, plain, tensors_digest
 from dataflex.folders import folder_digest, model_folder
@@ -52,7 +53,7 @@ class ModelState:
         self._reference: list[Any] = found[1]
         self.encoders: dict[str, dict[str, Any]] = {}
         """Identities of other models that embed, by what they are called: each is read once for the run."""
-        self._checkpoint: str | None = None
+        self._checkpoint: StateName = None
         self._whole: set[str] = set()
         self._compared: set[str] = set()
         self._known: dict[tuple[Any, ...], Any] = {}
@@ -94,7 +95,7 @@ class ModelState:
             )
 
     @contextlib.contextmanager
-    def at(self, state: str | None) -> Iterator[None]:
+    def at(self, state: StateName) -> Iterator[None]:
         """Put the model into another state for a while; None leaves it as it is.
 
         Args:

@@ -24,7 +24,7 @@ NOTES = (INDEX, DATASET, KEY, LENGTH, SUPERVISED, TRUNCATED)
 """Columns beside the tokens, taken off before a trainer sees the rows."""
 
 
-class Source(NamedTuple):
+class RecordSource(NamedTuple):
     """A dataset: where it comes from, and its raw records."""
 
     place: Place
@@ -60,7 +60,7 @@ class Processing:
         """Whether a row is a block made of several documents."""
         return self.stage == "pt" and bool(self.data_args.packing)
 
-    def rows(self, records: Dataset, is_eval: bool, sources: Sequence[Source]) -> Dataset:
+    def rows(self, records: Dataset, is_eval: bool, sources: Sequence[RecordSource]) -> Dataset:
         """Return the rows with `NOTES`; blocks are packed within their dataset, dataset after dataset.
 
         Args:
@@ -89,7 +89,7 @@ class Processing:
         whole = None if self.is_packed else replace(encoder, data_args=free)
         return Noting(encoder, whole, args.cutoff_len, self.tokenizer.pad_token_id, columns)
 
-    def _map(self, records: Dataset, is_eval: bool, sources: Sequence[Source]) -> Dataset:
+    def _map(self, records: Dataset, is_eval: bool, sources: Sequence[RecordSource]) -> Dataset:
         args, noting = self.data_args, self.noting()
         of_these = dict.fromkeys(column_of(records, DATASET).tolist())
         places = ", ".join(str(sources[number].place) for number in of_these)

@@ -29,7 +29,7 @@ from dataflex.llamafactory.processing import (
     SUPERVISED,
     TRUNCATED,
     Processing,
-    Source,
+    RecordSource,
     labels_of,
     supervised,
 )
@@ -102,7 +102,7 @@ def load_rows(
         train, rest = loader.split_dataset(merged, evaluation, data_args, seed=training_args.seed)
         records = {**train, **rest}
         sources = [
-            Source(place_of(name, data_args.dataset_dir), dataset)
+            RecordSource(place_of(name, data_args.dataset_dir), dataset)
             for name, dataset in zip(names + targets, train_raw + target_raw, strict=True)
         ]
         noted = {key: processing.rows(part, key != "train", sources) for key, part in records.items()}

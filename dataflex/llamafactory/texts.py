@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from llamafactory.extras.constants import IGNORE_INDEX
 
-from dataflex.rows import Examples, Text
+from dataflex.rows import ProcessedExamples, Text
 
 
 class RecordTexts:
@@ -44,7 +44,7 @@ class RecordTexts:
 class DecodedTexts:
     """The tokens decoded and split by the label mask, where there is no record to ask; system and tools are prompt."""
 
-    def __init__(self, examples: Examples, tokenizer: Any):
+    def __init__(self, examples: ProcessedExamples, tokenizer: Any):
         self._examples = examples
         self._tokenizer = tokenizer
 

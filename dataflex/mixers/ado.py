@@ -94,7 +94,7 @@ class Ado(NativeMixer):
             self._fit()
         if not any(self._laws):
             return context.initial
-        return self._policy(context)
+        return self._shares(context)
 
     def _observe(self, context: MixContext) -> None:
         found = context.statistics
@@ -123,7 +123,7 @@ class Ado(NativeMixer):
                 n, loss = np.array(points).T
                 self._laws[domain] = fit(n, loss)
 
-    def _policy(self, context: MixContext) -> np.ndarray:
+    def _shares(self, context: MixContext) -> np.ndarray:
         p, n = self.params, self._counted(self._seen)
         speeds = np.full(len(n), np.nan)
         for domain, law in enumerate(self._laws):

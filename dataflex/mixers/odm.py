@@ -191,7 +191,7 @@ class Odm(NativeMixer):
         if context.update > 0:
             kept, weight = (1.0, 1.0) if p.variant == "exp3" else (p.alpha, 1 - p.alpha)
             arms.take(self._rewards(loss, context), kept, weight)
-        return self._policy(arms, context, initial)
+        return self._shares(arms, context, initial)
 
     def _losses(self, context: MixContext) -> np.ndarray:
         """(K,) float64, nats; NaN where a domain was not seen."""
@@ -229,7 +229,7 @@ class Odm(NativeMixer):
         scale = self.params.reward_scale / (10 if self.params.variant == "exp3" else 1)
         return scale * np.divide(loss, share, out=np.full(len(loss), np.nan), where=share > 0)
 
-    def _policy(self, arms: Arms, context: MixContext, initial: np.ndarray) -> np.ndarray:
+    def _shares(self, arms: Arms, context: MixContext, initial: np.ndarray) -> np.ndarray:
         count = len(arms.estimates)
         before = arms.epsilon
         t = arms.updates + 1 if self.params.variant == "paper" else context.step

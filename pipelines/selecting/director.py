@@ -33,7 +33,7 @@ def directed(settings: Settings, trainer: DirectedTrainer, checkpoint: str | Non
     Raises:
         DataflexError: the run cannot come to a good end, as far as is known before anything is computed.
     """
-    run = open_run(settings, trainer, SelectingDirector.stage, trainer.rounds)
+    run = open_run(settings, trainer, SelectingDirector.verb, trainer.rounds)
     wanted = max((round.steps for round in run.updates), default=0) * trainer.global_batch
     largest = wanted if settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
     too_many = (
@@ -50,7 +50,7 @@ class SelectingDirector:
         begun: the run, and where it starts.
     """
 
-    stage = "train"
+    verb = "train"
     weighing = None
     own_step = None
     acts_from = 0
@@ -128,14 +128,14 @@ class SelectingDirector:
         self.summarise(trainer.output_dir / "dataflex_summary.json", steps=trainer.state.global_step)
 
     def summarise(self, path: Path, **more: Any) -> None:
-        """Write what the stage came to. Collective."""
+        """Write what the run came to. Collective."""
         about = {
             "started_from": self.warm.lineage if self.warm.loaded else None,
             "updates": self.updates,
             "diagnostics": self.diagnostics() if distributed.is_main() else [],
             **more,
         }
-        write_summary(path, self.stage, self.run, about)
+        write_summary(path, self.verb, self.run, about)
         if distributed.is_main():
             self.run.access.record.finish()
 

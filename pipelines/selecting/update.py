@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from dataflex import distributed
-from dataflex.access.views import Mixed, Snapshot
+from dataflex.access.views import Mixed, StoreView
 from dataflex.draws import generator, stream
 from dataflex.errors import CoverageError
+from dataflex.features.need import StateName
 from dataflex.features.spec import FeatureSpec
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose
@@ -24,7 +25,7 @@ from dataflex.selectors.base import BASE, Context, Need, Selection, View
 from dataflex.stores.parquet import ParquetStore
 from dataflex.trainers.rounds import DecidedRound
 
-_Asked = tuple[FeatureSpec, str | None, str | None]
+_Asked = tuple[FeatureSpec, str | None, StateName]
 
 
 def decide(run: Run, round: Round) -> DecidedRound:
@@ -129,13 +130,13 @@ class UpdateFeatures:
         self.update = run.update_number(self.round)
         self.updated = np.full(len(run.rows), self.update, dtype=np.int32)
         self._views: dict[_Asked, View] = {}
-        self._policy = run.settings.dataflex.refresh
+        self._refresh = run.settings.dataflex.refresh
         last = self._last_updated()
         if last is not None:
-            fresh = first(self._policy, self.update, last)
+            fresh = first(self._refresh, self.update, last)
             self.updated = np.where(fresh, self.update, last).astype(np.int32)
         has_stale = any(need.of == "train" for need in run.live_needs) and bool((self.updated != self.update).any())
-        self.waiting = self._policy.policy == "rotating" and has_stale
+        self.waiting = self._refresh.policy == "rotating" and has_stale
         groups = [
             ([need for need in run.needs if (need.of, need.state) == (of, state)], name)
             for of, state in dict.fromkeys((need.of, need.state) for need in run.needs)
@@ -152,14 +153,14 @@ class UpdateFeatures:
         access = self.run.access
         needs = [need for need in self.run.live_needs if need.of == "train"]
         asked = access.tally.computed + access.tally.reused
-        self.updated[rest(self._policy, self.updated == self.update, scores, selected)] = self.update
+        self.updated[rest(self._refresh, self.updated == self.update, scores, selected)] = self.update
         with access.progress.showing(access.passes([need.spec for need in needs], self.run.rows)):
             for need, view in zip(needs, self._together(needs, None), strict=True):
                 self._views[need.spec, None, None] = view
         access.tally.reused = asked - access.tally.computed  # each row counts once, as what it was in the end
 
     def get(
-        self, spec: FeatureSpec, target: str | None = None, state: str | None = None, rows: np.ndarray | None = None
+        self, spec: FeatureSpec, target: str | None = None, state: StateName = None, rows: np.ndarray | None = None
     ) -> View:
         """Give a selector a feature, computed now if it was not declared. Collective."""
         asked = (spec, target, state)
@@ -185,7 +186,7 @@ class UpdateFeatures:
         """Give several features of the same rows and state, computed in one pass."""
         access, state = self.run.access, needs[0].state
         rows = self._rows(name)
-        if state is None and name is not None and self._policy.policy == "static" and self.update > 0:
+        if state is None and name is not None and self._refresh.policy == "static" and self.update > 0:
             access.progress.skip(access.passes([need.spec for need in needs], rows))
             return [access.view(need.spec, rows, self._earlier(0, need), self.update, is_target=True) for need in needs]
         if state is None and name is None and (self.updated != self.update).any():
@@ -197,7 +198,7 @@ class UpdateFeatures:
     def _joined(self, needs: list[Need]) -> list[View]:
         """Give several features of the training rows, each joined from several updates and moved to this one."""
         access, specs = self.run.access, [need.spec for need in needs]
-        parts: list[list[tuple[np.ndarray, Snapshot]]] = [[] for _ in needs]
+        parts: list[list[tuple[np.ndarray, StoreView]]] = [[] for _ in needs]
         for update in np.unique(self.updated).tolist():
             at = np.flatnonzero(self.updated == update)
             some = self.run.rows.take(at)
@@ -209,13 +210,13 @@ class UpdateFeatures:
                 access.progress.skip(access.passes(specs, some))
             for part, spec, store in zip(parts, specs, stores, strict=True):
                 part.append((at, access.view(spec, some, store, self.update - update)))
-        if self._policy.policy == "rotating":
+        if self._refresh.policy == "rotating":
             self._move(needs, parts)
         return [Mixed.of(part, len(self.run.rows)) for part in parts]
 
-    def _move(self, needs: list[Need], parts: list[list[tuple[np.ndarray, Snapshot]]]) -> None:
+    def _move(self, needs: list[Need], parts: list[list[tuple[np.ndarray, StoreView]]]) -> None:
         """Move the vectors of earlier updates by what the anchors' have moved."""
-        fixed = self.run.rows.take(anchors(self._policy, len(self.run.rows)))
+        fixed = self.run.rows.take(anchors(self._refresh, len(self.run.rows)))
         for need, part in zip(needs, parts, strict=True):
             if not need.spec.has_vectors:
                 continue
@@ -240,14 +241,14 @@ class UpdateFeatures:
     def _last_updated(self) -> np.ndarray | None:
         """Return the update of each row's last value, (N,); None where everything is computed anew."""
         run = self.run
-        if self.update == 0 or self._policy.policy == "full" or not run.live_needs:
+        if self.update == 0 or self._refresh.policy == "full" or not run.live_needs:
             return None
         last = run.updates[self.update - 1]
         found = distributed.broadcast(run.journal.read_pool(last.number) if distributed.is_main() else None)
         if found is None:
             raise CoverageError(
-                f"refresh policy {self._policy.policy}: round {last.number} recorded no scores of the pool; the policy "
-                "needs a selector that returns them (Selection.pool). Use dataflex.refresh.policy: full"
+                f"refresh policy {self._refresh.policy}: round {last.number} recorded no scores of the pool; the "
+                "policy needs a selector that returns them (Selection.pool). Use dataflex.refresh.policy: full"
             )
         return found[1]
 

@@ -25,7 +25,7 @@ Kind = Literal["store", "state", "run", "unknown"]
 
 
 @dataclass(frozen=True)
-class Part:
+class Inspected:
     """One thing under a root, looked at.
 
     Attributes:
@@ -53,7 +53,7 @@ class Part:
         return len(self.problems) - len(self.faults)
 
 
-def inspect(files: Files) -> Iterator[Part]:
+def inspect(files: Files) -> Iterator[Inspected]:
     """Read every byte under a root and yield what is there, sorted by name; writes nothing."""
     listing = by_folder(files.stored(""))
     misplaced = astray(files)
@@ -64,9 +64,9 @@ def inspect(files: Files) -> Iterator[Part]:
     for folder in sorted({*listing, *linked, *misplaced}):
         listed = listing.get(folder) or ([] if folder in misplaced else files.stored(folder))
         if found := misplaced.get(folder):  # what is in it, or should be, is looked at when that is mended
-            yield Part(_kind(folder), folder, _bytes(listed), tuple(found))
+            yield Inspected(_kind(folder), folder, _bytes(listed), tuple(found))
         elif any(file.path == folder for file in listed):  # a file, whatever it is called
-            yield Part("unknown", folder, _bytes(listed))
+            yield Inspected("unknown", folder, _bytes(listed))
         elif NAME.fullmatch(folder):
             yield _part("store", files, folder, listed, _store_problems)
         elif folder.startswith("states/"):
@@ -74,10 +74,10 @@ def inspect(files: Files) -> Iterator[Part]:
         elif folder == FOLDER:
             yield from _runs(files, [file for file in listed if file.path not in misplaced])
         else:
-            yield Part("unknown", folder, _bytes(listed))
+            yield Inspected("unknown", folder, _bytes(listed))
 
 
-def repair(files: Files) -> Iterator[Part]:
+def repair(files: Files) -> Iterator[Inspected]:
     """Mend what `inspect` yields as it goes; what was removed counts as missing, and is made again when it is needed.
 
     Harmless leftovers stay, because another writer may be about to commit them, and so does what is unknown.
@@ -90,10 +90,10 @@ def repair(files: Files) -> Iterator[Part]:
         if part.kind == "state" and part.faults:
             files.prune(part.name)
         yield replace(part, problems=(*misplaced.pop(part.name, ()), *part.problems))
-    yield from (Part(_kind(name), name, 0, tuple(problems)) for name, problems in misplaced.items())
+    yield from (Inspected(_kind(name), name, 0, tuple(problems)) for name, problems in misplaced.items())
 
 
-def refuse(parts: Sequence[Part], after_repair: bool = False) -> None:
+def refuse(parts: Sequence[Inspected], after_repair: bool = False) -> None:
     """Raise what is wrong with the parts, or with what a repair of them could not mend.
 
     Raises:
@@ -116,7 +116,7 @@ def _part(
     name: str,
     listed: list[Stored],
     look: Callable[[Files, str, list[Stored]], Iterator[Problem]],
-) -> Part:
+) -> Inspected:
     found: list[Problem] = []
     unread = ""
     try:
@@ -125,10 +125,10 @@ def _part(
         unread = str(error)
     except OSError as error:  # of the disk, or of permissions: what the bytes are is not known, so nothing is removed
         found.append(Problem(name, f"{files.name(name)} cannot be read: {error}"))
-    return Part(kind, name, _bytes(listed), tuple(found), unread)
+    return Inspected(kind, name, _bytes(listed), tuple(found), unread)
 
 
-def _runs(files: Files, listed: list[Stored]) -> Iterator[Part]:
+def _runs(files: Files, listed: list[Stored]) -> Iterator[Inspected]:
     by_run: dict[str, list[Stored]] = {}
     for file in listed:
         by_run.setdefault(file.path.split("/")[1], []).append(file)
@@ -136,7 +136,7 @@ def _runs(files: Files, listed: list[Stored]) -> Iterator[Part]:
         if RUN_ID.fullmatch(run):
             yield _part("run", files, f"{FOLDER}/{run}", documents, note_problems)
         else:
-            yield Part("unknown", f"{FOLDER}/{run}", _bytes(documents))
+            yield Inspected("unknown", f"{FOLDER}/{run}", _bytes(documents))
 
 
 def _store_problems(files: Files, folder: str, listed: list[Stored]) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from dataflex.stores.problem import Problem
 from dataflex.stores.root import NAME
 from dataflex.stores.runs import read_runs
 from dataflex.stores.upkeep.gc import Item, Scope
-from dataflex.stores.upkeep.inspection import Part
+from dataflex.stores.upkeep.inspection import Inspected
 from dataflex.stores.upkeep.unused import by_folder, is_there
 
 
@@ -32,7 +32,7 @@ def by_runs(files: Files) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
             "id": run.id,
-            "stage": run.stage,
+            "stage": run.verb,
             "method": run.method,
             "state": run.state(young_since),
             "output_dir": run.output_dir,
@@ -75,7 +75,7 @@ def lines_of_removal(items: Sequence[Item], is_done: bool) -> list[str]:
     return [*lines, f"removed {total}" if is_done else f"{total} would go; --delete removes them"]
 
 
-def inspected(parts: Sequence[Part]) -> dict[str, Any]:
+def inspected(parts: Sequence[Inspected]) -> dict[str, Any]:
     """Return what was looked at as plain data, by name: `kind`, `bytes`, `faults`, `unused` files, `unread`."""
     return {
         part.name: {
@@ -89,7 +89,7 @@ def inspected(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def lines_of_inspection(parts: Sequence[Part]) -> list[str]:
+def lines_of_inspection(parts: Sequence[Inspected]) -> list[str]:
     """Describe what was looked at: a line for each store, kept state and unknown thing, damaged runs, and a total."""
     lines = []
     for part in parts:
@@ -110,7 +110,7 @@ def lines_of_inspection(parts: Sequence[Part]) -> list[str]:
     ]
 
 
-def repaired(parts: Sequence[Part]) -> dict[str, Any]:
+def repaired(parts: Sequence[Inspected]) -> dict[str, Any]:
     """Return what a repair did as plain data, by name: `kind`, `mended`, `left`; intact parts are left out."""
     return {
         part.name: {
@@ -123,7 +123,7 @@ def repaired(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def lines_of_repair(parts: Sequence[Part]) -> list[str]:
+def lines_of_repair(parts: Sequence[Inspected]) -> list[str]:
     """Describe what a repair did, and what it looked at."""
     lines = [_mended(fault) for part in parts for fault in part.faults if fault.is_mendable]
     return [*lines, lines_of_inspection(parts)[-1]]

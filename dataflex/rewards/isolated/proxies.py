@@ -109,7 +109,7 @@ class Response:
         if "exception" in answer:
             return self._own_exception(answer["exception"])
         if "callable" in answer:
-            return Function(self, name)
+            return RemoteFunction(self, name)
         if "value" not in answer:
             raise KeyError(name)
         return self.value(name, answer["value"])
@@ -251,7 +251,7 @@ class Response:
     def _outgoing(self, value: Any) -> Any:
         if isinstance(value, Instance):
             return {"made": value._number}
-        if isinstance(value, Function):
+        if isinstance(value, RemoteFunction):
             return {"name": value._name}
         name = getattr(value, "__name__", "")
         if isinstance(name, str) and getattr(builtins, name, None) is value:
@@ -280,7 +280,7 @@ class Response:
         return self._exceptions.setdefault(str(lineage[0]), type(str(lineage[0]), (base,), {}))
 
 
-class Function:
+class RemoteFunction:
     """Stands for a function or class of the response."""
 
     def __init__(self, response: Response, name: str):

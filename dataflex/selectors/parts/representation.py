@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, model_validator
 
 from dataflex.components.params import Parameters
+from dataflex.features.need import StateName
 from dataflex.features.spec import FeatureSpec
 from dataflex.selectors.base import Context, Need
 
@@ -53,7 +54,7 @@ class Term:
 
     train: FeatureSpec
     target: FeatureSpec
-    state: str | None
+    state: StateName
 
 
 class Vectors(Part):
