@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 signal.signal(number, signal.SIG_IGN)  # a launcher that sees one process end asks the others again
         log.debug("where it was raised:", exc_info=error)
         text, exit_code = what
-        if not getattr(error, "everywhere", False) or distributed.is_main():
+        if not (isinstance(error, DataflexError) and error.everywhere) or distributed.is_main():
             _leave_bars()
             print(f"dataflex: {text}", file=sys.stderr)
         sys.exit(exit_code)

@@ -72,7 +72,7 @@ class Report:
 
     def fail(self, error: BaseException) -> None:
         """Write what ends the command; on another rank than 0, if rank 0 has not met it too."""
-        if not distributed.is_main() and getattr(error, "everywhere", False):
+        if not distributed.is_main() and isinstance(error, DataflexError) and error.everywhere:
             return
         if isinstance(error, DataflexError):
             self.write("failed", error.exit_code, str(error))

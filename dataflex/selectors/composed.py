@@ -109,7 +109,7 @@ class Composed(NativeSelector):
     @property
     def chooses_distinct(self) -> bool:
         """Whether an update holds each row once."""
-        return not getattr(self.parts.rule, "replacement", False)
+        return not self.parts.rule.repeats
 
     def prepare(self, beginning: Beginning) -> None:
         """Check what can be checked before anything is computed.

@@ -13,7 +13,7 @@ from dataflex.components.params import ExistingFile
 from dataflex.distributed import is_main
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.need import Need, View
-from dataflex.features.spec import BASE, FeatureSpec
+from dataflex.features.spec import BASE, FeatureSpec, LossSpec
 from dataflex.rows import KEY_DTYPE, Rows, Status
 from dataflex.weighters.base import Group, NativeWeighter, WeighterParams
 from dataflex.weighters.relative import mean_one, softmax
@@ -63,7 +63,7 @@ class ByFeature(NativeWeighter):
         @model_validator(mode="after")
         def _fits(self) -> ByFeature.Params:
             kind = self.feature.kind if self.feature else None
-            plain_loss = kind == "loss" and getattr(self.feature, "given", "prompt") == "prompt"
+            plain_loss = isinstance(self.feature, LossSpec) and self.feature.given == "prompt"
             wrong = {
                 "one of feature and path": (self.feature is None) == (self.path is None),
                 "state left out: it acts with feature alone": self.feature is None and self.state != BASE,

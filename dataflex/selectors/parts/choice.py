@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 class Rule(Part):
     """Base of rules."""
 
+    @property
+    def repeats(self) -> bool:
+        """Whether it may choose a row more than once within an update."""
+        return False
+
     def prepare(self, beginning: Beginning) -> None:
         """Refuse, before anything is computed, a pool from which the rule could never choose.
 
@@ -47,6 +52,11 @@ class Draw(Rule):
     """Base of rules that draw."""
 
     replacement: bool = Field(False, description="whether a row may be drawn again within an update")
+
+    @property
+    def repeats(self) -> bool:
+        """The parameter `replacement`."""
+        return self.replacement
 
     @abstractmethod
     def logits(self, judged: Judgement) -> np.ndarray:
