@@ -164,6 +164,16 @@ def test_the_window_moves_with_the_updates_of_an_epoch() -> None:
     assert windows == [[i, i + 1, i + 2, i + 3] for i in (0, 1, 8, 14, 15)]  # int(16 sigmoid(10 (x - 1/2)))
 
 
+def test_an_empty_window_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """All rows have the weight `outside` then, which is an even draw."""
+    views = {AT_BASE: losses([1.0] * 20), LIVE: losses([2.0] * 19 + [0.5])}
+    selector = ByDeltaLoss(ByDeltaLoss.Params())
+    select(selector, views, 4, update=0, updates=5)
+    assert "no row lies" not in caplog.text
+    select(selector, views, 4, update=4, updates=5)
+    assert "no row lies in the window, so all are drawn alike: it is 4.0 rows wide, and 1 of 20 rows" in caplog.text
+
+
 def test_what_a_rule_prefers_is_what_rotation_computes_first() -> None:
     """Larger is better in the record of the pool, also where the lowest losses are wanted."""
     views = {LIVE: losses([3, 2, NAN, 1, 4])}

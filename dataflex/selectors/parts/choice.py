@@ -200,7 +200,14 @@ class Window(Draw):
         steps = context.updates - 1
         progress = (context.round.update - 1) / steps if steps > 0 else 0.0
         ranks = ranking(judged.scores, context.rows.keys)
-        return logs(window_weights(judged.scores, ranks, self.size, min(1.0, max(0.0, progress)), self.outside))
+        weights = window_weights(judged.scores, ranks, self.size, min(1.0, max(0.0, progress)), self.outside)
+        if len(ranks) and not (weights == 1).any() and self.outside != 1:
+            log.warning(
+                "update %d: no row lies in the window, so all are drawn alike: it is %.1f rows wide, and %d of %d "
+                "rows have a score of 0 or more, behind which it ends",
+                context.round.update, self.size * len(ranks), int((judged.scores[ranks] >= 0).sum()), len(ranks),
+            )  # fmt: skip
+        return logs(weights)
 
 
 class _Plan(Draw):
