@@ -137,7 +137,7 @@ def test_a_mixer_without_a_base_is_asked_at_every_step_and_handed_the_batch() ->
 def test_what_cannot_be_adapted_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="expected a class that inherits from NativeSelector"):
         adapted_selector(Foreign)
-    with pytest.raises(ConfigError, match=r"expected a kind of dataflex\.weighters\.base\.WeighterParams"):
+    with pytest.raises(ConfigError, match=r"expected a subclass of dataflex\.weighters\.WeighterParams"):
         adapted_weighter(Weight)
     assert adapted_reward(Scored)(Scored.Params()).score() == [1.0]  # type: ignore[call-arg]
 

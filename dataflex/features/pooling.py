@@ -31,11 +31,12 @@ def exact_pool(states: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         states: (B, T, H).
-        mask: (B, T) bool, real tokens; t = 1, 2, ... counts them alone, wherever the padding is.
+        mask: (B, T), true at real tokens; t = 1, 2, ... counts them alone, wherever the padding is.
     """
-    weight = _weights(mask, torch.float64, by_position=True)
+    real = mask.bool()
+    weight = _weights(real, torch.float64, by_position=True)
     # Row by row, as float64 of all states is four times what the model holds; 0 x NaN at padding would be NaN.
-    rows = zip(weight, states.detach(), mask, strict=True)
+    rows = zip(weight, states.detach(), real, strict=True)
     return torch.stack([w @ h.double().masked_fill(~m[:, None], 0.0) for w, h, m in rows])
 
 
