@@ -72,6 +72,7 @@ class _Loading:
         found, weighter = self._components(flat, section, llamafactory.get("output_dir"))
         if flat.train_type == "dynamic_mix":
             mixer: Component[NativeMixer] | None = found
+            # Anew: without update_step the mixer says how often it acts, and it is known only now.
             schedule = mixing_schedule(flat, epochs, mixer.method if mixer else None)
             weighs = weighter is not None or (mixer is not None and watches(mixer.method))
             self.notes += check_mixing(
@@ -104,7 +105,7 @@ class _Loading:
         )
 
     def _check_surroundings(self, llamafactory: Mapping[str, Any], store: str | None, root: str, writes: bool) -> None:
-        """Hold the keys against what is there: files, folders and packages."""
+        """Check that the files, folders and packages that the keys name are there."""
         check_files(llamafactory, self.origin, self.problems)
         check_evaluation(llamafactory, self.origin, self.problems)
         check_trackers(llamafactory, self.origin, self.problems)
@@ -115,7 +116,7 @@ class _Loading:
         self.notes += missing_packages(llamafactory)
 
     def _llamafactory_keys(self) -> dict[str, Any]:
-        """Return LLaMA-Factory's keys with values of the right type, the others noted."""
+        """Return LLaMA-Factory's keys whose values have the right type; the others are noted as problems."""
         ours = {*FlatKeys.model_fields, "dataflex"}
         known = known_keys()
         right = {}
@@ -138,7 +139,7 @@ class _Loading:
                 self.problems.say(
                     self.origin, key, f"found an unknown key; expected it under dataflex: (dataflex.{key})"
                 )
-            elif is_on("ALLOW_EXTRA_ARGS"):
+            elif is_on("ALLOW_EXTRA_ARGS"):  # LLaMA-Factory's own switch, with the same meaning there
                 self.notes.append(f"{key}: unknown, and passed over because ALLOW_EXTRA_ARGS is set")
                 right[key] = value
             else:
@@ -148,6 +149,7 @@ class _Loading:
         return right
 
     def _flat_keys(self) -> FlatKeys:
+        # `key:` without a value is null in YAML, and means the default.
         values = {k: v for k, v in self.document.values.items() if k in FlatKeys.model_fields and v is not None}
         flat: FlatKeys = self._valid(FlatKeys, values, "")
         dynamic = [k for k in values if k not in ("train_type", "components_cfg_file", "early_stopping_min_delta")]
@@ -177,6 +179,7 @@ class _Loading:
                 right[key] = replaced(value, output_dir, self.origin, f"dataflex.{key}", self.problems)
         section: DataflexKeys = self._valid(DataflexKeys, right, "dataflex")
         plugins = []
+        # Imported now, before the component is looked up: a plugin may register the name that the run file uses.
         for i, name in enumerate(section.plugins):
             file = find_file(name, self.origin.file) if name.endswith(".py") else None
             if name.endswith(".py") and file is None:
@@ -220,7 +223,7 @@ class _Loading:
         registry = kinds.get(flat.train_type)
         if section.weighter is not None and registry is not MIXERS:
             why = "Without a mixer the weighter is component_name itself, under train_type: dynamic_weight"
-            self.problems.add(self.origin, "dataflex.weighter", "it with train_type: dynamic_mix", beside, why=why)
+            self.problems.add(self.origin, "dataflex.weighter", "train_type: dynamic_mix beside it", beside, why=why)
         if registry is None:
             return None, None
         asked = Asked(flat.component_name or "", registry, params)
@@ -250,7 +253,7 @@ class _Loading:
         weighter: Component[NativeWeighter] | None,
         section: DataflexKeys,
     ) -> None:
-        """Hold the keys against each other, as far as the run makes use of them."""
+        """Check the keys against each other, as far as this run uses them."""
         check = Combinations(llamafactory, self.origin, self.problems)
         check.check_signals()
         if section.exclude_targets:
@@ -267,7 +270,7 @@ class _Loading:
             expected = f"{' or '.join(policies_taken)} with these parameters"
             why = "What the method compares must be of one state of the model"
             self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
-        if not is_dynamic and not specs:
+        if not is_dynamic and not specs:  # plain LLaMA-Factory, which checks what it reads itself
             if not llamafactory.get("model_name_or_path"):
                 self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")
             return

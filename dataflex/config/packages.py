@@ -15,7 +15,7 @@ _TRACKERS = {
     "flyte": ("flytekit",),
     "kubeflow": (),
 }
-"""Modules of those that are not called as `report_to` calls them."""
+"""Modules of the trackers whose name in `report_to` is not that of their module."""
 _NEEDED = {
     "deepspeed": ("deepspeed",),
     "plot_loss": ("matplotlib",),
@@ -31,7 +31,7 @@ _NEEDED = {
 
 
 def check_trackers(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
-    """Note every tracker of `report_to` that there is not, or whose package is not installed."""
+    """Note every tracker of `report_to` that Transformers does not know, or whose package is not installed."""
     given = values.get("report_to")
     for name in [given] if isinstance(given, str) else given or []:
         known = (*trackers(), "all", "none")

@@ -216,7 +216,7 @@ class GeneratorSpec(Parameters):
         if (self.type == "openai") != (self.base_url is not None) or (self.type == "openai") != (
             self.model is not None
         ):
-            raise ValueError("base_url and model belong to type openai, which needs both")
+            raise ValueError("both base_url and model with type: openai, and neither with type: model")
         return self
 
     def recipe(self) -> dict[str, Any]:
@@ -263,12 +263,12 @@ class PolicyGradientSpec(Feature):
     @model_validator(mode="after")
     def _fits(self) -> PolicyGradientSpec:
         if self.estimator == "loo_baseline" and self.mc_samples < 2:
-            raise ValueError("estimator loo_baseline compares responses, so mc_samples must be 2 or more")
+            raise ValueError("mc_samples of 2 or more, as estimator loo_baseline compares responses with each other")
         if self.on_policy == "exact":
             if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
-                raise ValueError("temperature, top_p and top_k belong to on_policy: sampled")
+                raise ValueError("on_policy: sampled beside temperature, top_p or top_k, which change what is drawn")
             if self.generator.type != "model":
-                raise ValueError("responses of another model are off-policy: set on_policy: sampled")
+                raise ValueError("on_policy: sampled beside another model's responses, which are off-policy")
         return self
 
     @property
