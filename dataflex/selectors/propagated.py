@@ -37,7 +37,7 @@ class PropagatedFields(GradientFields):
 
 
 class Propagated(NativeSelector):
-    """Base: exact scores of the rows that `sources` names, carried over to the others."""
+    """Base of selectors that compute exact scores for a few rows and carry them over to all others."""
 
     is_adaptive = True
     Params = PropagatedFields
@@ -57,7 +57,7 @@ class Propagated(NativeSelector):
 
     @property
     def refreshes(self) -> tuple[str, ...]:
-        """What is carried over must be of one state of the model."""
+        """Only `full`: the scores that are carried over must all be of one state of the model."""
         return ("full",)
 
     def needs(self) -> list[Need]:
@@ -69,7 +69,7 @@ class Propagated(NativeSelector):
 
     @property
     def asked(self) -> list[FeatureSpec]:
-        """What it asks for of some rows."""
+        """The gradients, which only `select` knows the rows of."""
         return [self.params.train_spec]
 
     def embeddings(self, context: Context) -> View:
@@ -136,6 +136,7 @@ class InfluenceDistillation(Propagated):
             CoverageError: no landmark has a gradient, or too few rows can be chosen.
         """
         able = candidates(context, self.embeddings(context))
+        # Named without the update, so that the landmarks are the same rows at every one.
         rows = context.rng("landmarks").permutation(able)[: self.params.landmarks]
         sets = self.regressed(context, rows, self.exact(context, self.gradients(context, rows)))
         judged = Judgement(context, sets.max(axis=1), np.zeros(len(sets), np.int32), sets)

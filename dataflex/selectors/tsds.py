@@ -1,4 +1,4 @@
-"""TSDS: a draw whose distribution is transported from the targets to their neighbourhoods in the pool."""
+"""TSDS: rows are drawn by probabilities that target rows hand to their nearest rows in the pool (optimal transport)."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Tsds(Composed):
         return [] if self.params.probs_path else super().needs()
 
     def prepare(self, beginning: Beginning) -> None:
-        """Hold the given probabilities against the training set.
+        """Check the given probabilities, if there are any, against the training set.
 
         Raises:
-            MismatchError: they are no probabilities of its rows.
+            MismatchError: the file does not hold one probability per training row.
             CoverageError: an update needs more rows than can be drawn.
         """
         if self.params.probs_path is None:

@@ -90,7 +90,7 @@ class InstructionDifficulty(Numbers):
         """Return the ratio, NaN where the row is left out."""
         views = [context.features(need.spec, state=need.state) for need in self.needs()]
         with np.errstate(over="ignore"):
-            ratio = np.exp(losses(views[0]) - losses(views[1]))
+            ratio = np.exp(losses(views[0]) - losses(views[1]))  # each perplexity alone could overflow
         return np.where(ratio < self.most, ratio, np.nan), views[0].ages
 
 

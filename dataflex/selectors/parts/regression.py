@@ -1,4 +1,7 @@
-"""Scores of all rows from exact scores of a few: kernel ridge regression on cheap vectors."""
+"""Scores of all rows from exact scores of a few: kernel ridge regression on cheap vectors.
+
+L rows with known scores, b rows of a block, D numbers per vector, J target sets.
+"""
 
 from __future__ import annotations
 
@@ -39,4 +42,5 @@ def kernel_ridge(known: np.ndarray, values: np.ndarray, damping: float) -> Calla
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return squared Euclidean distances, (len(a), len(b))."""
+    # As one matrix product, which rounding can make negative where two vectors are alike.
     return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0)

@@ -88,7 +88,7 @@ def set_scores(
     for rows, vectors in shared_blocks(view):
         wide = vectors.astype(np.float64)
         usable = _usable(wide)
-        block = prepare(np.where(usable[:, None], wide, 0))
+        block = prepare(np.where(usable[:, None], wide, 0))  # whitening meets no NaN; these rows are dropped below
         if similarity in ("cosine", "whitened_cosine"):
             block, is_long = unit(block)
             usable &= is_long
@@ -128,7 +128,7 @@ def vectors_of(view: View, rows: np.ndarray) -> np.ndarray:
 
 
 def target_vectors(view: View, name: str) -> np.ndarray:
-    """Return a target set's usable vectors, (M, D) float64, by row; zero ones are not.
+    """Return a target set's usable vectors, (M, D) float64, in the order of its rows; zero vectors are left out.
 
     Raises:
         CoverageError: there is none.
@@ -171,13 +171,15 @@ def whitening(view: View, width: int, ridge: float) -> Callable[[np.ndarray], np
     count, total, square = (sum(column) for column in zip(*parts, strict=True))
     mean = total / max(1, count)
     covariance = square / max(1, count) - np.outer(mean, mean)
+    # Relative to the mean variance, so that the same ridge fits vectors of any scale; above 0 even where all are alike.
     added = ridge * max(float(np.trace(covariance)) / width, np.finfo(np.float64).tiny)
     factor = np.linalg.cholesky(covariance + added * np.eye(width))
     return lambda vectors: np.linalg.solve(factor, (vectors - mean).T).T
 
 
 def _reduced(block: np.ndarray, targets: np.ndarray, similarity: Similarity, within: Within) -> np.ndarray:
-    """Return one number per row of a block, (b,)."""
+    """Reduce a block's similarities to the rows of a target set to one number per row, (b,)."""
+    # A mean of products is the product with the mean vector: D operations a row in place of M_j D.
     if similarity != "l2":
         return block @ targets.mean(axis=0) if within == "mean" else (block @ targets.T).max(axis=1)
     own, theirs = (block**2).sum(axis=1), (targets**2).sum(axis=1)
@@ -187,7 +189,7 @@ def _reduced(block: np.ndarray, targets: np.ndarray, similarity: Similarity, wit
 
 
 def _usable(vectors: np.ndarray) -> np.ndarray:
-    """Say which vectors can be compared, (b,) bool: a zero vector says that there is none, under every similarity."""
+    """Say which vectors can be compared, (b,) bool; a zero vector stands for a missing one, under every similarity."""
     return np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
 
 
