@@ -34,9 +34,12 @@ _UNREACHABLE = (
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT,
 )  # fmt: skip
 _NO_SERVER = re.compile(r"\w*Connect\w*Error|\w*Timeout(Error)?")
-"""What HTTP libraries and object stores call a server that does not answer; their classes have no other in common."""
+"""Names of the exceptions by which HTTP libraries and object stores say that a server does not answer.
+
+The classes have no parent in common.
+"""
 _OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
-"""How tokenizers and safetensors tell of a disk, in exceptions that are no OSError."""
+"""How tokenizers and safetensors, written in Rust, report the errors of a disk: in exceptions that are no OSError."""
 
 
 def told(error: BaseException) -> tuple[str, int] | None:
@@ -71,7 +74,7 @@ def of_user_code(error: BaseException) -> str | None:
         module = str(frame.f_globals.get("__name__", ""))
         if module in USERS and module.partition(".")[0] != "dataflex":
             place = f"{frame.f_code.co_filename}, line {line}, in {frame.f_code.co_qualname}"
-        elif module.partition(".")[0] == "dataflex":
+        elif module.partition(".")[0] == "dataflex":  # called back into our code: the fault is ours again
             place = None
     if place is None:
         return None
