@@ -72,7 +72,7 @@ class ClusterLess(Propagated):
 
     def _count(self, rows: int) -> int:
         """Return the number of clusters of some rows."""
-        return self.params.num_clusters or -(-rows // self.params.cluster_size)
+        return self.params.num_clusters or -(-rows // self.params.cluster_size)  # rounded up
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Score representatives, carry over, choose.
@@ -103,6 +103,7 @@ class ClusterLess(Propagated):
         view = self.embeddings(context)
         able = candidates(context, view)
         pool = context.rows.keys[able].tobytes()
+        # Once for the run, as embeddings of the base model never change; anew only if other rows can be chosen.
         if self._clustered is None or self._clustered[0] != pool:
             p = self.params
             ids = None

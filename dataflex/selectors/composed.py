@@ -162,7 +162,7 @@ class Composed(NativeSelector):
             view = context.features(term.train, state=term.state)
             targets = {name: found[name] for name in names}
             sets += weight * set_scores(view, targets, parts.similarity, parts.within, parts.ridge)
-            ages = np.maximum(ages, view.ages)
+            ages = np.maximum(ages, view.ages)  # a score is as old as the oldest feature in it
         scores = sets.max(axis=1) if parts.across == "max" else sets.mean(axis=1)
         if not parts.looks_around:
             return Judgement(context, scores, ages, sets)
@@ -201,6 +201,7 @@ def neighbourhood(
     if similarity == "cosine":
         queries = unit(queries)[0]
 
+    # Distances at all, because the rules of transport weigh them; for turns among targets the order would do.
     def nearest(k: int) -> tuple[np.ndarray, np.ndarray]:
         metric: Any = {"cosine": "cosine", "inner_product": "ip", "l2": "l2"}[similarity]
         scores, rows = view.nearest(queries.astype(np.float32), k, metric)

@@ -110,6 +110,7 @@ class Propagated(NativeSelector):
 def candidates(context: Context, view: View) -> np.ndarray:
     """Return the rows with an embedding and supervised tokens, in the order of their keys, (n,)."""
     rows = np.flatnonzero((view.status == Status.OK) & (context.rows.supervised > 0))
+    # By key, so that clusters and landmarks do not depend on the order of the pool.
     return rows[by_key(context.rows.keys[rows])]
 
 

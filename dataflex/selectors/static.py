@@ -37,7 +37,7 @@ class Static(NativeSelector):
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Return the next `num_samples` entries of the endless pass over the list."""
         chosen = read_choice(self.params.path, context.rows)
-        start = sum(len(rows) for rows in context.history)
+        start = sum(len(rows) for rows in context.history)  # journaled, so a resumed run goes on there
         return Selection(stream(chosen, start, num_samples, context.seed, "static"))
 
 

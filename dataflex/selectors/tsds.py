@@ -81,8 +81,9 @@ class Tsds(Composed):
             return super().select(model, step_id, num_samples, context=context)
         scores = self._given(context.rows)
         rng = context.rng("draw", context.update)
+        # -inf has no logarithm; as the weight 0 such a row is never drawn either.
         rows = sample(logs(np.maximum(scores, 0)), context.rows.keys, num_samples, rng, self.params.replacement)
-        return Selection(rows, scores[rows], np.full(len(rows), -1, np.int32), scores)
+        return Selection(rows, scores[rows], np.full(len(rows), -1, np.int32), scores)  # ages: nothing was computed
 
     def _given(self, rows: Rows) -> np.ndarray:
         """Return the given probability of every row, (N,) float64; -inf where it cannot be drawn."""

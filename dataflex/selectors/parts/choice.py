@@ -55,6 +55,7 @@ class Draw(Rule):
     def select(self, judged: Judgement, k: int) -> Selection:
         """Draw k rows by a generator of the run's seed and the update."""
         context = judged.context
+        # A row without a score is never drawn, whatever weight the rule gives it.
         logits = np.where(np.isfinite(judged.scores), self.logits(judged), -np.inf)
         rows = sample(logits, context.rows.keys, k, context.rng("draw", context.update), self.replacement)
         return recorded(judged, rows, logits)
@@ -204,6 +205,7 @@ class _Plan(Draw):
 
     def prepare(self, beginning: Beginning) -> None:
         """Refuse too few rows, and without replacement a choice of more than can be neighbours of target rows."""
+        # Before any feature is computed: `clipped` and the product depend on counts alone.
         if not beginning.largest:
             return
         most, _ = clipped(self.max_K, 1, beginning.eligible)

@@ -24,6 +24,6 @@ def interleaved(rows: np.ndarray, k: int, allowed: np.ndarray | None = None) -> 
     walk = rows.T.ravel()
     if allowed is not None:
         walk = walk[allowed[walk]]
-    _, first = np.unique(walk, return_index=True)
+    _, first = np.unique(walk, return_index=True)  # of a row that several queries have, the first place counts
     chosen = walk[np.sort(first)[:k]].astype(np.int64)
     return chosen, len(chosen) < k

@@ -111,6 +111,7 @@ def joined(found: Sequence[tuple[np.ndarray, np.ndarray]], size: int, width: int
         width: numbers per row.
     """
     out = np.full((size, width), -np.inf)
+    # By row: blocks come in the order of storage, and the ranks' shares interleave.
     for shares in distributed.gather(list(found)):
         for rows, values in shares:
             out[rows] = values
@@ -147,7 +148,7 @@ def target_vectors(view: View, name: str) -> np.ndarray:
 
 def unit(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return vectors of length one, and whether each had a length, (b,) bool; the others stay zero."""
-    norms = np.linalg.norm(vectors, axis=1).astype(vectors.dtype)
+    norms = np.linalg.norm(vectors, axis=1).astype(vectors.dtype)  # so that float32 vectors stay float32
     is_long = np.isfinite(norms) & (norms > 0)
     return np.divide(vectors, norms[:, None], out=np.zeros_like(vectors), where=is_long[:, None]), is_long
 
@@ -167,6 +168,7 @@ def whitening(view: View, width: int, ridge: float) -> Callable[[np.ndarray], np
         wide = vectors.astype(np.float64)
         wide = wide[_usable(wide)]
         count, total, square = count + len(wide), total + wide.sum(axis=0), square + wide.T @ wide
+    # Sums, not covariances, of each rank's share: they add up to those of all rows.
     parts = distributed.gather((count, total, square))
     count, total, square = (sum(column) for column in zip(*parts, strict=True))
     mean = total / max(1, count)
