@@ -96,6 +96,7 @@ def is_unreachable(error: BaseException | None) -> bool:
         is_of_network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
         is_of_network |= isinstance(error, OSError) and error.errno in _UNREACHABLE
         is_of_network |= any(_NO_SERVER.fullmatch(cls.__name__) for cls in type(error).__mro__)
+        # Hugging Face's offline mode raises errors of connections, though nobody was asked.
         is_of_this_machine = isinstance(error, BrokenPipeError) or "ffline" in f"{type(error).__name__} {error}"
         if is_of_network and not is_of_this_machine:
             return True

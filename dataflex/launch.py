@@ -63,7 +63,7 @@ def command_line(
         return None
     nodes = check_numbers(env)
     address = env.get("MASTER_ADDR", "127.0.0.1")
-    port = str(_number(env, "MASTER_PORT", 0) or free_port())
+    port = str(_number(env, "MASTER_PORT", 0) or free_port())  # torchrun's fixed default would meet a second run's
     processes = env.get("NPROC_PER_NODE") or str(max(1, devices()))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
     if "RDZV_ID" in env:

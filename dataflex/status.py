@@ -63,7 +63,7 @@ class Report:
 
     def write(self, state: str, exit_code: int | None = None, message: str | None = None) -> None:
         """Write the state. A disk that is full by now is only logged: the command's own end counts more."""
-        if distributed.is_main() and self._is("failed"):
+        if distributed.is_main() and self._is("failed"):  # asked on disk: the other rank's word is nowhere else
             return  # by another rank, and this one was ended for it
         try:
             self._put(state, exit_code, message)

@@ -179,6 +179,7 @@ class Combinations:
         for key in _OTHER_LOSSES:
             if self._values.get(key):
                 self.notes.append(f"{key} changes the training loss; gradients are of the plain mean cross-entropy")
+        # PiSSA and a given adapter begin elsewhere.
         begins_at_zero = (
             kind == "lora" and not self._values.get("adapter_name_or_path") and not self._values.get("pissa_init")
         )
@@ -210,6 +211,7 @@ class Combinations:
                 elif parts[0] == "modules.json" and importlib.util.find_spec("sentence_transformers") is None:
                     text = f"found {name}, a sentence-transformers model; expected its package to be installed"
                     why = "Install it: pip install sentence-transformers"
+            # A name on the Hub has one slash at most, so this can only be meant as a path.
             elif os.path.exists(name) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1:
                 text = f"found {name!r}; expected a folder that exists, or a name on the Hub"
             if text:

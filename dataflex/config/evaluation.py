@@ -24,6 +24,7 @@ def check_evaluation(values: Mapping[str, Any], origin: Origin, problems: Proble
         origin: where they were written.
         problems: takes what is wrong.
     """
+    # The defaults here and below (no, steps, 500) are those of transformers.TrainingArguments.
     strategy, keeps_best = values.get("eval_strategy", "no"), bool(values.get("load_best_model_at_end"))
     wanted = {
         "lr_scheduler_type": values.get("lr_scheduler_type") in _FOLLOWS_LOSS,

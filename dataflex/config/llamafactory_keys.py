@@ -131,7 +131,7 @@ def fault_of(key: Key, name: str, value: Any) -> str | None:
         return None if "None" in key.types else f"{key.expected} (leave the key out for its default)"
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
-    kind = type(value).__name__
+    kind = type(value).__name__  # not isinstance, to which true is a number
     accepted = key.types | ({"int"} if "float" in key.types else set())
     if name in _SPLIT_BY_COMMAS:
         accepted |= {"list"}

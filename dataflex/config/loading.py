@@ -85,6 +85,7 @@ class _Loading:
                 self.notes.append(note)
         params = found.params if found else None
         root = store_root(section.store, getattr(params, "cache_dir", None) if found and found.needs else None)
+        # Only features of the live model are certain to be written: a run that reads may name a read-only root.
         live = any(need.state is None for each in (found, weighter) if each for need in each.needs)
         self._check_surroundings(llamafactory, section.store, root, live and section.must_write(schedule))
         self.problems.raise_if_any()
@@ -173,7 +174,7 @@ class _Loading:
             elif key in FlatKeys.model_fields or (key in known_keys() and key not in DataflexKeys.model_fields):
                 text = f"found an unknown key; expected {key} at the top level of the run file"
                 self.problems.say(self.origin, f"dataflex.{key}", text)
-            elif key == "weighter" and isinstance(value, dict):
+            elif key == "weighter" and isinstance(value, dict):  # its params are checked by the weighter's own model
                 right[key] = {k: v for k, v in value.items() if k != "params"}
             elif key != "params" and value is not None:
                 right[key] = replaced(value, output_dir, self.origin, f"dataflex.{key}", self.problems)
@@ -199,6 +200,7 @@ class _Loading:
         """Return an instance; keys whose values are wrong are noted and left out."""
         result = validated(model, values)
         if isinstance(result, ValidationError):
+            # Defaults stand in for what is wrong, so that the rest of the file is checked in the same reading.
             wrong = self.problems.add_invalid(result, model, values, lambda _: (self.origin, prefix))
             result = model.model_validate({k: v for k, v in values.items() if k not in wrong})
         return result

@@ -39,6 +39,7 @@ def mixer_asked(flat: FlatKeys, asked: Asked[NativeMixer], notes: list[str]) -> 
 
 def mixing_schedule(flat: FlatKeys, epochs: float, mixer: NativeMixer | None) -> Schedule:
     """Return the schedule: without `update_step` the mixer's own interval, until the run ends."""
+    # `or`, as 0 is a mixer's word for "the proportions never change".
     interval = flat.update_step or (mixer.interval if mixer else 1) or CONSTANT
     times = flat.update_times if flat.update_step else -1
     return Schedule(flat.warmup_step, interval, times, flat.train_step, epochs, spans_run=True)
@@ -60,7 +61,7 @@ def check_mixing(
 ) -> list[str]:
     """Note what keeps a mixture from being what the run file says; return what is allowed but probably not meant."""
     notes = []
-    names = dataset_names(llamafactory)
+    names = dataset_names(llamafactory)  # the domains, as each dataset is one
     shares = flat.init_mixture_proportions
     if shares is not None:
         if names and len(shares) != len(names):

@@ -41,7 +41,7 @@ def why_unwritable(folder: str | os.PathLike[str]) -> str | None:
             return f"{above} is no folder"
         if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             return f"{above} may not be written to"
-        if (free := os.statvfs(above)).f_bavail == 0 and free.f_blocks:
+        if (free := os.statvfs(above)).f_bavail == 0 and free.f_blocks:  # without blocks, as /proc, it counts no room
             return os.strerror(errno.ENOSPC)
     except OSError as error:
         return error.strerror

@@ -131,7 +131,7 @@ class Problems:
             ConfigError: there is at least one.
         """
         if self._texts:
-            texts = list(dict.fromkeys(self._texts))
+            texts = list(dict.fromkeys(self._texts))  # several checks may come upon the same fault
             count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
             raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {text}" for text in texts))
 
