@@ -81,6 +81,7 @@ def incomplete_reason(checkpoint: str | os.PathLike[str], contents: bool = True)
 
 def _renamed(root: Path) -> str | None:
     """Say that the step in a checkpoint's name is not the step of its state, or return None."""
+    # The newest checkpoint is found by its folder's name, so a renamed one would pass for that of another step.
     if not re.fullmatch(r"checkpoint-\d+", root.name):
         return None  # whoever names a folder otherwise says nothing of its step
     try:

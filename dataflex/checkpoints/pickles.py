@@ -37,7 +37,7 @@ def read_pickle(path: Path) -> Any:
         MismatchError: the file holds anything else, which is not executed, or is damaged.
     """
     with refused(RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError), safe_globals():
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)  # `safe_globals` admits NumPy's random states
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ def held_out(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
     """
     group = runs.group
     distinct = group.max() + 1
+    # The same folds each time, so that a fit is a function of its table.
     fold = (generator(0, "folds").permutation(distinct) % min(distinct, FOLDS))[group]
     predicted, means = np.empty_like(runs.values), np.empty_like(runs.values)
     for part in np.unique(fold):

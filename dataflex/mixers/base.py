@@ -247,7 +247,7 @@ def normalised(weights: Any) -> np.ndarray:
         ValueError: one is negative or not finite, or all are 0, or too large to add up.
     """
     found = np.asarray(weights, dtype=np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused in words below
         total = found.sum()
     if not 0 < total < np.inf or (found < 0).any():
         raise ValueError(f"found weights {found.tolist()}; expected finite numbers, 0 or more, not all 0")

@@ -181,6 +181,7 @@ def unknown_names(found: Mapping[str, Any], names: Sequence[str], key: str) -> l
 
 
 def _is_weight(value: Any) -> bool:
+    # Against the largest float, as `math.isfinite` raises on a whole number that is larger.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 

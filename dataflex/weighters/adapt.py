@@ -117,7 +117,7 @@ class Adapt(NativeWeighter):
         found = (group.signal.double() / self.params.tau).sigmoid()
         if self.params.clip is not None:
             found = found.clamp(max=self.params.clip)
-        found = found.where(usable & group.signal.isfinite(), 0.0)
+        found = found.where(usable & group.signal.isfinite(), 0.0)  # not the product: 0 x NaN would be NaN
         if self.params.form == "absolute":
             return found
         return mean_one(found, usable) if self.params.form == "relative" else found * usable.sum() / group.parts

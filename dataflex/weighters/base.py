@@ -135,7 +135,7 @@ class NativeWeighter(Method):
         Raises:
             DataflexError: the weighter asks for them by `due`, and has no such method of its own.
         """
-        raise DataflexError(f"{type(self).__name__}: found no set_anchors; expected it beside due, which asks for them")
+        raise DataflexError(f"{type(self).__name__}: found no set_anchors; expected one, as due asks for anchors")
 
     def prepare(self, values: Mapping[Need, Any], *, rows: Rows) -> None:
         """Take the features that were declared. Called once, before the first step.

@@ -146,7 +146,7 @@ class ByFeature(NativeWeighter):
         usable = group.usable
         judged = usable & score.isfinite()
         sign = 1.0 if self.params.favour == "high" else -1.0
-        score = (sign * score).where(judged, np.nan)
+        score = (sign * score).where(judged, np.nan)  # NaN is neither below nor above anything, so it has no rank
         if self.params.function == "exp":
             return softmax(score / self.params.temperature, judged, usable)
         functions: dict[str, Callable[[], Tensor]] = {
@@ -205,6 +205,7 @@ def _from_file(path: str, column: str, rows: Rows) -> np.ndarray:
                 f"{path}: found index {outside[0]}; the training set has rows 0 to {len(rows) - 1}; a file with "
                 "row_key fits a dataset that was reordered or cut"
             )
+    # A row may stand in the file several times, as in a pool with duplicates, if the numbers agree.
     for key, number in zip(wanted, numbers.tolist(), strict=True):
         if np.isfinite(number) and known.setdefault(key, number) != number:
             name = key.hex() if isinstance(key, bytes) else key

@@ -89,7 +89,7 @@ class ByLoss(NativeWeighter):
         if params.schedule == "linear":
             part = since / params.anneal_steps
             return params.initial_temperature + (params.temperature - params.initial_temperature) * part
-        return params.temperature * params.anneal_steps / since if since else float("inf")
+        return params.temperature * params.anneal_steps / since if since else float("inf")  # at first all weigh alike
 
     def weights(self, group: Group) -> Tensor:
         """Return the weights, (M,) float64, mean 1 over the usable examples; all 1 if their losses are equal."""
