@@ -2,6 +2,8 @@
 
 Each function looks at one of them and returns what to tell the user, or None. Nothing is refused: each has a harmless
 case. docs/diagnostics.md lists them.
+
+R rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Raw records, loaded by LLaMA-Factory and numbered on the way, so that each row knows where it came from."""
+"""Raw records, loaded by LLaMA-Factory and numbered on the way, so that each row knows where it came from.
+
+N records, R rows.
+"""
 
 from __future__ import annotations
 

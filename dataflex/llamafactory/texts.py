@@ -1,4 +1,4 @@
-"""The text of a row, for encoders that have a tokenizer of their own."""
+"""The text of a row, for encoders that have a tokenizer of their own. N records, R rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nearest rows of every target row, the target rows taking turns."""
+"""Nearest rows of every target row, the target rows taking turns. M target rows, K neighbours of each."""
 
 from __future__ import annotations
 

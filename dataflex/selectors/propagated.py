@@ -1,4 +1,7 @@
-"""Gradient scores for a whole pool from the gradients of some rows, carried over by embeddings."""
+"""Gradient scores for a whole pool from the gradients of some rows, carried over by embeddings.
+
+N training rows, R some of them, J target sets.
+"""
 
 from __future__ import annotations
 

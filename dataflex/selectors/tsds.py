@@ -1,4 +1,7 @@
-"""TSDS: rows are drawn by probabilities that target rows hand to their nearest rows in the pool (optimal transport)."""
+"""TSDS: rows are drawn by probabilities that target rows hand to their nearest rows in the pool (optimal transport).
+
+N training rows.
+"""
 
 from __future__ import annotations
 

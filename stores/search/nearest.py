@@ -4,7 +4,8 @@ FAISS computes in float32, and not alike for every number of queries. So it only
 which are read from the store and scored anew, until no row left out can belong to the answer. Equal vectors then have
 equal scores, and the answer depends neither on the processes that share the queries nor on the FAISS at hand.
 
-M queries, D numbers each, k neighbours, R rows to stay within. Cost: FAISS's search, and the proposals read once.
+M queries, D numbers each, k neighbours, R rows to stay within; C proposals per query, P pairs of a query and a row.
+Cost: FAISS's search, and the proposals read once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows from lists of nearest neighbours, the lists taking turns."""
+"""Rows from lists of nearest neighbours, the lists taking turns. N rows, M queries, K neighbours of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What a representation and a similarity say of every row, from which a rule chooses."""
+"""What a representation and a similarity say of every row, from which a rule chooses.
+
+N training rows, J target sets, M target rows in all of them, R some rows, D numbers per vector.
+"""
 
 from __future__ import annotations
 

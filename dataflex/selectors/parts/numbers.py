@@ -1,4 +1,7 @@
-"""Representations that are one number per row and look at no target: losses and what is made of them."""
+"""Representations that are one number per row and look at no target: losses and what is made of them.
+
+N training rows.
+"""
 
 from __future__ import annotations
 

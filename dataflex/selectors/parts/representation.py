@@ -1,4 +1,7 @@
-"""What training rows are judged by: vectors that are compared with the targets', or one number per row."""
+"""What training rows are judged by: vectors that are compared with the targets', or one number per row.
+
+N training rows.
+"""
 
 from __future__ import annotations
 

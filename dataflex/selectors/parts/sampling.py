@@ -1,6 +1,6 @@
 """Weights and random draws of rows. A draw is a function of the generator and the row keys, not of the pool's order.
 
-Weights are given as their logarithms, so that none is too large or too small to be told from the others.
+Weights of N rows are given as their logarithms, so that none is too large or too small to be told from the others.
 """
 
 from __future__ import annotations

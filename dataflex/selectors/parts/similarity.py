@@ -1,7 +1,8 @@
 """Similarity of training rows to target sets, block by block, each rank its share of the rows.
 
-N training rows, b of them in a block, J target sets of M_j rows, D numbers. No N x M matrix exists: inside a block the
-similarities to a set are reduced to one number at once. What travels between ranks is that number per row and set.
+N training rows, b of them in a block, R some of them, J target sets of M_j rows, D numbers per vector. No N x M matrix
+exists: inside a block the similarities to a set are reduced to one number at once. What travels between ranks is that
+number per row and set.
 """
 
 from __future__ import annotations

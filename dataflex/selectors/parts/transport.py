@@ -1,7 +1,7 @@
 """Mass that target rows send to their nearest candidates: KNN-Uniform and KNN-KDE of TSDS, in float64.
 
-M target rows, N candidates, L neighbours of each target row, nearest first; U candidates that are anybody's neighbour.
-Each target row has the mass 1 / M to send, and what a candidate receives is its probability of being drawn.
+M target rows, N candidates, L neighbours of each target row, nearest first; U candidates that are anybody's neighbour,
+D numbers per vector. Each target row has the mass 1 / M to send, and what a candidate receives is its probability.
 
 Source: TSDS, arXiv 2410.11303, sections 3 and 4. With distances d, the plan g (M, N) has rows that sum to 1 / M and
 minimises `alpha / C * sum(g * d) + (1 - alpha) * G(g)`, where G is M times the largest deviation of g from a plan that
