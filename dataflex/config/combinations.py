@@ -137,7 +137,7 @@ class Combinations:
         if train_type == "static":
             why = "With train_type: static LLaMA-Factory trains untouched, on every row"
             self._problems.add(self._origin, at, "false, or a dynamic train_type", True, why=why)
-        elif not self._values.get("eval_dataset") and not self._values.get("val_size"):  # so there are no target rows
+        elif not self._values.get("eval_dataset") and not self._values.get("val_size"):
             why = "The rows of eval_dataset, or those that val_size splits off, are what is left out"
             self._problems.add(self._origin, at, "eval_dataset or val_size beside it", True, why=why)
 

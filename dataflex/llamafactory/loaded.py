@@ -77,7 +77,7 @@ def _ends(dataset: Any) -> Iterator[int]:
         columns = [name for name in dataset.column_names if name.endswith("input_ids")]
         for batch in dataset.select_columns(columns).with_format("arrow").iter(_BATCH) if columns else ():
             for name in columns:
-                tokens = batch[name]  # in Arrow: to look at each token in Python would take minutes on a large set
+                tokens = batch[name]  # in Arrow, where a batch is one array, not a list of tokens for each row
                 while pa.types.is_list(tokens.type) or pa.types.is_large_list(tokens.type):
                     tokens = pc.list_flatten(tokens)
                 yield from (found for found in pc.min_max(tokens).as_py().values() if found is not None)

@@ -72,7 +72,7 @@ class ClusterLess(Propagated):
 
     def _count(self, rows: int) -> int:
         """Return the number of clusters of some rows."""
-        return self.params.num_clusters or -(-rows // self.params.cluster_size)  # rounded up
+        return self.params.num_clusters or -(-rows // self.params.cluster_size)
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Score representatives, carry over, choose.
