@@ -55,7 +55,7 @@ class ChatServer:
             futures = [pool.submit(self._complete, dict(payload), headers) for payload in payloads]
             try:
                 return [future.result() for future in futures]
-            except BaseException:
+            except BaseException:  # Ctrl-C too: else the pool would first send every request that is waiting
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -69,7 +69,7 @@ class ChatServer:
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:
                     choice = json.load(answer)["choices"][0]
                 return choice["message"]["content"] or "", choice.get("finish_reason")
-            except urllib.error.HTTPError as error:
+            except urllib.error.HTTPError as error:  # before OSError, of which it is one
                 said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
                 if error.code not in _PASSING:
                     raise ConfigError(f"{url} refused a request for {payload.get('model')}: {said}") from error

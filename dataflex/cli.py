@@ -95,20 +95,20 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
         if not argument.strip() or (is_option and not value.strip()):
             where = option if is_option else f"behind {before}"
             raise ConfigError(
-                f"command line: found an empty text ({where}); expected a value, or the option left out; see whether a "
+                f"command line: found an empty text ({where}); expected a value, or no such option; see whether a "
                 "variable is unset"
             )
 
 
 def _leave_bars() -> None:
-    """Give what is printed next a line of its own, below the progress bars that are still drawn."""
+    """Close the progress bars that are still drawn, so that an error stands on a line of its own below them."""
     if tqdm := sys.modules.get("tqdm.std"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()
 
 
 def _flush() -> None:
-    """Write what was printed while a fault can still be told; Python itself would do so when it is too late."""
+    """Flush standard output now, while a full disk can still be reported; Python's own flush at exit comes too late."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read it has enough, as `head` has
@@ -117,7 +117,7 @@ def _flush() -> None:
 
 
 class _Stderr(logging.Handler):
-    """Writes to what `sys.stderr` is at the time: a progress bar replaces it, to keep a line of its own."""
+    """Writes to the current `sys.stderr`, which progress bars replace so that log lines do not break into them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
@@ -389,6 +389,7 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
 
     settings = _settings(run, overrides)
     refuse_unreachable(settings.store_root)
+    # After the run file is checked: what is wrong with it is then said once, and in a second.
     launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
     for note in settings.notes if distributed.is_main() else ():
         log.warning("%s: %s", run, note)
@@ -405,7 +406,7 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
 
 @contextlib.contextmanager
 def _staying(verb: str) -> Iterator[None]:
-    """Keep code that a command runs from ending it, as a component that calls `sys.exit`: it would seem to be done."""
+    """Refuse a `sys.exit` of code that a command runs, such as a component: the command would seem to be done."""
     try:
         yield
     except SystemExit as error:
@@ -415,7 +416,7 @@ def _staying(verb: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _leaving() -> Iterator[None]:
-    """End the process group of a run that went well, or that every process has stopped at the same place."""
+    """End the process group of a run that went well, or that all processes have left at the same place."""
     try:
         yield
     except Interrupted as interrupted:

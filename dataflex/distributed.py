@@ -1,4 +1,4 @@
-"""Rank and world, and the four collectives that the rest needs; everything works alone too."""
+"""Rank, world size and the collectives that the rest of the code needs; in a single process all of them work too."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def _group() -> Any:
 
 
 def number(env: Mapping[str, str], name: str, default: int, least: int = 0, most: int = 2**31 - 1) -> int:
-    """Return a whole number out of the environment.
+    """Return a whole number from an environment variable.
 
     Raises:
-        ConfigError: it is none, or out of bounds.
+        ConfigError: the variable holds no number, or one that is out of bounds.
     """
     text = env.get(name)
     if text is None:
@@ -49,7 +49,7 @@ def check_environment(env: Mapping[str, str]) -> None:
     """Refuse a process that does not know which one of how many it is.
 
     Raises:
-        ConfigError: a number is none, or out of bounds.
+        ConfigError: a variable holds no number, or one that is out of bounds.
     """
     several = number(env, "WORLD_SIZE", 1, least=1)
     number(env, "RANK", 0, most=several - 1)
@@ -79,7 +79,7 @@ def is_main() -> bool:
 
 
 def prepare() -> None:
-    """Import what would keep the process group from ending; for `leave`, and before there is a group."""
+    """Import the modules of `_KEEPERS` while there is no process group yet, so that they cannot keep one alive."""
     for name in _KEEPERS if world() > 1 else ():
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
@@ -154,7 +154,7 @@ def gather(value: T) -> list[T]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """End on every rank with the same error if one rank meets one: otherwise the others would wait for it. Collective.
+    """Raise an error that one rank meets on every rank: otherwise the others would wait for it. Collective.
 
     Raises:
         DataflexError: the error of the lowest rank that met one.

@@ -7,7 +7,9 @@ import numpy as np
 
 def generator(seed: int, *names: int | str) -> np.random.Generator:
     """Return a random generator that is a function of its arguments alone, on every machine."""
+    # The number of names is a part: names become several words each, and ("a", "b") must not draw what ("ab",) does.
     words = [w for name in names for w in (name.encode() if isinstance(name, str) else [name])]
+    # PCG64 by name, as NumPy may make another generator the one of `default_rng`.
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, len(names), *words])))
 
 

@@ -8,7 +8,7 @@ class DataflexError(Exception):
 
     exit_code = 1
     everywhere = False
-    """Whether every process of the run raises it, so that it is enough if one says it."""
+    """Whether every process of the run raises it, so that one of them is enough to print it."""
 
 
 class ConfigError(DataflexError):
@@ -50,8 +50,8 @@ class UnavailableError(DataflexError):
 class Interrupted(BaseException):
     """A scheduler asked the process to stop. What is committed stays; the same command goes on from there.
 
-    No `Exception`, so that a library's handler of errors does not swallow it. `is_together` says that every process of
-    the run has left at the same place, so that none waits for another.
+    Not an `Exception`, so that a library's handler of errors does not swallow it. `is_together` is true if every
+    process of the run has left at the same place, so that none waits for another.
     """
 
     exit_code = 75

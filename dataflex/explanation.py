@@ -1,7 +1,7 @@
-"""What cannot be loaded, in words: data, models, encoders, rewards; where, what was found and what was expected.
+"""Errors in words for data, models, encoders and rewards that cannot be loaded.
 
-Whoever has LLaMA-Factory, or what it stands on, load something does it inside `explained`. What they raise is kept as
-the cause, which `dataflex -v` shows.
+Code that has LLaMA-Factory or its libraries load something does it inside `explained`. The library's own exception is
+kept as the cause, which `dataflex -v` shows.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def raised_in(error: BaseException) -> str:
 
 def in_words(error: BaseException) -> str:
     """Return what went wrong, by the error at the bottom of the chain, on one line."""
+    # `datasets` wraps what a worker raised; multiprocessing's copy of the worker's traceback is no error of its own.
     while error.__cause__ is not None and not type(error.__cause__).__name__.startswith("_Remote"):
         error = error.__cause__
     text = " ".join(str(error).split()) or "no text"

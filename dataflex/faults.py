@@ -34,9 +34,12 @@ _UNREACHABLE = (
     errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT,
 )  # fmt: skip
 _NO_SERVER = re.compile(r"\w*Connect\w*Error|\w*Timeout(Error)?")
-"""What HTTP libraries and object stores call a server that does not answer; their classes have no other in common."""
+"""Names of the exceptions by which HTTP libraries and object stores say that a server does not answer.
+
+The classes have no parent in common.
+"""
 _OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
-"""How tokenizers and safetensors tell of a disk, in exceptions that are no OSError."""
+"""How tokenizers and safetensors, written in Rust, report the errors of a disk: in exceptions that are no OSError."""
 
 
 def told(error: BaseException) -> tuple[str, int] | None:
@@ -86,7 +89,7 @@ def of_user_code(error: BaseException) -> str | None:
         module = str(frame.f_globals.get("__name__", ""))
         if module in USERS and module.partition(".")[0] != "dataflex":
             place = f"{frame.f_code.co_filename}, line {line}, in {frame.f_code.co_qualname}"
-        elif module.partition(".")[0] == "dataflex":
+        elif module.partition(".")[0] == "dataflex":  # called back into our code: the fault is ours again
             place = None
     if place is None:
         return None
@@ -108,6 +111,7 @@ def is_unreachable(error: BaseException | None) -> bool:
         is_of_network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
         is_of_network |= isinstance(error, OSError) and error.errno in _UNREACHABLE
         is_of_network |= any(_NO_SERVER.fullmatch(cls.__name__) for cls in type(error).__mro__)
+        # Hugging Face's offline mode raises errors of connections, though nobody was asked.
         is_of_this_machine = isinstance(error, BrokenPipeError) or "ffline" in f"{type(error).__name__} {error}"
         if is_of_network and not is_of_this_machine:
             return True

@@ -66,7 +66,7 @@ def row_key(
     h = hashlib.blake2b(digest_size=16, person=b"dataflex-row-v1")
     ids = np.ascontiguousarray(input_ids, dtype="<i8")
     mask = None if attention_mask is None else np.ascontiguousarray(attention_mask, dtype="<i8")
-    h.update(len(ids).to_bytes(8, "little"))
+    h.update(len(ids).to_bytes(8, "little"))  # else other tokens and labels could be the same bytes in a row
     h.update(ids.tobytes())
     h.update(np.ascontiguousarray(labels, dtype="<i8").tobytes())
     if mask is not None and not (mask == 1).all():
@@ -119,7 +119,7 @@ def model_digest(folder: str | os.PathLike[str], sums: Mapping[str, str] | None 
     configs = [p for p in (root / "config.json", root / "adapter_config.json") if p.is_file()]
     known = {name: sum for p in weights if (sum := (sums or {}).get(name := p.relative_to(root).as_posix()))}
     unknown = [name for p in weights if (name := p.relative_to(root).as_posix()) not in known]
-    with ThreadPoolExecutor(max_workers=4) as pool:
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing and reading leave the interpreter's lock
         known |= dict(zip(unknown, pool.map(file_digest, (root / name for name in unknown)), strict=True))
     parts: dict[str, Any] = dict(known)
     written = {p.name: json.loads(p.read_text("utf-8")) for p in configs}

@@ -1,4 +1,4 @@
-"""Where the files of a model or adapter lie, and what names them all."""
+"""The local folder of a model or adapter, and a digest of all its files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model_folder(
     for name in ("config.json", "adapter_config.json"):
         try:
             return Path(str(cached_file(name_or_path, name, **where))).parent
-        except OSError as error:  # as Transformers says all that keeps it from a file, that it is not there among it
+        except OSError as error:  # Transformers' answer to every failure, a file that is not there among them
             if is_unreachable(error):
                 raise UnavailableError(
                     f"{name_or_path}: the Hub does not answer, and its cache has no {name}; expected a folder here, or "

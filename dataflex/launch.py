@@ -12,7 +12,7 @@ from dataflex.environment import is_on
 from dataflex.errors import ConfigError
 
 _COUNTED = ("auto", "cpu", "gpu", "xpu")
-"""What torchrun takes for a number of processes, and counts itself."""
+"""Words that torchrun takes in place of a number of processes; it then counts the devices itself."""
 _MOST = 65536
 """Nodes, processes of a node, or restarts: more is a mistake, and would take the machine down."""
 
@@ -27,13 +27,13 @@ def launch(arguments: Sequence[str], needs_processes: bool = False) -> None:
         needs_processes: whether a launcher is needed whatever the number of devices, as for DeepSpeed.
 
     Raises:
-        ConfigError: the environment says too little, or no number where there has to be one.
+        ConfigError: a variable that is needed is not set, or holds no number.
     """
     command = command_line(arguments, os.environ, _devices, needs_processes)
     if command is None:
         _require_group(os.environ)
         return
-    sys.stdout.flush()
+    sys.stdout.flush()  # `execve` discards what is still in the buffers
     sys.stderr.flush()
     command[3:3] = _passed_on()
     os.execve(command[0], command, environment(os.environ))
@@ -63,7 +63,7 @@ def command_line(
         return None
     nodes = check_numbers(env)
     address = env.get("MASTER_ADDR", "127.0.0.1")
-    port = str(_number(env, "MASTER_PORT", 0) or free_port())
+    port = str(_number(env, "MASTER_PORT", 0) or free_port())  # torchrun's fixed default would meet a second run's
     processes = env.get("NPROC_PER_NODE") or str(max(1, devices()))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
     if "RDZV_ID" in env:
@@ -97,10 +97,10 @@ def check(env: Mapping[str, str], needs_processes: bool) -> None:
 
 
 def check_numbers(env: Mapping[str, str]) -> int:
-    """Hold every number that the launcher is told against its bounds, and return that of the nodes.
+    """Check every number that the launcher is given, and return the number of nodes.
 
     Raises:
-        ConfigError: a number is none, or out of bounds; several nodes have no common address.
+        ConfigError: a variable holds no number, or one out of bounds; several nodes have no common address.
     """
     nodes = _number(env, "NNODES", 1, least=1)
     if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
@@ -142,7 +142,7 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _passed_on() -> list[str]:
-    """Return what makes torchrun pass SIGUSR1 on to its workers too, which would end it otherwise, where it can."""
+    """Return the option by which torchrun passes SIGUSR1 on to its workers, if it has one; else the signal ends it."""
     from torch.distributed.launcher.api import LaunchConfig
 
     if not hasattr(LaunchConfig, "signals_to_handle"):

@@ -1,4 +1,4 @@
-"""What is known about each example once LLaMA-Factory has turned it into tokens."""
+"""What is known about each example once LLaMA-Factory has turned it into tokens. R rows."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Schedule:
         return math.ceil(rows / batch)
 
     def shown_epoch(self, rows: int, batch: int) -> int:
-        """Return the steps that people call an epoch: a flex epoch, or a pass over the data where that is the run."""
+        """Return the steps of an epoch as logs show it: a flex epoch, or a pass over the data if that spans the run."""
         return self._pass(rows, batch) if self.spans_run else self.flex_steps(rows, batch)
 
     def total(self, rows: int | None = None, batch: int | None = None) -> int:
@@ -112,6 +112,7 @@ class Schedule:
         for epoch, begin in enumerate(range(0, total, epoch_steps)):
             end = min(begin + epoch_steps, total)
             starts = range(begin + self.warmup_step, end, self.update_step if self.update_step > 0 else epoch_steps)
+            # `starts` stops before `end`, which closes the last round: no round is empty.
             cuts = [*([begin] if self.warmup_step > 0 else []), *starts, end]
             for first, after in itertools.pairwise(cuts):
                 update = 0 if first < begin + self.warmup_step else 1 + starts.index(first)

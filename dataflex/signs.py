@@ -2,6 +2,8 @@
 
 Each function looks at one of them and returns what to tell the user, or None. Nothing is refused: each has a harmless
 case. docs/diagnostics.md lists them.
+
+R rows.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import numpy as np
 
 SAMPLE = 100
 """Rows whose text is looked at, evenly spaced."""
-_MOST_CHARACTERS = 20_000
-_UNKNOWN = 0.01
-_TRUNCATED = 0.5
-_GUESSING = 0.9
+_MOST_CHARACTERS = 20_000  # looked at of a text
+_UNKNOWN = 0.01  # share of tokens
+_TRUNCATED = 0.5  # share of rows
+_GUESSING = 0.9  # of ln V, the loss of a model that draws tokens at random
 
 
 def loss_warning(mean: float, vocabulary: int, where: str) -> str | None:
@@ -126,7 +128,7 @@ def length_warning(name: str, lengths: np.ndarray, truncated: np.ndarray, cutoff
 
 
 def _back(text: str, tokenizer: Any) -> str | None:
-    """Return what comes back of a text, as it is compared, if that is not the text."""
+    """Return a text after encoding and decoding, as it is compared, if that differs from the text; else None."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     back = _compared(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     return None if back == _compared(text) else back

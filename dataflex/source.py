@@ -1,4 +1,4 @@
-"""Python files by what they are made of: a file, and what it imports relatively."""
+"""Python files that belong together: a file, and the files that it imports relatively."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ class Report:
                 self.write("running")
 
     def write(self, state: str, exit_code: int | None = None, message: str | None = None) -> None:
-        """Write the state; what the command did counts more than a disk on which it can no longer be said."""
-        if distributed.is_main() and self._is("failed"):
+        """Write the state. A disk that is full by now is only logged: the command's own end counts more."""
+        if distributed.is_main() and self._is("failed"):  # asked on disk: the other rank's word is nowhere else
             return  # by another rank, and this one was ended for it
         try:
             self._put(state, exit_code, message)
@@ -71,7 +71,7 @@ class Report:
             log.warning("%s: not written: %s", self._name, error)
 
     def fail(self, error: BaseException) -> None:
-        """Write what ends the command; on another rank than 0, if rank 0 has not met it too."""
+        """Write the error that ends the command; another rank than 0 writes it only if rank 0 does not meet it too."""
         if not distributed.is_main() and isinstance(error, DataflexError) and error.everywhere:
             return
         if isinstance(error, DataflexError):

@@ -1,4 +1,4 @@
-"""Whether a scheduler has asked this process to stop, and where it does: at once, or where its work is kept.
+"""Whether a scheduler has asked this process to stop, and where it stops: at once, or where its work is safe.
 
 Signals are a matter of the whole process, so what is known of them is kept in this module.
 """
@@ -23,15 +23,15 @@ PATIENCE = 15.0
 
 
 class _Asked:
-    """What this process knows: `by` which signal, `held` how often, whether an `Interrupted` is on its way up."""
+    """What this process knows of being asked to stop."""
 
     def __init__(self) -> None:
-        self.owner = os.getpid()
-        self.by: signal.Signals | None = None
-        self.held = 0
-        self.is_leaving = False
-        self.is_droppable = False
-        self.is_late = False
+        self.owner = os.getpid()  # a forked worker inherits this object and is not meant by it
+        self.by: signal.Signals | None = None  # the first signal
+        self.held = 0  # blocks of `held` that are open
+        self.is_leaving = False  # an `Interrupted` is on its way up
+        self.is_droppable = False  # a block of `droppable` is open
+        self.is_late = False  # `PATIENCE` is over
 
 
 _now = _Asked()
@@ -104,7 +104,7 @@ def leave(together: bool = False) -> None:
 
 
 def name() -> str:
-    """Return the signal that asked for it, as people know it."""
+    """Return the name of the signal that asked this process to stop."""
     return "a signal to another process" if _now.by is None else _now.by.name
 
 
@@ -131,14 +131,14 @@ def _answer(number: int, frame: FrameType | None) -> None:
 
 
 def _become_late(asked: _Asked, sent: signal.Signals) -> None:
-    """Send the signal once more, now that what may be dropped need not be waited for."""
+    """Send the signal once more, now that work which may be dropped is no longer waited for."""
     asked.is_late = True
     if asked is _now and asked.is_droppable and _is_listening:
         signal.pthread_kill(threading.main_thread().ident or 0, sent)  # so that a system call ends, too
 
 
 def announce() -> None:
-    """Have the other processes stop behind the piece of work that they do; they look between those that need no one."""
+    """Ask the other processes to stop behind the piece of work at hand; they look for this between two pieces."""
     if (store := distributed.store()) is not None:
         with contextlib.suppress(RuntimeError):  # where the process that holds it is gone, no one is left to be told
             store.set("dataflex/stop", "1")
@@ -170,7 +170,7 @@ def _await(parent: int) -> None:
 
 
 class _Registered:
-    """What the registration lives as long as."""
+    """An object to register with: multiprocessing keeps a registration only as long as its object lives."""
 
 
 _registered = _Registered()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside a file; what is written there takes the file's place when the block ends, synced before.
+    """Yield a temporary name beside a file; what is written there is synced and replaces the file when the block ends.
 
     Folders that lead to it are made. An error leaves the old file; a kill at most a hidden one beside it.
 

@@ -34,7 +34,7 @@ class Encoded:
     @classmethod
     def concatenate(cls, parts: Sequence[Encoded]) -> Encoded:
         """Return the rows of all parts, which hold the same columns."""
-        if len(parts) == 1:
+        if len(parts) == 1:  # `np.concatenate` would copy it
             return parts[0]
         codes = [part.codes for part in parts if part.codes is not None]
         scales = [part.scale for part in parts if part.scale is not None]
@@ -47,6 +47,6 @@ class Encoded:
         )
 
     def decoded(self, storage: str) -> Values:
-        """Return the values that a reader sees."""
+        """Return the rows as a reader sees them, vectors as float32."""
         vectors = None if self.codes is None else decode(self.codes, self.scale, storage)
         return Values(self.keys, self.status, self.scalars, vectors)

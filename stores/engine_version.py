@@ -1,4 +1,4 @@
-"""Which version of the feature engine a store or a kept state was computed by: values of another are not reused."""
+"""Which version of the feature engine computed a store or a kept state; values of another version are not reused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataflex.stores.runs import Used
 
 
 def engine_of(described: Mapping[str, Any]) -> int | None:
-    """Return the version that a recipe, or the story of a kept state, names; None where no engine was at work."""
+    """Return the version in a store's recipe or in the record of how a kept state came about; None if there is none."""
     origin = described.get("parent", described)
     numerics = origin.get("numerics") if isinstance(origin, Mapping) else None
     if isinstance(numerics, Mapping):
@@ -22,9 +22,9 @@ def engine_of(described: Mapping[str, Any]) -> int | None:
 
 
 def older(files: Files, engine: int) -> dict[Used, int]:
-    """Return the stores and kept states that an older version than `engine` computed, with that version.
+    """Return the stores and kept states that a version below `engine` computed, each with that version.
 
-    What cannot be read is left out: `store verify` says so.
+    Those that cannot be read are left out: `store verify` tells of them.
     """
     found: dict[Used, int] = {}
     for folder in files.names(""):

@@ -50,7 +50,7 @@ class Files(ABC):
 
     @abstractmethod
     def output(self, path: str) -> AbstractContextManager[BinaryIO]:
-        """Give a binary file that is put at `path`, in place of any other, durable, when the `with` block ends well."""
+        """Give a binary file to write to; when the `with` block ends well it replaces what is at `path`, durably."""
 
     @abstractmethod
     def exists(self) -> bool:
@@ -58,7 +58,7 @@ class Files(ABC):
 
     @abstractmethod
     def open(self, path: str) -> pa.NativeFile:
-        """Open a file for random access. Raises FileNotFoundError, or CorruptionError where it is no file."""
+        """Open a file for random access. Raises FileNotFoundError, or CorruptionError if something else lies there."""
 
     @abstractmethod
     def names(self, folder: str) -> list[str]:
@@ -68,7 +68,7 @@ class Files(ABC):
     def stored(self, folder: str) -> list[Stored]:
         """List every file at any depth below a folder (`""`: the root), sorted by path; none if there is no folder.
 
-        A folder that is called as a document counts as one, so that what it stands in the place of is not overlooked.
+        A folder with the name of a document is listed as if it were that document, so that a check sees the fault.
         """
 
     @abstractmethod
@@ -80,7 +80,7 @@ class Files(ABC):
         """Remove a folder if there is no file below it, where storage has folders at all."""
 
     def misplaced(self, path: str, expected: Literal["file", "folder"]) -> str | None:
-        """Say what lies where a file or folder belongs, if it is something else; None where nothing lies."""
+        """Say what lies at a path instead of the expected file or folder; None if that, or nothing, is there."""
         return None  # an object store has no folders: a name can be both
 
     def put_aside(self, path: str) -> None:
@@ -103,7 +103,7 @@ class Files(ABC):
 
 
 class HashingWriter:
-    """Passes on what is written to a file, and knows its SHA-256."""
+    """Passes on what is written to a file and takes its SHA-256 on the way, so that the file need not be read again."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -156,7 +156,7 @@ class LocalFiles(Files):
             raise CorruptionError(what)
         try:
             return pa.OSFile(str(self.root / path))
-        except NotADirectoryError as error:
+        except NotADirectoryError as error:  # a file lies where a folder above belongs: to the caller, nothing is there
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root / path)) from error
 
     def names(self, folder: str) -> list[str]:
@@ -208,7 +208,7 @@ class LocalFiles(Files):
         """Remove a file, if it is there."""
         try:
             if (self.root / path).is_dir() and not (self.root / path).is_symlink():
-                self.put_aside(path)
+                self.put_aside(path)  # what a folder in a file's place holds is not ours, so it is not deleted
             else:
                 self._unlink(self.root / path)
         except OSError as error:
@@ -226,6 +226,8 @@ class LocalFiles(Files):
 
     @contextmanager
     def _writing(self, path: str) -> Iterator[tuple[Path, BinaryIO]]:
+        # In the store's own folder, not in /tmp: neither a link nor a rename crosses file systems, and a store may be
+        # a link to another disk.
         temporary = self.root / Path(path).parts[0] / "tmp" / uuid.uuid4().hex
         size = 0
         try:
@@ -242,10 +244,11 @@ class LocalFiles(Files):
                 raise
             raise explained from error
         finally:
-            with suppress(OSError):
+            with suppress(OSError):  # a file under tmp/ is never read; the error worth telling is the write's
                 self._unlink(temporary)
 
     def _make_folder(self, folder: Path) -> None:
+        # Not `mkdir(parents=True)` alone: each new folder's name must outlive a power cut too, so its parent is synced.
         if folder in self._synced:
             return
         if folder != self.root:
@@ -263,7 +266,7 @@ class LocalFiles(Files):
 
     def _link(self, temporary: Path, path: Path) -> bool:
         try:
-            os.link(temporary, path)
+            os.link(temporary, path)  # not a rename, which silently replaces what another writer committed
         except FileExistsError:
             return False
         return True
@@ -287,7 +290,7 @@ _NO_FOLDER = (
     errno.EACCES, errno.EEXIST, errno.EISDIR, errno.EMLINK, errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY,
     errno.EOPNOTSUPP, errno.EPERM, errno.EROFS,
 )  # fmt: skip
-"""How a file system says that nothing can be kept where a store would be; some, as /proc, say that it is not there."""
+"""How file systems say that no store can be kept there; ENOENT is among them, as /proc answers with it."""
 
 
 def _raise_unless_gone(error: OSError) -> None:

@@ -24,7 +24,7 @@ from dataflex.stores.record import FORMAT
 from dataflex.stores.rounding import STORAGES, encode
 from dataflex.stores.values import Layout, Values
 
-_GROUP_ROWS, _GROUP_BYTES = 4096, 64 << 20
+_GROUP_ROWS, _GROUP_BYTES = 4096, 64 << 20  # a reader holds one row group at a time, so this bounds its memory
 _PAGE_BYTES = 8 << 20
 
 
@@ -50,10 +50,10 @@ def serialise(layout: Layout, values: Values) -> pa.Buffer:
         fields,
         compression="NONE",
         use_dictionary=False,
-        write_statistics=["status", *layout.scalars],
+        write_statistics=["status", *layout.scalars],  # smallest and largest key or vector would prune nothing
         data_page_size=_PAGE_BYTES,
         write_page_checksum=True,
-        store_schema=False,
+        store_schema=False,  # pyarrow's copy of the schema could name extension types; `_check` takes our metadata only
     ) as writer:
         for start in range(0, len(values), group_rows):
             part = slice(start, start + group_rows)
@@ -63,6 +63,7 @@ def serialise(layout: Layout, values: Values) -> pa.Buffer:
 
 
 def _table(layout: Layout, fields: pa.Schema, values: Values, part: slice) -> pa.Table:
+    # Zeros, whatever a failed computation left: equal values then give equal bytes, and `encode` wants finite numbers.
     unusable = values.status[part] != Status.OK
     columns = {"row_key": _binary(values.keys[part]), "status": pa.array(values.status[part])}
     for name in layout.scalars:
@@ -141,6 +142,7 @@ class Fragment:
         codes = None
         if "vector" in found:
             dtype = STORAGES[self.layout.storage]
+            # A void item per row, viewed as numbers: the vectors are used where pyarrow read them to, without a copy.
             codes = _array(found["vector"], np.dtype((np.void, self.layout.width * dtype.itemsize)))
             codes = codes.view(dtype).reshape(-1, self.layout.width)
         return Encoded(

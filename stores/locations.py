@@ -22,7 +22,7 @@ class Locations:
         self.offsets = np.cumsum([0, *map(len, fragments)])
         """(F + 1,) position of each fragment's first row, and N."""
         found = np.concatenate(fragments).view(_SORTABLE) if fragments else np.empty(0, _SORTABLE)
-        order = np.argsort(found, kind="stable")
+        order = np.argsort(found, kind="stable")  # equal keys stay in the order of the log, so the first is kept
         found = found[order]
         first = np.ones(len(found), bool)
         first[1:] = found[1:] != found[:-1]

@@ -105,7 +105,7 @@ class Log:
         """Return the entry that storage has now for the same fragment, or None.
 
         Raises:
-            ConflictError: it is of other rows.
+            ConflictError: that entry is of other rows.
         """
         record = find_record(self.files, self.folder, entry.fragment)
         return None if record is None else self._same_rows(entry, record)
@@ -119,6 +119,7 @@ class Log:
         return self._same_rows(entry, claim(self.files, self.folder, entry.fragment, asdict(entry))[0])
 
     def _same_rows(self, entry: Entry, record: dict[str, Any]) -> Entry:
+        # Row keys, not the data's SHA-256: in half precision two writers' values may differ, and both are right.
         there = parse(record, entry.fragment, self.files.name(f"{self.folder}/{entry.fragment}.json"))
         if there.keys != entry.keys:
             raise ConflictError(

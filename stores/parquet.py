@@ -69,6 +69,7 @@ class ParquetStore:
     def bytes(self) -> int:
         """Size of the committed data files."""
         self._refresh()
+        # By data file: fragments with equal values share one, as it is named by its content.
         return sum({entry.data: entry.bytes for entry in self._log.entries.values()}.values())
 
     @property
@@ -113,7 +114,7 @@ class ParquetStore:
             writer=_WRITER,
         )
         kept = self._log.find(entry)
-        if kept is None:
+        if kept is None:  # the data are durable before the entry that names them: a crash between leaves an unused file
             with self.files.output(f"{self.folder}/data/{entry.data}.parquet") as file:
                 file.write(data)
             kept = self._log.commit(entry)
@@ -142,6 +143,7 @@ class ParquetStore:
             CorruptionError: a data file is missing or damaged.
         """
         keys = _checked(keys)
+        # What is committed never changes, so old knowledge is right, and the log is listed only where a key is missing.
         snapshot = self._current(refresh=False)
         found = snapshot.locations.find(keys)
         if (found < 0).any():
@@ -158,7 +160,7 @@ class ParquetStore:
         status = np.empty(len(keys), np.uint8)
         scalars = {name: np.empty(len(keys), self.layout.scalars[name]) for name in columns}
         out = np.empty((len(keys), width), np.float32) if width else None
-        order = np.argsort(found, kind="stable")
+        order = np.argsort(found, kind="stable")  # in the order of storage, each row group is read once
         for slots, part in snapshot.groups(found[order], columns, vectors):
             rows = order[slots]
             status[rows] = part.status
@@ -199,7 +201,7 @@ class ParquetStore:
         vectors: bool = True,
         keys: np.ndarray | None = None,
     ) -> Iterator[Encoded]:
-        """Yield what `scan` does, as it is stored."""
+        """Yield the blocks of `scan` with vectors as codes and scale: a search need not decode D numbers per row."""
         snapshot = self._current(refresh=True)
         found = snapshot.locations.all() if keys is None else np.unique(snapshot.locations.find(_checked(keys)))
         held: list[Encoded] = []

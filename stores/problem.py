@@ -15,12 +15,12 @@ class Problem:
     """Something under a root that should not be there, or is not what it should be.
 
     Attributes:
-        path: of the file, relative to the root.
-        what: for people.
-        harmless: no reader ever opens it; a crash or a lost race leaves such files.
-        aside: what to give another name, because it is no folder and a folder belongs there.
+        path: where it lies, relative to the root.
+        what: the problem in words.
+        harmless: true for files that no reader ever opens; a crash or a lost race leaves such files.
+        aside: path to rename, because something else lies there where a folder belongs; empty if there is none.
         remove: files to remove, in this order, so that the rows or the state concerned count as missing.
-        put: path and content of a document to write after that, in place of any other.
+        put: path and content of a document to write after that, replacing what is there.
     """
 
     path: str

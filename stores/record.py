@@ -41,7 +41,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         version = document["format"]
     except (ValueError, TypeError, RecursionError) as error:
         raise CorruptionError(f"{where} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
-    if not intact:
+    if not intact:  # asked before the version: a format that a flipped bit changed is damage, not a newer DataFlex
         raise CorruptionError(f"{where} is damaged: its content does not match the digest in it")
     if not isinstance(version, int) or version > FORMAT:
         raise MismatchError(
@@ -58,7 +58,7 @@ def read_record(files: Files, path: str) -> dict[str, Any]:
         CorruptionError: it is not what `seal` wrote.
         MismatchError: a newer DataFlex wrote it.
     """
-    data = files.read(path, _LIMIT + 1)
+    data = files.read(path, _LIMIT + 1)  # not all of it: whatever lies there must fit into memory
     if len(data) > _LIMIT:
         raise CorruptionError(f"{files.name(path)} is damaged: more than {_LIMIT} bytes")
     return unseal(data, files.name(path))

@@ -41,7 +41,7 @@ class RemoteFiles(Files):
     @contextmanager
     def output(self, path: str) -> Iterator[BinaryIO]:
         """Give a binary file that is put at `path` when the block ends well."""
-        with tempfile.NamedTemporaryFile() as file:
+        with tempfile.NamedTemporaryFile() as file:  # on this machine: an exception in the block leaves nothing remote
             yield file  # type: ignore[misc]
             file.flush()
             with self._told(writes=True):
@@ -50,7 +50,7 @@ class RemoteFiles(Files):
     def exists(self) -> bool:
         """Say whether anything lies below the URL, or whether it is a bucket."""
         with self._told():
-            self.fs.invalidate_cache()
+            self.fs.invalidate_cache()  # fsspec keeps listings, in which other writers' files would be missing
             return bool(self.fs.exists(self._root))
 
     def open(self, path: str) -> pa.NativeFile:

@@ -46,7 +46,7 @@ def existing_files(root: str | os.PathLike[str], named_by: str | None) -> Files:
 
     Args:
         root: a local folder or an fsspec URL.
-        named_by: what names it, for people; None for the default, where nothing need be yet.
+        named_by: option or variable that named it, for the error; None for the default root, which need not exist yet.
 
     Raises:
         ConfigError: it is named and not there.
@@ -161,7 +161,7 @@ def recorded_store(files: Files, folder: str, document: dict[str, Any], check_na
 
     Raises:
         CorruptionError: it is no recipe, or another than the folder is named after.
-        MismatchError: it is of a projection that there is no more.
+        MismatchError: its gradients were projected in a way that DataFlex no longer has.
     """
     where = files.name(f"{folder}/recipe.json")
     try:

@@ -17,9 +17,9 @@ def encode(vectors: np.ndarray, storage: str) -> tuple[np.ndarray, np.ndarray | 
     """Return codes (R, D) and scale (R,) float32, None for float32, of finite (R, D) float32 vectors."""
     if storage == "float32":
         return np.ascontiguousarray(vectors, dtype=np.float32), None
-    scale = np.maximum(vectors.max(axis=1), -vectors.min(axis=1))
+    scale = np.maximum(vectors.max(axis=1), -vectors.min(axis=1))  # `abs` would make a copy of all R x D numbers
     unit = np.divide(vectors, scale[:, None], out=np.zeros_like(vectors), where=scale[:, None] > 0)
-    if storage == "int8":
+    if storage == "int8":  # 127, not 128, which int8 has on its negative side only
         np.rint(np.multiply(unit, np.float32(127), out=unit), out=unit)
     return unit.astype(STORAGES[storage]), scale
 

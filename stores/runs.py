@@ -55,7 +55,7 @@ class RunRecord:
         self._is_refused = False
 
     def begin(self) -> None:
-        """Record that this launch has begun, where one that cannot write is to end.
+        """Record that this launch has begun, for commands that must stop if the root cannot be written to.
 
         Raises:
             DataflexError: the root cannot be written to.
@@ -129,8 +129,9 @@ class KnownRun:
 def read_runs(files: Files) -> list[KnownRun]:
     """Return the runs that are recorded under a root, the one that wrote last first.
 
-    A damaged document counts by its name, so that it protects what it was written for. What lies where a run's folder
-    belongs is logged and left out; whoever has to know every run asks `dataflex.stores.upkeep.astray` first.
+    A damaged document counts by its name, so that it protects the store or state named there. Where something else
+    lies in the place of a run's folder, it is logged and that run is left out; whoever has to know every run asks
+    `dataflex.stores.upkeep.astray` first.
 
     Raises:
         MismatchError: a newer DataFlex wrote a run's description.
@@ -180,6 +181,7 @@ def note_problems(files: Files, folder: str, documents: Iterable[Stored]) -> Ite
 
 
 def _known(files: Files, run: str, documents: Iterable[Stored]) -> KnownRun:
+    # What a run uses is told by the documents' names alone: one listing suffices, and damage inside takes nothing away.
     notes = [(match[1], match[2], file) for file in documents if (match := _NOTE.fullmatch(file.path.split("/")[-1]))]
     launches = sorted((file.modified, name, file.path) for kind, name, file in notes if kind == "begun")
     ended = {name for kind, name, _ in notes if kind == "finished"}

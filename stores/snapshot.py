@@ -1,4 +1,4 @@
-"""The commits that one read sees: an index over them, and their rows, row group by row group. R rows asked for."""
+"""The commits that one read sees: an index of their row keys, and their values by row groups. R rows asked for."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Snapshot:
 
     Args:
         files: the root's files.
-        folder: of the data files.
+        folder: where the data files lie.
         layout: of the store.
         entries: log file name -> entry, in the order of the log.
-        earlier: an earlier snapshot of the same store: what is known of the data files is taken over.
+        earlier: an earlier snapshot of the same store, whose row keys and checked files need not be read again.
 
     Raises:
         CorruptionError: the row keys of a data file are missing or damaged.
@@ -42,7 +42,7 @@ class Snapshot:
         self._keys: dict[str, np.ndarray] = {}
         known = {} if earlier is None else earlier._keys
         self._checked: set[str] = set() if earlier is None else earlier._checked
-        for name, entry in entries.items():
+        for name, entry in entries.items():  # committed files never change, so those known are not read again
             self._keys[name] = known[name] if name in known else self._read_keys(entry)
         self.locations = Locations(list(self._keys.values()))
 

@@ -31,7 +31,7 @@ class StateStore:
         self.files = files
 
     def put(self, lineage: str, folder: str | os.PathLike[str], info: Mapping[str, Any]) -> bool:
-        """Keep a copy of a folder's files; say whether it was kept, not another writer's.
+        """Keep a copy of a folder's files; return False if another writer's copy was first and is kept instead.
 
         Copies, never links: trainers write into their checkpoint folders again, and that would change a linked state.
 
@@ -52,7 +52,7 @@ class StateStore:
         unsafe = [name for name in names if not _is_safe(name)]
         if unsafe:
             raise DataflexError(f"{source / unsafe[0]} cannot be kept under that name: use letters, digits, _.+=@,()-")
-        token = uuid.uuid4().hex
+        token = uuid.uuid4().hex  # a folder for each writer: two may copy at once, and the manifest says whose counts
         paths = {name: f"{_folder(lineage)}/{token}/{name}" for name in names}
         try:
             sums = {name: self._copy(source / name, path) for name, path in paths.items()}
@@ -173,6 +173,6 @@ def _fault(folder: Path, sums: Mapping[str, str]) -> str | None:
 
 
 def _planted(folder: Path, sums: Mapping[str, str]) -> str | None:
-    """Return the first file beside those that were kept, which a loader that is given the folder would read."""
+    """Return the first file that was not kept with the state: a loader that is given the folder might read it."""
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return min(there - sums.keys(), default=None)

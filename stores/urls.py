@@ -1,4 +1,4 @@
-"""What can be told from the root of stores alone: a path, or a URL that fsspec knows."""
+"""Check of a root of stores by its text alone, which is a path or a URL that fsspec knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LOCAL = ("file", "local")
 
 
 def malformed(root: str) -> str | None:
-    """Return what is wrong with a URL; None for a path, and for a URL that some package may know."""
+    """Say what is wrong with a URL; None for a path, and for a URL whose protocol fsspec lists."""
     protocol, separator, where = root.partition("://")
     if not separator:
         return None
@@ -21,7 +21,7 @@ def malformed(root: str) -> str | None:
 
 
 def missing_package(root: str) -> str | None:
-    """Return what has to be installed to reach a URL that is well-formed, or None."""
+    """Say which package a well-formed URL needs and this environment lacks, or None."""
     protocol, separator, _ = root.partition("://")
     if not separator or protocol in LOCAL:
         return None

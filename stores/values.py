@@ -38,6 +38,7 @@ class Layout:
     storage: str = "float32"
 
     def __post_init__(self) -> None:
+        # Sorted: two layouts with the same columns are equal and give the same bytes. `object`'s, as we are frozen.
         object.__setattr__(self, "scalars", dict(sorted(self.scalars.items())))
         for name, dtype in self.scalars.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name) or name in RESERVED:
@@ -51,7 +52,7 @@ class Layout:
             )
 
     def plain(self) -> dict[str, Any]:
-        """Return the layout as JSON knows it."""
+        """Return the layout as plain data for JSON."""
         return {"scalars": dict(self.scalars), "width": self.width, "storage": self.storage}
 
 

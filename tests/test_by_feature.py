@@ -140,11 +140,11 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
         ({"path": "none.parquet"}, "a file that exists"),
         ({"feature": {"kind": "embedding"}, "excess": True}, "with excess"),
         ({"feature": {"kind": "loss", "given": "nothing"}, "excess": True}, "with excess"),
-        ({"feature": {"kind": "loss"}, "column": "tokens"}, "column left out"),
-        ({"feature": {"kind": "loss"}, "temperature": 2}, "temperature left out"),
+        ({"feature": {"kind": "loss"}, "column": "tokens"}, "no column"),
+        ({"feature": {"kind": "loss"}, "temperature": 2}, "no temperature"),
         ({"feature": {"kind": "loss"}, "function": "threshold"}, "threshold with function"),
         ({"feature": {"kind": "loss"}, "threshold": 1}, "threshold with function"),
-        ({"feature": {"kind": "loss"}, "favour": "low"}, "favour left out"),
+        ({"feature": {"kind": "loss"}, "favour": "low"}, "no favour"),
     ],
 )
 def test_feature_parameters_that_cannot_act_are_refused(params, match):

@@ -182,10 +182,10 @@ def test_one_outlier_exceeds_the_bound_of_the_theory_without_a_cap(count):
 @pytest.mark.parametrize(
     ("params", "match"),
     [
-        ({"strategy": "uniform", "temperature": 2}, "temperature left out"),
+        ({"strategy": "uniform", "temperature": 2}, "no temperature"),
         ({"anneal_steps": 3}, "anneal_steps"),
         ({"schedule": "linear"}, "anneal_steps"),
-        ({"initial_temperature": 3}, "initial_temperature left out"),
+        ({"initial_temperature": 3}, "no initial_temperature"),
         ({"range_quantiles": (0.5, 0.5)}, "ascend"),
         ({"weight_cap": 1}, "greater than 1"),
         ({"temperature": INF}, "finite"),

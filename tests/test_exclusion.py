@@ -73,8 +73,8 @@ def test_where_nothing_is_left_out_nothing_changes(workspace: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"eval_dataset": None}, "dataflex.exclude_targets: found True; expected it beside eval_dataset or val_size"),
-        ({"train_type": "static"}, "dataflex.exclude_targets: found True; expected it with a dynamic train_type"),
+        ({"eval_dataset": None}, "dataflex.exclude_targets: found True; expected eval_dataset or val_size beside it"),
+        ({"train_type": "static"}, "dataflex.exclude_targets: found True; expected false, or a dynamic train_type"),
     ],
 )
 def test_where_there_is_nothing_to_leave_out_it_is_refused(workspace: Any, keys: dict[str, Any], said: str) -> None:

@@ -164,7 +164,7 @@ def test_nan_is_an_error() -> None:
     ("keys", "said"),
     [
         ({"on_policy": "exact", "temperature": 0.7}, "on_policy: sampled"),
-        ({"mc_samples": 1}, "mc_samples must be 2"),
+        ({"mc_samples": 1}, "mc_samples of 2 or more"),
         ({"generator": {"type": "openai"}}, "base_url and model"),
         ({"generator": {"base_url": "x"}}, "base_url and model"),
         ({"generator": {"type": "openai", "base_url": "x", "model": "y"}}, "off-policy"),

@@ -37,7 +37,7 @@ SCHEDULE = "lr_scheduler_type: {}\nlr_scheduler_kwargs: {}"
         ("optim_args: a=1,", "optim_args: found 'a=1,'; expected name=value, several with commas between"),
         ("neftune_noise_alpha: -1", "neftune_noise_alpha: found -1; expected at least 0"),
         ("label_smoothing_factor: 2", "label_smoothing_factor: found 2; expected at most 1"),
-        ("resume_from_checkpoint: false", "found false; expected a checkpoint's folder, true for the newest, or the k"),
+        ("resume_from_checkpoint: false", "found false; expected a checkpoint's folder, true for the newest, or no"),
     ],
 )
 def test_what_a_trainer_would_not_take(changes, expected):

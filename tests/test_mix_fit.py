@@ -313,7 +313,7 @@ def test_what_is_no_table_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, ("--prior: found none",)),
+        ({}, ("--prior: found no prior",)),
         ({"kl": -1, "cap": 0, "tokens": float("nan")}, ("--kl", "--cap", "--tokens")),
         ({"prior": "uniform", "kl": 0}, ("--prior: found a prior that --kl 0",)),
         ({"prior": "natural"}, ("found 'natural' without --sizes",)),

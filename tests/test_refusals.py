@@ -137,7 +137,7 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ),
         (
             "component_name: nice\ntrain_on_prompt: true\ndataflex: {params: {reward: {type: exact_match}}}",
-            ["train_on_prompt: found true; expected it left out. Policy gradients are of responses to a row's prompt"],
+            ["train_on_prompt: found true; expected no such key. Policy gradients are of responses to a row's prompt"],
         ),
         (
             "component_name: nice\ndataflex: {params: {reward: {type: exact_mtch}}}",
@@ -260,23 +260,23 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ),
         # combinations
         ("stage: dpo", ["stage: found 'dpo'; expected sft or pt. Other stages"]),
-        ("packing: true", ["packing: found true; expected it left out. A packed block"]),
-        ("neat_packing: true", ["neat_packing: found true; expected it left out. A packed block"]),
-        ("streaming: true", ["streaming: found true; expected it left out. Rows of a stream"]),
+        ("packing: true", ["packing: found true; expected no such key. A packed block"]),
+        ("neat_packing: true", ["neat_packing: found true; expected no such key. A packed block"]),
+        ("streaming: true", ["streaming: found true; expected no such key. Rows of a stream"]),
         ("predict_with_generate: true", ["predict_with_generate: found true; ", "prompts without labels"]),
-        ("use_dora: true", ["use_dora: found true; expected it left out. There is no exact per-example gradient"]),
+        ("use_dora: true", ["use_dora: found true; expected no such key. There is no exact per-example gradient"]),
         ("finetuning_type: oft", ["finetuning_type: found 'oft'; expected lora, full or freeze"]),
         ("use_galore: true\nfinetuning_type: full", ["use_galore: found true; ", "gradient_type: sgd, or AdamW"]),
-        ("use_muon: true", ["use_muon: found true; expected it left out. gradient_type: adam takes the moments"]),
+        ("use_muon: true", ["use_muon: found true; expected no such key. gradient_type: adam takes the moments"]),
         ("optim: adafactor", ["optim: found 'adafactor'; expected one of adamw_torch, "]),
         (
             "quantization_bit: 4",
             ["quantization_bit: found 4; ", "over a quantised base are not verified in this version"],
         ),
-        ("use_unsloth: true", ["use_unsloth: found true; expected it left out. It replaces"]),
-        ("mixture_of_depths: convert", ["mixture_of_depths: found 'convert'; expected it left out"]),
-        ("max_steps: 30", ["max_steps: found 30; expected nothing. Set train_step: 30"]),
-        ("val_size: 0.1", ["val_size: found 0.1; expected nothing beside eval_dataset"]),
+        ("use_unsloth: true", ["use_unsloth: found true; expected no such key. It replaces"]),
+        ("mixture_of_depths: convert", ["mixture_of_depths: found 'convert'; expected no such key"]),
+        ("max_steps: 30", ["max_steps: found 30; expected no such key. Set train_step: 30"]),
+        ("val_size: 0.1", ["val_size: found 0.1; expected no val_size beside eval_dataset"]),
         (
             "dataflex: {params: {projection: factorized}}",
             ["dataflex.params.projection: found 'factorized'; expected sjlt or rademacher: normal and factorized were"],
@@ -302,13 +302,13 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ),
         (
             "dataflex: {params: {gradient_type: sgd, adam_variant: precond_only}}",
-            ["dataflex.params: found", "expected adam_variant left out: it acts with gradient_type: adam alone"],
+            ["dataflex.params: found", "expected no adam_variant: it acts with gradient_type: adam alone"],
         ),
         (
             "template: qwen3_nothing",
             ["template: found 'qwen3_nothing'; expected the name of a chat", "'qwen3_nothink'?"],
         ),
-        ("fp16: true\nbf16: true", ["fp16: found true; expected it left out beside bf16: true"]),
+        ("fp16: true\nbf16: true", ["fp16: found true; expected no fp16 beside bf16: true"]),
         (
             "eval_strategy: steps\neval_dataset:\ncomponent_name: random",
             ["eval_dataset: found nothing; expected registered names, or a val_size above 0. eval_strategy is steps"],
@@ -385,7 +385,7 @@ def test_everything_wrong_with_a_component_comes_at_once():
         "dataflex.params.seed: found 'x'",
         "dataflex.params: found 'gone'; expected checkpoint folders that exist",
         "dataflex.params.projection: found 'factorized'; expected sjlt or rademacher",
-        "dataflex.weighter: found {'name': 'los'}; expected it with train_type: dynamic_mix",
+        "dataflex.weighter: found {'name': 'los'}; expected train_type: dynamic_mix beside it",
         "use_dora: found true",
     ):
         assert expected in text
@@ -508,4 +508,4 @@ def test_missing_and_duplicate_json():
 @pytest.mark.parametrize("name", ["USE_RAY", "USE_MCA", "USE_KT"])
 def test_other_backends_are_refused(name, monkeypatch):
     monkeypatch.setenv(name, "1")
-    assert f"environment variable {name}: found 1; expected it unset" in refusal()
+    assert f"environment variable {name}: found 1; expected it to be unset" in refusal()

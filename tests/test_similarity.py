@@ -131,8 +131,8 @@ def test_sets_are_joined_after_their_rows(across: str, within: str) -> None:
     [
         ({"representation": {"kind": "loss"}, "rule": {"kind": "round_robin"}}, "a rule other than round_robin"),
         ({"representation": {"kind": "loss"}, "within": "max"}, "no within with loss"),
-        ({"ridge": 0.5}, "ridge left out: it acts with similarity: whitened_cosine alone"),
-        ({"rule": {"kind": "round_robin", "repeat": True}}, "repeat only with over: rows"),
+        ({"ridge": 0.5}, "no ridge: it acts with similarity: whitened_cosine alone"),
+        ({"rule": {"kind": "round_robin", "repeat": True}}, "no repeat with over: sets"),
         ({"similarity": "whitened_cosine", "rule": {"kind": "knn_kde"}}, "a similarity other than whitened_cosine"),
         (
             {

@@ -220,7 +220,7 @@ def test_features_that_take_too_long_are_dropped(
 def test_a_second_answer_to_signals_is_refused(workspace: Any) -> None:
     from dataflex.config import load
 
-    with pytest.raises(ConfigError, match=r"enable_jit_checkpoint: found true; expected it left out"):
+    with pytest.raises(ConfigError, match=r"enable_jit_checkpoint: found true; expected no such key"):
         load(workspace.write("run", enable_jit_checkpoint=True), [])
 
 

@@ -144,7 +144,7 @@ def test_the_command_refuses_it_before_anything(capsys):
         with pytest.raises(SystemExit) as caught:
             main([verb, str(run), "output_dir=out"])
         assert caught.value.code == 2
-        assert "out/checkpoint-4 is no folder; expected one" in capsys.readouterr().err
+        assert "out/checkpoint-4 is no folder; expected a folder" in capsys.readouterr().err
 
 
 def test_datasets_named_twice_are_said():

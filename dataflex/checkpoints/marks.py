@@ -1,4 +1,4 @@
-"""What makes a checkpoint whole: a mark, written last, with the size and SHA-256 of every file."""
+"""The mark of a whole checkpoint: a file, written last, with the size and SHA-256 of every other one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOLDER = "dataflex"
 _MARK = "complete.json"
 _VERSION = 2  # 1 had sizes alone
 _LOADED = (".safetensors", ".bin", ".pt", ".pth")
-"""What loaders look for by name, so that a file put beside the others would be read in place of one of them."""
+"""Loaders look for such files by name, and would read one that was added later in place of those of the checkpoint."""
 
 
 def mark_complete(checkpoint: str | os.PathLike[str], info: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ def mark_complete(checkpoint: str | os.PathLike[str], info: dict[str, Any]) -> N
 
 
 def unmark(checkpoint: str | os.PathLike[str]) -> None:
-    """Take back that a checkpoint is complete: its files are about to be written again."""
+    """Remove the mark of a checkpoint, whose files are about to be written again."""
     (Path(checkpoint) / FOLDER / _MARK).unlink(missing_ok=True)
 
 
@@ -55,7 +55,7 @@ def is_marked(checkpoint: str | os.PathLike[str]) -> bool:
 
 
 def recorded(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what was noted when a checkpoint was declared complete; nothing of one that `dataflex train` did not."""
+    """Return what was noted in a checkpoint's mark; empty for a checkpoint that `dataflex train` did not write."""
     return (_read(Path(checkpoint)) if is_marked(checkpoint) else None) or {}
 
 
@@ -64,7 +64,7 @@ def incomplete_reason(checkpoint: str | os.PathLike[str], contents: bool = True)
 
     Args:
         checkpoint: its folder.
-        contents: whether every byte is read, in threads, and not only what each file is called and how long it is.
+        contents: whether every byte is read and hashed; else only names and sizes of the files are compared.
     """
     root = Path(checkpoint)
     if not root.is_dir():
@@ -80,7 +80,8 @@ def incomplete_reason(checkpoint: str | os.PathLike[str], contents: bool = True)
 
 
 def _renamed(root: Path) -> str | None:
-    """Say that a checkpoint is called by another step than it is of, or return None."""
+    """Say that the step in a checkpoint's name is not the step of its state, or return None."""
+    # The newest checkpoint is found by its folder's name, so a renamed one would pass for that of another step.
     if not re.fullmatch(r"checkpoint-\d+", root.name):
         return None  # whoever names a folder otherwise says nothing of its step
     try:
@@ -93,7 +94,7 @@ def _renamed(root: Path) -> str | None:
 
 
 def require_whole(checkpoint: str | os.PathLike[str]) -> None:
-    """Hold the files of a checkpoint against its mark before its weights are used.
+    """Compare the files of a checkpoint with its mark before its weights are used.
 
     A folder without a mark, which Transformers or LLaMA-Factory alone has written, passes: nothing is known of it.
 
@@ -123,7 +124,7 @@ def newest_complete(
 
 
 def newest_first(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Return every folder that is called as a checkpoint is, by its step, the last first."""
+    """Return the checkpoint folders of a run in the order of the steps in their names, the last first."""
     root = Path(output_dir)
     found = [path for path in root.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=step_of, reverse=True)
@@ -137,6 +138,7 @@ def agreed(output_dir: str | os.PathLike[str]) -> str | None:
     reads = distributed.local_rank() == 0
     mine = [path.name for path in newest_first(output_dir)] if reads else []
     every = {name for names in distributed.gather(mine) for name in names}
+    # One after the other, by all processes together: which one is skipped is then the same everywhere.
     for name in sorted(every, key=step_of, reverse=True):
         path = Path(output_dir) / name
         reasons = distributed.gather(incomplete_reason(path) if reads else None)
@@ -149,7 +151,7 @@ def agreed(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def step_of(checkpoint: str | os.PathLike[str]) -> int:
-    """Return the step that a checkpoint is called by."""
+    """Return the step in a checkpoint's name."""
     return int(os.fspath(checkpoint).rpartition("-")[2])
 
 

@@ -24,7 +24,7 @@ from dataflex.errors import MismatchError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _NOT_NEEDED = ("training_args.bin", "dataflex/complete.json")
-"""What resuming does not read: the arguments are the run file's, and the mark is of the files as they were."""
+"""Files that resuming does not read: the arguments are the run file's, and the mark names the pickles."""
 
 # The exception alone; nothing here imports the module that could unpickle anything.
 _Refused: type[Exception] = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
@@ -37,18 +37,18 @@ def read_pickle(path: Path) -> Any:
         MismatchError: the file holds anything else, which is not executed, or is damaged.
     """
     with refused(RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError), safe_globals():
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)  # `safe_globals` admits NumPy's random states
 
 
 @contextlib.contextmanager
 def refused(*damage: type[Exception]) -> Iterator[None]:
-    """Say in our words that torch refused a pickle: its own advise to read the file unrestricted.
+    """Report in our words that torch refused a pickle; torch's own advise to read the file unrestricted.
 
     Args:
-        damage: what else is taken for a file that torch cannot read.
+        damage: other exceptions that mean a file which torch cannot read.
 
     Raises:
-        MismatchError: it did.
+        MismatchError: torch refused a file.
     """
     try:
         yield
@@ -89,7 +89,9 @@ def frozen(checkpoint: Path) -> None:
 
 
 def thawed(kept: Path, folder: Path) -> Path:
-    """Make the checkpoint that `frozen` was given in a new folder, and return that; other files are linked.
+    """Make from a kept state the checkpoint that `frozen` was given, in a new folder; return the folder.
+
+    Files that were no pickles are linked.
 
     Args:
         kept: verified files of a kept state, not written to.

@@ -50,7 +50,7 @@ def to_tree(value: Any, tensors: Tensors) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
-    if kind is float:
+    if kind is float:  # JSON has the digits of a float exactly, but neither NaN nor infinity
         return value if math.isfinite(value) else {"float": repr(value)}
     if kind is list:
         return [to_tree(item, tensors) for item in value]

@@ -41,7 +41,7 @@ class Combinations:
         self.notes: list[str] = []
 
     def check_present(self, stage: str) -> None:
-        """Note what a run over rows cannot do without."""
+        """Require what every run over rows needs: a model, a dataset, an output folder, a template and do_train."""
         wanted = {
             "model_name_or_path": "a model folder, or a name on the Hub",
             "dataset": "names registered in dataset_info.json",
@@ -57,17 +57,17 @@ class Combinations:
             expected = "the name of a chat template of LLaMA-Factory"
             self._problems.add(self._origin, "template", expected, template, known=templates)
         if self._values.get("fp16") and self._values.get("bf16"):
-            self._refuse("fp16", "it left out beside bf16: true", "A run has one reduced precision")
+            self._refuse("fp16", "no fp16 beside bf16: true", "A run has one reduced precision")
         if self._values.get("do_train") is not True and not self._problems.has("do_train"):
             self._problems.add(self._origin, "do_train", "true", self._values.get("do_train", NOTHING))
 
     def check_signals(self) -> None:
-        """Refuse a second answer to SIGTERM: it would end a run that is broken off as if it had finished."""
+        """Refuse Transformers' own checkpoint on SIGTERM: it would end an interrupted run as if it had finished."""
         why = "A signal already makes train write a checkpoint that it resumes from: dataflex.checkpoint_on_signal"
         self._refuse_if_set("enable_jit_checkpoint", why)
 
     def check_rows(self, stage: str) -> None:
-        """Refuse what leaves no rows to choose from, or another program to choose in."""
+        """Refuse settings under which single rows cannot be chosen, or another program's training loop runs."""
         if stage not in ("sft", "pt"):
             why = "Other stages have no per-example loss here, and would train on all rows without a selection"
             self._refuse("stage", "sft or pt", why)
@@ -81,7 +81,7 @@ class Combinations:
             self._refuse_if_set(key, "This backend has a training loop of its own, which asks no selector")
         for name in ("USE_RAY", "USE_MCA", "USE_KT"):
             if is_on(name):
-                text = f"found {os.environ[name]}; expected it unset with a dynamic train_type"
+                text = f"found {os.environ[name]}; expected it to be unset with a dynamic train_type"
                 why = "Ray workers and other backends would train without the method"
                 self._problems.say(self._origin, f"environment variable {name}", text, why)
 
@@ -90,7 +90,8 @@ class Combinations:
         steps = self._values.get("max_steps")
         is_second = train_type != "dynamic_weight" or schedule.train_step > 0
         if isinstance(steps, int) and steps > 0 and is_second and steps != schedule.train_step:
-            self._refuse("max_steps", "nothing", f"Set train_step: {steps}, which takes its place under {train_type}")
+            why = f"Set train_step: {steps}, which takes its place under {train_type}"
+            self._refuse("max_steps", "no such key", why)
         if not schedule.needs_rows and schedule.total() > MOST_STEPS:
             text = f"found {schedule.total()} optimizer steps in all; expected at most {MOST_STEPS}"
             self._problems.say(self._origin, "update_times", text)
@@ -101,7 +102,7 @@ class Combinations:
             )
 
     def check_losses(self) -> None:
-        """Refuse what leaves no losses of single examples, or another loss than theirs."""
+        """Refuse settings under which single examples have no loss, or another loss than cross-entropy is trained."""
         why = "Its fused loss hides the logits, so there is no loss of single examples"
         for key in ("enable_liger_kernel", "use_liger_kernel"):
             self._refuse_if_set(key, why)
@@ -120,13 +121,13 @@ class Combinations:
             self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
 
     def check_targets(self) -> None:
-        """Require rows that training rows are held against."""
+        """Require target rows, which the method compares training rows with."""
         has_split = bool(self._values.get("val_size"))
         if not self._values.get("eval_dataset") and not has_split:
-            why = "The method holds training rows against these"
+            why = "The method compares training rows with these"
             self._problems.add(self._origin, "eval_dataset", "registered names, or a val_size above 0", why=why)
         if self._values.get("eval_dataset") and has_split:
-            self._refuse("val_size", "nothing beside eval_dataset", "LLaMA-Factory takes one of the two")
+            self._refuse("val_size", "no val_size beside eval_dataset", "LLaMA-Factory takes one of the two")
         why = "Target rows would be prompts without labels, which have no loss and no gradient"
         self._refuse_if_set("predict_with_generate", why)
 
@@ -135,10 +136,10 @@ class Combinations:
         at = "dataflex.exclude_targets"
         if train_type == "static":
             why = "With train_type: static LLaMA-Factory trains untouched, on every row"
-            self._problems.add(self._origin, at, "it with a dynamic train_type", True, why=why)
+            self._problems.add(self._origin, at, "false, or a dynamic train_type", True, why=why)
         elif not self._values.get("eval_dataset") and not self._values.get("val_size"):
             why = "The rows of eval_dataset, or those that val_size splits off, are what is left out"
-            self._problems.add(self._origin, at, "it beside eval_dataset or val_size", True, why=why)
+            self._problems.add(self._origin, at, "eval_dataset or val_size beside it", True, why=why)
 
     def check_features(self) -> None:
         """Refuse models that features cannot be computed of."""
@@ -155,12 +156,12 @@ class Combinations:
             self._refuse("ignore_pad_token_for_loss", "true", why)
 
     def check_base(self) -> None:
-        """Refuse adapters without which the model is not its base."""
+        """Refuse PiSSA where features of the base model are asked for."""
         why = "PiSSA takes the adapter's first weights out of the frozen ones, so there is no base model to look at"
         self._refuse_if_set("pissa_init", why)
 
     def check_gradients(self, schedule: Schedule, is_live: bool) -> None:
-        """Refuse what there is no exact per-example gradient of.
+        """Refuse settings under which the gradient of a single example is not exact.
 
         Args:
             schedule: of the run.
@@ -178,6 +179,7 @@ class Combinations:
         for key in _OTHER_LOSSES:
             if self._values.get(key):
                 self.notes.append(f"{key} changes the training loss; gradients are of the plain mean cross-entropy")
+        # PiSSA and a given adapter begin elsewhere.
         begins_at_zero = (
             kind == "lora" and not self._values.get("adapter_name_or_path") and not self._values.get("pissa_init")
         )
@@ -188,7 +190,7 @@ class Combinations:
             )
 
     def check_policies(self) -> None:
-        """Refuse targets that begin with their answer, so that nothing asks for one."""
+        """Refuse targets without a prompt of their own, which the model is to respond to."""
         why = "Policy gradients are of responses to a row's prompt, which would be part of the supervised answer"
         self._refuse_if_set("train_on_prompt", why)
         if self._values.get("stage") == "pt":
@@ -209,6 +211,7 @@ class Combinations:
                 elif parts[0] == "modules.json" and importlib.util.find_spec("sentence_transformers") is None:
                     text = f"found {name}, a sentence-transformers model; expected its package to be installed"
                     why = "Install it: pip install sentence-transformers"
+            # A name on the Hub has one slash at most, so this can only be meant as a path.
             elif os.path.exists(name) or name.startswith((".", "~")) or os.path.isabs(name) or name.count("/") > 1:
                 text = f"found {name!r}; expected a folder that exists, or a name on the Hub"
             if text:
@@ -228,7 +231,7 @@ class Combinations:
 
     def _refuse_if_set(self, key: str, why: str) -> None:
         if self._values.get(key):
-            self._refuse(key, "it left out", why)
+            self._refuse(key, "no such key", why)
 
 
 def quantised_as_saved(folder: Any) -> str | None:

@@ -48,7 +48,7 @@ class Asked(Generic[M]):
 
     @property
     def bucket(self) -> str:
-        """Where a components file has components of its kind."""
+        """Key of a components file under which the components of this kind stand."""
         return f"{self.registry.kind}s"
 
 
@@ -59,7 +59,7 @@ class Component(Generic[M]):
     Attributes:
         name: what the run file calls it.
         cls: the class, with all that its base declares.
-        method: one made from the parameters; it knows no run.
+        method: an instance made from the parameters, which knows no run yet.
         params: the parameters.
         needs: the features it declares.
     """
@@ -127,7 +127,7 @@ def component(
 
 
 def _located(name: str, run_file: Path) -> str:
-    """Return `file.py:Class` with the file's own path, found as those of plugins are; any other name as it is."""
+    """Return `file.py:Class` with the path at which the file was found; any other name as it is."""
     file, _, path = name.rpartition(":")
     if not file.endswith(".py") or os.path.isfile(os.path.expanduser(file)):
         return name
@@ -176,6 +176,7 @@ def _from_file(
     found = read(path, problems)
     if found is None:
         return {}, document.origin
+    # Only the entry that is used is checked: what else the file holds has no part in this run.
     name, bucket = asked.name, found.values.get(asked.bucket)
     entry = bucket.get(name) if isinstance(bucket, dict) else None
     at = f"{asked.bucket}.{name}"
@@ -202,7 +203,7 @@ def _from_file(
 def _checked(
     cls: type[Method], values: dict[str, Any], place: Callable[[str], tuple[Origin, str]], problems: Problems
 ) -> BaseModel | None:
-    """Check parameters against the class's `Params`, or against the constructor of one of the classic interface."""
+    """Check parameters against the class's `Params`, or a class of the classic interface against its constructor."""
     model = cls.Params
     # A run's identity is JSON, which knows neither NaN nor infinity; those of our own say so for each field.
     endless = [] if issubclass(model, Parameters) else [key for key, value in values.items() if not _is_finite(value)]

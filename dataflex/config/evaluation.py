@@ -1,6 +1,6 @@
-"""What Transformers' trainer holds against each other when it evaluates, saves, and keeps the best model.
+"""Settings of evaluation, saving and the best model that Transformers' trainer does not take together.
 
-It would say so by an exception with a traceback: the trainer's constructor, or the first evaluation.
+It would say so late and by a traceback: in the trainer's constructor, or at the first evaluation.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def check_evaluation(values: Mapping[str, Any], origin: Origin, problems: Proble
         origin: where they were written.
         problems: takes what is wrong.
     """
+    # The defaults here and below (no, steps, 500) are those of transformers.TrainingArguments.
     strategy, keeps_best = values.get("eval_strategy", "no"), bool(values.get("load_best_model_at_end"))
     wanted = {
         "lr_scheduler_type": values.get("lr_scheduler_type") in _FOLLOWS_LOSS,
@@ -45,13 +46,14 @@ def check_evaluation(values: Mapping[str, Any], origin: Origin, problems: Proble
     elif metric is not None and strategy != "no":
         _check_metric(values, metric, origin, problems)
     if strategy == "steps" and not values.get("eval_steps") and values.get("logging_steps", 500) <= 0:
-        problems.add(origin, "eval_steps", "more than 0, or logging_steps that are", values.get("eval_steps", NOTHING))
+        expected = "a number above 0, or logging_steps above 0"
+        problems.add(origin, "eval_steps", expected, values.get("eval_steps", NOTHING))
     if values.get("logging_strategy", "steps") == "steps" and values.get("logging_steps", 500) == 0:
         problems.add(origin, "logging_steps", "more than 0, or logging_strategy: no", 0)
 
 
 def _check_saving(values: Mapping[str, Any], strategy: str, origin: Origin, problems: Problems) -> None:
-    """Note a checkpoint that no evaluation belongs to."""
+    """Note checkpoints that would be saved without an evaluation to compare them by."""
     saving = values.get("save_strategy", "steps")
     if saving not in ("best", strategy):
         why = "load_best_model_at_end needs an evaluation at every checkpoint"

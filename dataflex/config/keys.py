@@ -83,7 +83,7 @@ class Refresh(Parameters):
     @model_validator(mode="after")
     def _acts(self) -> Refresh:
         if self.policy != "rotating" and self.model_fields_set - {"policy"}:
-            raise ValueError("policy: rotating, the only one for which refresh_fraction and max_age mean anything")
+            raise ValueError("policy: rotating beside refresh_fraction and max_age, which no other policy reads")
         return self
 
 
@@ -170,6 +170,6 @@ class DataflexKeys(Parameters):
     )
 
     def must_write(self, schedule: Schedule) -> bool:
-        """Say whether features of the live model are bound to be missing from the stores, and computed into them."""
+        """Say whether the run is certain to compute features of the live model and write them into the stores."""
         has_several_updates = schedule.update_step > 0 and (schedule.update_times != 1 or schedule.num_train_epochs > 1)
         return self.on_missing == "compute" and self.refresh.policy != "static" and has_several_updates

@@ -93,8 +93,8 @@ def known_keys() -> dict[str, Key]:
             path = Path(spec.origin).parent / name
             if not path.is_file():
                 raise ConfigError(
-                    f"found no {path}; expected a version of {package} that dataflex requires; `dataflex doctor` says "
-                    "which is not"
+                    f"found no {path}; expected a version of {package} that dataflex requires; `dataflex doctor` "
+                    "compares the installed one"
                 )
             for node in ast.parse(path.read_text("utf-8")).body:
                 if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(d) for d in node.decorator_list):
@@ -121,19 +121,17 @@ def fault(name: str, value: Any) -> str | None:
     if name == "resume_from_checkpoint" and value is True:  # the newest, which Transformers' annotation leaves out
         return None
     if name == "resume_from_checkpoint" and value is False:
-        return (
-            "a checkpoint's folder, true for the newest, or the key left out (overwrite_output_dir: true begins anew)"
-        )
+        return "a checkpoint's folder, true for the newest, or no such key (overwrite_output_dir: true begins anew)"
     return fault_of(known_keys()[name], name, value)
 
 
 def fault_of(key: Key, name: str, value: Any) -> str | None:
-    """Return what was expected of the value of a key that takes this, or None if its type and size are right."""
+    """Return what was expected of a value that has to fit `key`, or None if its type and size are right."""
     if value is None:
         return None if "None" in key.types else f"{key.expected} (leave the key out for its default)"
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
-    kind = type(value).__name__
+    kind = type(value).__name__  # not isinstance, to which true is a number
     accepted = key.types | ({"int"} if "float" in key.types else set())
     if name in _SPLIT_BY_COMMAS:
         accepted |= {"list"}
@@ -201,7 +199,7 @@ def _named(keywords: list[ast.keyword]) -> list[str]:
 
 
 def _annotation(node: ast.expr) -> tuple[set[str], list[str]]:
-    """Return type names and texts of an annotation: of a literal, or an enum's values; a config is a mapping."""
+    """Return the type names of an annotation, and the texts that a literal or an enum allows; a config is a mapping."""
     match node:
         case ast.Name(id=name) if name in enumerations():
             return set(), list(enumerations()[name])

@@ -73,6 +73,7 @@ class _Loading:
         found, weighter = self._components(flat, section, llamafactory.get("output_dir"))
         if flat.train_type == "dynamic_mix":
             mixer: Component[NativeMixer] | None = found
+            # Anew: without update_step the mixer says how often it acts, and it is known only now.
             schedule = mixing_schedule(flat, epochs, mixer.method if mixer else None)
             weighs = weighter is not None or (mixer is not None and watches(mixer.method))
             self.notes += check_mixing(
@@ -85,6 +86,7 @@ class _Loading:
                 self.notes.append(note)
         params = found.params if found else None
         root = store_root(section.store, getattr(params, "cache_dir", None) if found and found.needs else None)
+        # Only features of the live model are certain to be written: a run that reads may name a read-only root.
         live = any(need.state is None for each in (found, weighter) if each for need in each.needs)
         self._check_surroundings(llamafactory, section.store, root, live and section.must_write(schedule))
         self.problems.raise_if_any()
@@ -105,7 +107,7 @@ class _Loading:
         )
 
     def _check_surroundings(self, llamafactory: Mapping[str, Any], store: str | None, root: str, writes: bool) -> None:
-        """Hold the keys against what is there: files, folders and packages."""
+        """Check that the files, folders and packages that the keys name are there."""
         check_files(llamafactory, self.origin, self.problems)
         check_evaluation(llamafactory, self.origin, self.problems)
         check_trackers(llamafactory, self.origin, self.problems)
@@ -116,7 +118,7 @@ class _Loading:
         self.notes += missing_packages(llamafactory)
 
     def _llamafactory_keys(self) -> dict[str, Any]:
-        """Return LLaMA-Factory's keys with values of the right type, the others noted."""
+        """Return LLaMA-Factory's keys whose values have the right type; the others are noted as problems."""
         ours = {*FlatKeys.model_fields, "dataflex"}
         known = known_keys()
         right = {}
@@ -139,7 +141,7 @@ class _Loading:
                 self.problems.say(
                     self.origin, key, f"found an unknown key; expected it under dataflex: (dataflex.{key})"
                 )
-            elif is_on("ALLOW_EXTRA_ARGS"):
+            elif is_on("ALLOW_EXTRA_ARGS"):  # LLaMA-Factory's own switch, with the same meaning there
                 self.notes.append(f"{key}: unknown, and passed over because ALLOW_EXTRA_ARGS is set")
                 right[key] = value
             else:
@@ -149,6 +151,7 @@ class _Loading:
         return right
 
     def _flat_keys(self) -> FlatKeys:
+        # `key:` without a value is null in YAML, and means the default.
         values = {k: v for k, v in self.document.values.items() if k in FlatKeys.model_fields and v is not None}
         flat: FlatKeys = self._valid(FlatKeys, values, "")
         dynamic = [k for k in values if k not in ("train_type", "components_cfg_file", "early_stopping_min_delta")]
@@ -172,12 +175,13 @@ class _Loading:
             elif key in FlatKeys.model_fields or (key in known_keys() and key not in DataflexKeys.model_fields):
                 text = f"found an unknown key; expected {key} at the top level of the run file"
                 self.problems.say(self.origin, f"dataflex.{key}", text)
-            elif key == "weighter" and isinstance(value, dict):
+            elif key == "weighter" and isinstance(value, dict):  # its params are checked by the weighter's own model
                 right[key] = {k: v for k, v in value.items() if k != "params"}
             elif key != "params" and value is not None:
                 right[key] = replaced(value, output_dir, self.origin, f"dataflex.{key}", self.problems)
         section: DataflexKeys = self._valid(DataflexKeys, right, "dataflex")
         plugins = []
+        # Imported now, before the component is looked up: a plugin may register the name that the run file uses.
         for i, name in enumerate(section.plugins):
             file = find_file(name, self.origin.file) if name.endswith(".py") else None
             if name.endswith(".py") and file is None:
@@ -197,6 +201,7 @@ class _Loading:
         """Return an instance; keys whose values are wrong are noted and left out."""
         result = validated(model, values)
         if isinstance(result, ValidationError):
+            # Defaults stand in for what is wrong, so that the rest of the file is checked in the same reading.
             wrong = self.problems.add_invalid(result, model, values, lambda _: (self.origin, prefix))
             result = model.model_validate({k: v for k, v in values.items() if k not in wrong})
         return result
@@ -223,7 +228,7 @@ class _Loading:
         registry = kinds.get(flat.train_type)
         if section.weighter is not None and registry is not MIXERS:
             why = "Without a mixer the weighter is component_name itself, under train_type: dynamic_weight"
-            self.problems.add(self.origin, "dataflex.weighter", "it with train_type: dynamic_mix", beside, why=why)
+            self.problems.add(self.origin, "dataflex.weighter", "train_type: dynamic_mix beside it", beside, why=why)
         if registry is None:
             return None, None
         asked = Asked(flat.component_name or "", registry, params)
@@ -253,7 +258,7 @@ class _Loading:
         weighter: Component[NativeWeighter] | None,
         section: DataflexKeys,
     ) -> None:
-        """Hold the keys against each other, as far as the run makes use of them."""
+        """Check the keys against each other, as far as this run uses them."""
         check = Combinations(llamafactory, self.origin, self.problems)
         check.check_signals()
         if section.exclude_targets:
@@ -270,7 +275,7 @@ class _Loading:
             expected = f"{' or '.join(policies_taken)} with these parameters"
             why = "What the method compares must be of one state of the model"
             self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
-        if not is_dynamic and not specs:
+        if not is_dynamic and not specs:  # plain LLaMA-Factory, which checks what it reads itself
             if not llamafactory.get("model_name_or_path"):
                 self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")
             return

@@ -27,7 +27,7 @@ _NO_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_
 
 
 def check_mappings(values: Mapping[str, Any], origin: Origin, problems: Problems) -> list[str]:
-    """Note what the trainer would not take, and return what it takes and does not read.
+    """Note entries that the trainer would refuse; return notes on those that it would take and not read.
 
     Args:
         values: LLaMA-Factory's keys.
@@ -69,7 +69,7 @@ def _mapping(key: str, value: Any, origin: Origin, problems: Problems) -> dict[s
 def _check_items(
     key: str, items: Mapping[str, Any], known: Mapping[str, Key | None] | None, origin: Origin, problems: Problems
 ) -> None:
-    """Hold a mapping's keys and values against those that are known; None: nothing is."""
+    """Check a mapping's keys and values against those that are known; None if it is not known what it takes."""
     if known is None:
         return
     for name, value in items.items():
@@ -81,7 +81,8 @@ def _check_items(
 
 
 def _of_schedule(schedule: str) -> dict[str, Key | None] | None:
-    """Return what a learning-rate schedule takes; None where that is not known, as of one that hands on anything."""
+    """Return what a learning-rate schedule takes; None if that is not known, because it hands on whatever it gets."""
+    # By the sources, as with the keys: importing Transformers to look at signatures would take seconds.
     text = source("transformers", "optimization.py")
     functions = {match["member"]: match["function"] for match in _SCHEDULES.finditer(text)}
     names = re.findall(r'^    (\w+) = "(\w+)"$', source("transformers", "trainer_utils.py"), re.MULTILINE)

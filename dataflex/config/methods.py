@@ -66,7 +66,7 @@ def _params(cls: type[Method]) -> list[dict[str, Any]]:
 def _param(name: str, annotation: Any, default: Any, required: bool, description: str | None) -> dict[str, Any]:
     is_plain = isinstance(annotation, type) and not get_args(annotation)
     kind = annotation.__name__ if is_plain else _CHECKED.sub(r"\1", _MODULE.sub("", str(annotation)))
-    if isinstance(default, BaseModel):  # a part: what is not its default, which `kind` names
+    if isinstance(default, BaseModel):  # a part of a method: its kind, and what differs from that kind's own defaults
         default = {"kind": getattr(default, "kind", None)} | default.model_dump(exclude_defaults=True)
     shown = json.loads(json.dumps(None if required else default, default=str))
     return {"name": name, "type": kind, "required": required, "default": shown, "description": description or ""}

@@ -1,4 +1,4 @@
-"""The keys of `dynamic_mix`, held against each other."""
+"""Checks of the keys of `dynamic_mix` against each other."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dataflex.mixers.base import NativeMixer
 from dataflex.schedule import Schedule
 
 CONSTANT = 1000
-"""Steps whose rows are drawn at a time where proportions never change."""
+"""Steps whose rows are drawn at a time if proportions never change: a round has to end somewhere."""
 _RULES = ("stratified", "uniform")
 
 
 def watches(mixer: NativeMixer) -> bool:
-    """Say whether a mixer has the losses of the training watched or weighted."""
+    """Say whether training has to record losses by domain for a mixer, or to weight them by domain."""
     return mixer.watches or mixer.loss_form is not None
 
 
@@ -39,6 +39,7 @@ def mixer_asked(flat: FlatKeys, asked: Asked[NativeMixer], notes: list[str]) -> 
 
 def mixing_schedule(flat: FlatKeys, epochs: float, mixer: NativeMixer | None) -> Schedule:
     """Return the schedule: without `update_step` the mixer's own interval, until the run ends."""
+    # `or`, as 0 is a mixer's word for "the proportions never change".
     interval = flat.update_step or (mixer.interval if mixer else 1) or CONSTANT
     times = flat.update_times if flat.update_step else -1
     return Schedule(flat.warmup_step, interval, times, flat.train_step, epochs, spans_run=True)
@@ -60,7 +61,7 @@ def check_mixing(
 ) -> list[str]:
     """Note what keeps a mixture from being what the run file says; return what is allowed but probably not meant."""
     notes = []
-    names = dataset_names(llamafactory)
+    names = dataset_names(llamafactory)  # the domains, as each dataset is one
     shares = flat.init_mixture_proportions
     if shares is not None:
         if names and len(shares) != len(names):
@@ -81,12 +82,12 @@ def check_mixing(
         value = llamafactory.get(key)
         if value is not None and value not in right:
             why = "The mixer sets the shares, and LLaMA-Factory would mix once more"
-            problems.add(origin, key, right[0] if right else "it left out", value, why=why)
+            problems.add(origin, key, right[0] if right else "no such key", value, why=why)
     if flat.mixer_eval_dataset is not None:
         held_out = dataset_names({"dataset": flat.mixer_eval_dataset})
         known = dataset_names({"dataset": llamafactory.get("eval_dataset")})
         if name != "dynamic_moe":
-            expected = "it with component_name: dynamic_moe alone"
+            expected = "component_name: dynamic_moe, which alone reads it"
             problems.add(origin, "mixer_eval_dataset", expected, flat.mixer_eval_dataset)
         elif len(held_out) != len(names) or not set(held_out) <= set(known):
             expected = f"{len(names)} datasets of eval_dataset, one for each of {', '.join(names)} in this order"
@@ -101,7 +102,7 @@ def check_mixing(
         notes.append("update_times has no effect beside train_step: updates go on every update_step to the end")
     if llamafactory.get("tokenized_path"):
         why = "Rows that were tokenized before do not tell which dataset they are of"
-        problems.add(origin, "tokenized_path", "it left out", llamafactory["tokenized_path"], why=why)
+        problems.add(origin, "tokenized_path", "no such key", llamafactory["tokenized_path"], why=why)
     if flat.update_step and flat.update_times > 0 and "num_train_epochs" in llamafactory and not flat.train_step:
         notes.append("num_train_epochs has no effect: warmup_step + update_step x update_times is the whole run")
     return notes

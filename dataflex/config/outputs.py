@@ -41,7 +41,7 @@ def why_unwritable(folder: str | os.PathLike[str]) -> str | None:
             return f"{above} is no folder"
         if not os.access(above, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             return f"{above} may not be written to"
-        if (free := os.statvfs(above)).f_bavail == 0 and free.f_blocks:
+        if (free := os.statvfs(above)).f_bavail == 0 and free.f_blocks:  # without blocks, as /proc, it counts no room
             return os.strerror(errno.ENOSPC)
     except OSError as error:
         return error.strerror
@@ -49,10 +49,10 @@ def why_unwritable(folder: str | os.PathLike[str]) -> str | None:
 
 
 def refuse_misplaced(folder: str | os.PathLike[str]) -> None:
-    """Refuse an output folder in which something lies where the run will write, and is of another kind than that.
+    """Refuse an output folder in which a folder lies where the run will write a file, or the other way round.
 
-    What is called as a file, by its suffix, has to be one, or a save would fail after the steps before it; a checkpoint
-    and what DataFlex has folders for have to be folders.
+    A name with the suffix of a file has to be a file, or a save would fail after all the steps before it; checkpoints
+    and the other folders of DataFlex have to be folders.
 
     Raises:
         ConfigError: with all such paths.
@@ -63,7 +63,7 @@ def refuse_misplaced(folder: str | os.PathLike[str]) -> None:
         mode = path.lstat().st_mode if path.is_symlink() and not path.exists() else path.stat().st_mode
         is_in_checkpoint = path.parent != root
         if (_FOLDERS.fullmatch(path.name) or (is_in_checkpoint and path.name == "dataflex")) and not stat.S_ISDIR(mode):
-            wrong.append(f"{path} is no folder; expected one")
+            wrong.append(f"{path} is no folder; expected a folder")
         elif path.suffix in _SUFFIXES and not stat.S_ISREG(mode):
             found = "folder" if stat.S_ISDIR(mode) else "FIFO, a device or a broken link"
             wrong.append(f"{path} is a {found}; expected a file")
@@ -116,7 +116,7 @@ def check_outputs(values: Mapping[str, Any], origin: Origin, problems: Problems)
 
 
 def check_store(store: str | None, root: str, writes: bool, origin: Origin, problems: Problems) -> list[str]:
-    """Note a root of stores that there cannot be; return what is right elsewhere perhaps, and not here.
+    """Note a root in which no store can be; return notes on what may be right and is only missing on this machine.
 
     Args:
         store: as the run file has it.

@@ -15,7 +15,7 @@ _TRACKERS = {
     "flyte": ("flytekit",),
     "kubeflow": (),
 }
-"""Modules of those that are not called as `report_to` calls them."""
+"""Modules of the trackers whose name in `report_to` is not that of their module."""
 _NEEDED = {
     "deepspeed": ("deepspeed",),
     "plot_loss": ("matplotlib",),
@@ -31,7 +31,7 @@ _NEEDED = {
 
 
 def check_trackers(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
-    """Note every tracker of `report_to` that there is not, or whose package is not installed."""
+    """Note every tracker of `report_to` that Transformers does not know, or whose package is not installed."""
     given = values.get("report_to")
     for name in [given] if isinstance(given, str) else given or []:
         known = (*trackers(), "all", "none")
@@ -67,7 +67,7 @@ def _modules(tracker: str) -> tuple[str, ...]:
 
 
 def _missing(modules: tuple[str, ...]) -> list[str]:
-    return [name for name in modules if importlib.util.find_spec(name) is None]
+    return [name for name in modules if importlib.util.find_spec(name) is None]  # looked up: an import takes seconds
 
 
 def _found(missing: list[str]) -> str:

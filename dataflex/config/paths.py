@@ -89,7 +89,7 @@ def json_object(file: Path, problems: Problems) -> dict[str, Any] | None:
 
 
 def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
-    """Hold the names of datasets against dataset_info.json, and its entries against the files."""
+    """Check that datasets are registered in dataset_info.json, and that the files of their entries are there."""
     directory = values.get("dataset_dir", "data")
     for key in ("dataset", "eval_dataset"):
         given = values.get(key)
@@ -101,7 +101,7 @@ def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problem
     path = Path(directory) / "dataset_info.json"
     info = Origin(path)
     try:
-        if why := _unreadable(path):
+        if why := _unreadable(path):  # first: opening a pipe would wait without end
             raise OSError(0, why)
         entries = json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -123,7 +123,7 @@ def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problem
 
 
 def _check_entry(name: str, entry: Any, values: Mapping[str, Any], info: Origin, problems: Problems) -> None:
-    """Hold one registration against what it points to."""
+    """Check one registration: its types, and the file or folder that it points to."""
     if not isinstance(entry, dict):
         problems.add(info, name, "a mapping with file_name", entry)
         return

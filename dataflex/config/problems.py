@@ -131,7 +131,7 @@ class Problems:
             ConfigError: there is at least one.
         """
         if self._texts:
-            texts = list(dict.fromkeys(self._texts))
+            texts = list(dict.fromkeys(self._texts))  # several checks may come upon the same fault
             count = "1 problem" if len(texts) == 1 else f"{len(texts)} problems"
             raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  {text}" for text in texts))
 
@@ -162,7 +162,7 @@ def _written(location: tuple[int | str, ...], values: Any) -> list[str]:
         if isinstance(values, list) and isinstance(step, int) and step < len(values):
             inside = values[step]
         elif isinstance(values, dict) and step not in values and at < len(location) - 1:
-            continue
+            continue  # not in what was written, and not the last: the name of a union's branch
         steps.append(str(step))
         values = inside
     return steps
@@ -190,7 +190,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _expected(item: Any) -> str:
-    """Return pydantic's message as the noun phrase of what was expected."""
+    """Return pydantic's message as words that follow "expected"; a validator of ours words its own so already."""
     context = item.get("ctx", {})
     match item["type"]:
         case "missing":

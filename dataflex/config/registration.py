@@ -39,13 +39,13 @@ def check_types(name: str, entry: Mapping[str, Any], info: Origin, problems: Pro
         problems.add(info, f"{name}.num_samples", "a whole number, at least 1", count)
     for key, known in (("columns", _COLUMNS), ("tags", _TAGS)):
         _check_names(f"{name}.{key}", entry.get(key, {}), known, info, problems)
-    for key in entry:
+    for key in entry:  # LLaMA-Factory passes over others; a key that is nearly one it reads is a slip
         if key not in _ENTRY and did_you_mean(key, _ENTRY):
             problems.add_unknown(info, f"{name}.{key}", "key", _ENTRY)
 
 
 def _check_names(path: str, names: Any, known: tuple[str, ...], info: Origin, problems: Problems) -> None:
-    """Hold `columns` or `tags` against what may stand there."""
+    """Check the keys and values of `columns` or `tags`."""
     if not isinstance(names, dict):
         problems.add(info, path, f"a mapping with some of {', '.join(known)}", names)
         return

@@ -59,6 +59,7 @@ def read(path: Path, problems: Problems) -> Document | None:
             values = json.loads(text, object_pairs_hook=_unique)
         else:
             lines = _check(text)
+            # Not PyYAML alone, which reads 1e-5 as text: with OmegaConf values are what LLaMA-Factory would read.
             values = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False) if lines else {}
         _refuse_unusable(values)
     except _NOT_READABLE as error:
@@ -94,7 +95,7 @@ def override(document: Document, arguments: Sequence[str], problems: Problems) -
 
 
 def _replaced(below: Any, keys: Sequence[str], value: Any) -> Any:
-    """Return a mapping with the value that lies under `keys` replaced, whole: nothing of what it was is kept."""
+    """Return a mapping with the whole value under `keys` replaced; a mapping there is not merged with the new one."""
     if not keys:
         return value
     below = below if isinstance(below, dict) else {}
@@ -127,7 +128,7 @@ def _check(text: str) -> dict[str, int]:
             return sizes[id(node)]
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN:
             raise _Refused(f"found the tag {node.tag}; expected plain values, as tags may run code", _first_line(node))
-        sizes[id(node)] = -1
+        sizes[id(node)] = -1  # being counted: met again before it is done, it contains itself
         sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
         return sizes[id(node)]
 

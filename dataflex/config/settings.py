@@ -1,4 +1,4 @@
-"""What a checked run file says."""
+"""The settings of a run: a run file that has been checked."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Settings(BaseModel):
 
     @property
     def train_type(self) -> str:
-        """Which of the four ways of training."""
+        """Which of the four ways of training this is."""
         return self.keys.train_type
 
 
@@ -59,7 +59,7 @@ def store_root(store: str | None, cache_dir: str | None = None) -> str:
         if assets:
             store = os.path.join(assets, "dataflex")
         else:
-            import platformdirs
+            import platformdirs  # only where nothing else names a place
 
             store = platformdirs.user_cache_dir("dataflex")
     return store if "://" in store else os.path.abspath(os.path.expanduser(store))

@@ -1,4 +1,4 @@
-"""Room where a run writes."""
+"""Free disk space at the places that a run writes to."""
 
 from __future__ import annotations
 

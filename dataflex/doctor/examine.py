@@ -18,7 +18,7 @@ NEEDED_BY = {"deepspeed": "deepspeed", "quantization_bit": "bitsandbytes"}
 """Key of LLaMA-Factory's -> the module that a run needs where it is set."""
 
 READ_BY = {"pydantic", "omegaconf"}
-"""What run files are read with."""
+"""Packages that run files are read with; if one is broken, no run file can be looked at."""
 
 
 def examine(run: Path | None = None, overrides: Sequence[str] = ()) -> Iterator[Finding]:

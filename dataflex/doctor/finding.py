@@ -1,4 +1,4 @@
-"""One thing that was looked at."""
+"""A finding of `dataflex doctor`: how a package or place is, and what to do about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What installed distributions say of each other, and what their wheels were made for."""
+"""Versions of installed distributions: whether they meet each other's requirements, and the CUDA of their wheels."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The direction Adam would step in on one example, given the moments a run has gathered.
 
+n examples, m elements of a block of a parameter (m and m' below are moments).
+
 With g the example's gradient, m and v the moments after t steps, b1, b2 and eps the optimizer's:
 
     m' = b1 m + (1 - b1) g                v' = b2 v + (1 - b2) g^2
@@ -35,13 +37,13 @@ from dataflex.fingerprint import digest, tensors_digest
 
 @dataclass(frozen=True)
 class Scalars:
-    """What Adam keeps besides the moments.
+    """What Adam's step on one parameter depends on besides its moments.
 
     Attributes:
         step: optimizer steps done.
-        beta1: of the parameter's group, as are the next two.
-        beta2: likewise.
-        eps: likewise.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
         rate: learning rate of the parameter's group over that of the first group.
     """
 
@@ -69,6 +71,7 @@ class Moments:
         """
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
+        # By identity, not by position: an optimizer orders its parameters by groups, the model by modules.
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         found = {}
         for name, parameter in named_parameters:
@@ -191,12 +194,14 @@ def _entry(
         )
     if group.get("amsgrad") or group.get("maximize"):
         raise DataflexError(f"{where} uses amsgrad or maximize, for which no direction is defined here")
-    step = int(state.get("step", group.get("step", 0)))
+    step = int(state.get("step", group.get("step", 0)))  # DeepSpeed's FusedAdam has counted in the group
     if step < 1:
         raise DataflexError(f"{where} has done no step, so its moments say nothing; train a warm-up first")
+    # NAdam, for one, has moments of the same names and makes another step of them.
     if more := sorted(state.keys() - {"step", "exp_avg", "exp_avg_sq"}):
         raise DataflexError(f"{where} keeps {more[0]} too, so it is another optimizer than Adam; use `direction: sgd`")
     beta1, beta2 = group["betas"]
+    # A copy, as the optimizer writes its next step into the same tensors.
     first, second = (state[key].detach().to(torch.float32, copy=True) for key in ("exp_avg", "exp_avg_sq"))
     return first, second, Scalars(step, float(beta1), float(beta2), float(group["eps"]), relative_rate(group, base))
 
@@ -212,10 +217,12 @@ def adam_direction(moments: Moments, variant: str, name: str, start: int, g: Ten
     s, stop = moments.scalars[name], start + g.shape[1]
     m = moments.exp_avg[name].reshape(-1)[start:stop].to(g)
     v = moments.exp_avg_sq[name].reshape(-1)[start:stop].to(g)
+    # Bias corrections of the step that would come next. Everything acts element by element on the whole gradient, so it
+    # has to be done before a projection, not after.
     first, second = 1 - s.beta1 ** (s.step + 1), 1 - s.beta2 ** (s.step + 1)
     if variant == "precond_only":
         step = g * ((1 - s.beta1) / first / ((v / second).sqrt() + s.eps))
-    elif variant == "less_reference":
+    elif variant == "less_reference":  # as published: eps inside the root, no bias correction
         root = torch.addcmul(v * s.beta2 + s.eps, g, g, value=1 - s.beta2).sqrt_()
         step = torch.add(m * s.beta1, g, alpha=1 - s.beta1).div_(root)
     else:

@@ -1,4 +1,4 @@
-"""Which rows go through the model together, and the tensors they become."""
+"""Which rows go through the model together, and the tensors they become. B rows of a batch, T tokens."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int, padding_si
         high = low + len(tokens)
         ids[i, low:high], mask[i, low:high] = tokens, attention
         positions[i, low:high] = np.arange(len(tokens))
-        targets[i, low : high - 1] = labels[1:]
+        targets[i, low : high - 1] = labels[1:]  # shifted once here, so that losses need no copy of the logits
     return Batch(*(torch.from_numpy(a).to(device) for a in (ids, mask, positions, targets)))
 
 
@@ -85,7 +85,7 @@ def _parts(example: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarr
             f"an example has {len(tokens)} tokens, {len(labels)} labels and a mask of {len(attention)}; "
             "the three must be equally long and not empty"
         )
-    if attention.max() > 1:
+    if attention.max() > 1:  # LLaMA-Factory numbers the sequences of a packed row 1, 2, ... in its mask
         raise DataflexError(
             f"an example's attention_mask holds {attention.max()}: it is several packed sequences, which the feature "
             "engine cannot keep apart; set `neat_packing: false`"

@@ -46,6 +46,7 @@ class Taps:
     """
 
     def __init__(self, receive: Receive) -> None:
+        # No parameter asks for a gradient while features are taken: without a tensor that does there would be no graph.
         self.anchor = torch.zeros((), requires_grad=True)
         self.calls: dict[nn.Module, int] = {}
         self.paused = False
@@ -79,7 +80,7 @@ class Taps:
                 f"{type(module).__name__} has trainable parameters but not one tensor in and one out, so there is no "
                 "exact rule for its per-example gradient; freeze it or train a LoRA adapter"
             )
-        if not self._backward:
+        if not self._backward:  # in the backward pass gradient checkpointing runs the module again: the same use of it
             self.calls[module] = self.calls.get(module, 0) + 1
         (x,) = inputs
         if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):

@@ -1,4 +1,7 @@
-"""Next-token cross-entropy of each row, in float32 whatever the model computes in, in bounded memory."""
+"""Next-token cross-entropy of each row, in float32 whatever the model computes in, in bounded memory.
+
+B rows of a batch, T tokens, V numbers of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ class _TokenLosses(torch.autograd.Function):
             normalizer[a : a + step] = torch.logsumexp(chunk, dim=1)
             picked[a : a + step] = chunk.gather(1, target[a : a + step, None].clamp(min=0)).squeeze(1)
         losses = torch.where(target >= 0, normalizer - picked, 0.0)
+        # The logits and one number a token, not the softmax, which is as large as the logits in float32.
         ctx.save_for_backward(flat, target, normalizer)
         ctx.shape, ctx.step = logits.shape, step
         return losses.view_as(targets)
@@ -57,6 +61,6 @@ class _TokenLosses(torch.autograd.Function):
             chunk.scatter_add_(1, target[part, None].clamp(min=0), torch.full_like(weight, -1.0))
             # Zero by filling, not by the product: a row that is left out may hold NaN.
             chunk.mul_(weight).masked_fill_(weight == 0, 0.0)
-            if chunk.dtype != given.dtype:
+            if chunk.dtype != given.dtype:  # else `wide` made no copy, and the gradient is in `given` already
                 given.copy_(chunk)
         return flat.view(ctx.shape), None

@@ -57,6 +57,7 @@ class TextEncoder:
             ]
         encoded = self._tokenizer(joined, truncation=True, max_length=self._limit)["input_ids"]
         empty = np.array([not ids for ids in encoded])
+        # The engine refuses rows without a token, so those get one, and their values are taken away below.
         examples = [{"input_ids": ids or [0], "labels": [-100] * max(1, len(ids))} for ids in encoded]
         out = self._engine.compute(examples, specs)
         for values in out:
@@ -66,7 +67,7 @@ class TextEncoder:
         return out
 
     def require_layers(self, specs: Sequence[FeatureSpec]) -> None:
-        """Hold the layers that are asked for against those there are; sentence-transformers pool as they were trained.
+        """Check that the model has the layers asked for; sentence-transformers models use none, so they are not asked.
 
         Raises:
             ConfigError: there is no such layer.

@@ -1,4 +1,7 @@
-"""Losses, embeddings and projected gradients of many examples in one pass over them."""
+"""Losses, embeddings and projected gradients of many examples in one pass over them.
+
+B rows of a batch, T tokens, K numbers per projected gradient.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ class FeatureEngine:
 
     Args:
         model: the bare module (PeftModel or PreTrainedModel), not a DDP wrapper or a DeepSpeed engine.
-        pad_token_id: fills up rows; its value does not matter.
+        pad_token_id: fills up short rows of a batch; which token it is does not matter.
         padding_side: "right" or "left".
         token_budget: tokens of a batch, padding included.
         autocast: makes the context of the forward pass, for mixed precision.
@@ -69,9 +72,11 @@ class FeatureEngine:
         self._collate = partial(collate, pad_token_id=pad_token_id, padding_side=padding_side, device=self.device)
         self.measured = np.zeros(2)
         """Loss in nats and tokens, summed over the usable rows so far that a loss or a gradient was taken of."""
+        # Two tokens, so that one of them is predicted and there is a loss to go back from.
         self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
         self.autocast = autocast
-        self._projectors: dict[Projection, Projector] = {}
+        self._projectors: dict[Projection, Projector] = {}  # kept, as sjlt and srht make random tables on first use
+        # PEFT's wrapper takes any keyword and does not say which its model takes.
         get_base: Any = getattr(model, "get_base_model", lambda: model)
         self._accepts = inspect.signature(get_base().forward).parameters
 
@@ -81,10 +86,10 @@ class FeatureEngine:
         return trainable_parameters(self.model)
 
     def require_rules(self, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Hold every trainable parameter against the rules for per-example gradients, by taking one; nothing is kept.
+        """Check that every trainable parameter has an exact per-example gradient, by taking one; nothing is kept.
 
         Args:
-            examples: of the data; run only if a row of two tokens does not reach every module, as of many experts.
+            examples: rows of the data; run only if two tokens do not reach every module, as in a layer of many experts.
 
         Raises:
             DataflexError: a parameter has no exact rule; it is named.
@@ -99,7 +104,7 @@ class FeatureEngine:
             self.compute(examples, [spec])
 
     def require_layers(self, specs: Sequence[FeatureSpec]) -> None:
-        """Hold the layers that embeddings ask for against those of the model, by one pass over two tokens.
+        """Check that the model has the layers that embeddings ask for, by one pass over two tokens.
 
         Raises:
             ConfigError: the model has no such layer.
@@ -114,7 +119,7 @@ class FeatureEngine:
 
     @property
     def _is_sharded(self) -> bool:
-        """Whether ZeRO-3 holds the weights: nothing runs then before its engine does."""
+        """Whether ZeRO-3 holds the weights, so that no forward pass can be tried before its engine is set up."""
         return any(hasattr(p, "ds_id") for p in self.model.parameters())
 
     def compute(
@@ -140,6 +145,7 @@ class FeatureEngine:
             stack.enter_context(evaluation(self.model))
             if sketches:
                 stack.enter_context(sketches.taps.on(sketches.modules))
+            # At least one batch: without rows, that of the dummy still tells which columns and widths there are.
             for number in range(max(len(plan), min_batches, 1)):
                 rows = plan[number].tolist() if number < len(plan) else []
                 batch = self._collate([examples[i] for i in rows] or [self._dummy])
@@ -165,7 +171,7 @@ class FeatureEngine:
             raise ConfigError(
                 f"no Adam moments for the trainable parameter {missing}; they were taken from another model"
             )
-        if spec.adam_variant not in directions:
+        if spec.adam_variant not in directions:  # one object for all targets: `Sketches` computes it once a block
             moments = self.moments.to(self.device)
             directions[spec.adam_variant] = partial(adam_direction, moments, spec.adam_variant)
         return Target(directions[spec.adam_variant], projector)
@@ -177,7 +183,7 @@ class FeatureEngine:
         if any(isinstance(spec, EmbeddingSpec) for spec in specs):
             inputs["output_hidden_states"] = True
         if all(isinstance(spec, EmbeddingSpec) for spec in specs) and "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = 1
+            inputs["logits_to_keep"] = 1  # nobody reads them; at a vocabulary of 128k, 16k tokens have 4.2 GB of bf16
         return inputs
 
     def _run(
@@ -196,7 +202,7 @@ class FeatureEngine:
                     states = output.hidden_states
                     _require_layer(spec, len(states))
                     vectors = pool(states[spec.layer].detach(), batch.attention_mask.bool(), spec)
-                    results[i] = _vectors(vectors, torch.zeros_like(status))
+                    results[i] = _vectors(vectors, torch.zeros_like(status))  # OK: an embedding needs no labels
             if len(results) < len(specs):
                 losses = token_losses(output.logits, batch.targets)
                 sums = losses.sum(dim=1, dtype=torch.float64)
@@ -207,6 +213,8 @@ class FeatureEngine:
                 if counts:
                     self.measured += float(sums.detach()[usable].sum()), int(tokens[usable].sum())
             if sketches:
+                # One backward pass for all rows: no row acts on another's loss, so what reaches a row's activations is
+                # its own. The mean is a row's, not the batch's, or values would depend on which rows come together.
                 sketched = iter(sketches.finish(torch.where(usable, sums / tokens.clamp(min=1), 0.0).sum()))
         for i, spec in enumerate(specs):
             if isinstance(spec, LossSpec):

@@ -19,6 +19,7 @@ from dataflex.fingerprint import canonical
 
 CHUNK = 1 << 22
 """Entries to make at a time: 32 MiB of words."""
+# With these in a name, the same weights under DDP, torch.compile or another adapter would be projected otherwise.
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)+")
 _ADAPTER = re.compile(r"\.(lora_[AB]|modules_to_save)\.[^.]+(?=\.)")
 
@@ -67,4 +68,5 @@ def upper(word: Tensor) -> Tensor:
 
 def order(start: int, size: int, device: torch.device) -> Tensor:
     """Return a random permutation of `size` positions (int64)."""
+    # Not `torch.randperm`: torch does not promise the same numbers on a CPU and a GPU, whatever the seed.
     return torch.argsort(words(start, torch.arange(size, device=device)), stable=True)

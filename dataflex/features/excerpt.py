@@ -1,4 +1,4 @@
-"""What of an example a loss is taken of."""
+"""The part of an example that a loss is taken of. T tokens of the example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be known of any feature without computing it. Imports no torch."""
+"""What can be told of any feature without computing it: width, columns, what it needs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from dataflex.features.reward import RewardSpec
 
 
 class Sizes(Protocol):
-    """What the width of a vector may follow from; each is looked for when it is asked for."""
+    """Sizes of the run that widths of vectors follow from; each is looked up only when it is asked for."""
 
     @property
     def hidden(self) -> int:
-        """Numbers of a hidden state."""
+        """Width of the model's hidden states."""
         ...
 
     @property
     def trainable(self) -> int:
-        """Numbers of all trainable parameters."""
+        """Elements of all trainable parameters together."""
         ...
 
     @property
     def cutoff_len(self) -> int:
-        """Tokens of a row, at most."""
+        """Most tokens that a row may have."""
         ...
 
 
 class Feature(Parameters):
-    """Base of specifications: a kind of feature says here all that others ask, and only engines ask which it is.
+    """Base of all specifications. The rest of the code asks it for facts; only engines ask which kind it is.
 
     Attributes:
-        kind: its name, also in the names of stores.
-        is_indexed: whether a FAISS index is built of its vectors ahead.
-        has_direction: whether the direction of its vectors says something, so that rows can be compared by it.
-        is_by_token: whether the vector has a number for each token, in the width of `cutoff_len`.
+        kind: name of the kind of feature, with which the names of its stores begin.
+        is_indexed: whether featurize builds a FAISS index of the vectors ahead of the run that searches it.
+        has_direction: whether rows can be compared by the direction of their vectors.
+        is_by_token: whether the vector has one number per token, padded to `cutoff_len`.
     """
 
     kind: Any
@@ -46,10 +46,13 @@ class Feature(Parameters):
 
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
-        """Return what determines the values, plain data; fields that do not act are left out."""
+        """Return all that determines the values, as plain data.
+
+        Fields that do not act are left out, or equal values would have two names and be computed twice.
+        """
 
     def describe(self) -> str:
-        """Return what it is, for people."""
+        """Name the feature for people."""
         return str(self.kind)
 
     @property
@@ -58,37 +61,37 @@ class Feature(Parameters):
         return {"norm": "float32"}
 
     def width(self, sizes: Sizes) -> int:
-        """Return the numbers of a vector, 0 for a feature without one."""
+        """Return the width of a vector, 0 for a feature without vectors."""
         return 0
 
     @property
     def known_width(self) -> int | None:
-        """The numbers of a vector as far as the specification says; None: the model does."""
+        """The width of a vector if the specification alone tells it; None if it depends on the model."""
         return None
 
     @property
     def has_vectors(self) -> bool:
-        """Whether there are vectors, which move with the model."""
+        """Whether rows have vectors, which a rotating refresh can shift where it does not compute them anew."""
         return True
 
     @property
     def gradient(self) -> Feature | None:
-        """The gradient whose rules and projection it is computed by; None: it needs no backward pass."""
+        """The per-example gradient that it is made of; None if it needs no backward pass."""
         return None
 
     @property
     def needs_moments(self) -> bool:
-        """Whether it depends on Adam's moments."""
+        """Whether values depend on Adam's moments, so that a warm-up has to come first."""
         return False
 
     @property
     def is_of_excerpt(self) -> bool:
-        """Whether it is taken of a part of the example, so that the example is run for it alone."""
+        """Whether it is of a part of the example, which then needs a forward pass of its own."""
         return False
 
     @property
     def encoder(self) -> str | None:
-        """Folder or name of the model that it is computed by; None: the run's own."""
+        """Folder or name of the other model that computes it; None for the run's own model."""
         return None
 
     @property
@@ -102,5 +105,5 @@ class Feature(Parameters):
         return None
 
     def stored_as(self, storage: str) -> str:
-        """Return the type that vectors are kept in, where the run file asks for `storage`."""
+        """Return the type that vectors are kept in if the run file asks for `storage`."""
         return storage

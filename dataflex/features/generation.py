@@ -29,12 +29,12 @@ _MORE = 4  # times the token budget: no activations are kept, only keys and valu
 
 @dataclass(frozen=True)
 class Job:
-    """One response wanted.
+    """One response to be written.
 
     Attributes:
         prompt: token ids of the prompt, (t,) int64, not empty.
         text: the prompt as people wrote it, for servers, which have a template of their own.
-        key: names the prompt.
+        key: identifies the prompt; a part of each token's random number.
         sample: number of the response among those to this prompt.
     """
 
@@ -56,7 +56,7 @@ def uniform(seed: int, key: bytes, sample: int, position: int) -> float:
     """Return a number in [0, 1) that is a function of its arguments alone, on every machine; 52 random bits."""
     h = hashlib.blake2b(digest_size=8, person=b"dataflex-draw-v1")
     h.update(b"".join(n.to_bytes(8, "little") for n in (seed, sample, position)) + key)
-    return (int.from_bytes(h.digest(), "little") >> 12) / (1 << 52)
+    return (int.from_bytes(h.digest(), "little") >> 12) / (1 << 52)  # a float holds 53 bits; more could round up to 1
 
 
 def draw(logits: Tensor, at: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -86,6 +86,7 @@ def draw(logits: Tensor, at: Tensor, temperature: float = 1.0, top_p: float = 1.
         raise DataflexError(
             "the model gave NaN or infinite logits while it wrote a response; check the learning rate and the dtype"
         )
+    # Scaled by the last sum, which is below 1 where tokens were taken out. `right` passes over tokens of probability 0.
     return torch.searchsorted(passed, (at * passed[:, -1])[:, None], right=True).squeeze(1)
 
 
@@ -125,7 +126,7 @@ class ModelGenerator:
         none = np.flatnonzero(room <= 0)
         if len(none):
             yield [(int(i), np.empty(0, np.int64)) for i in none]
-        for limit in np.unique(room[room > 0]).tolist():
+        for limit in np.unique(room[room > 0]).tolist():  # `generate` has one limit for all rows of a batch
             at = np.flatnonzero(room == limit)
             for batch in plan_batches([len(jobs[i].prompt) + limit for i in at.tolist()], self._budget):
                 rows = at[batch].tolist()
@@ -136,6 +137,7 @@ class ModelGenerator:
         ids = np.full((len(jobs), width), self._pad, dtype=np.int64)
         mask = np.zeros_like(ids)
         for i, job in enumerate(jobs):
+            # Padded on the left: `generate` goes on behind the last column of every row.
             ids[i, width - len(job.prompt) :], mask[i, width - len(job.prompt) :] = job.prompt, 1
         device = next(self._model.parameters()).device
         config = GenerationConfig(
@@ -161,7 +163,7 @@ class ModelGenerator:
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
-        """Put the model into eval mode and its generation defaults aside, for a while."""
+        """Put the model into eval mode, and its generation defaults aside, until the block ends."""
         modes = [(module, module.training) for module in self._model.modules()]
         defaults = self._base.generation_config
         self._base.generation_config = GenerationConfig()

@@ -99,7 +99,7 @@ def _refuse_coupled_rows(model: nn.Module) -> None:
 
 
 def _refuse_unsupported(name: str, module: nn.Module) -> None:
-    if "lora_magnitude_vector" in name:
+    if "lora_magnitude_vector" in name:  # the column norm that DoRA divides by is not linear in the weights
         raise DataflexError(f"{name}: DoRA has no exact per-example rule here; set `use_dora: false`")
     if next(module.children(), None) is not None or isinstance(module, nn.ParameterList | nn.ParameterDict):
         raise DataflexError(
@@ -121,6 +121,7 @@ def gradient_rows(module: nn.Module, names: list[str], x: Tensor, gy: Tensor) ->
         x: input (B, T, ..., I), or token ids (B, T) of an embedding.
         gy: gradient at the output (B, T, ..., O).
     """
+    # `type is`, not `isinstance`: a subclass may do more than the product; it is differentiated as it is.
     if type(module) is nn.Embedding:
         return {"weight": _embedding_rows(module, x, gy)}
     if type(module) is not nn.Linear and not isinstance(module, Conv1D):
@@ -137,6 +138,7 @@ def _linear_rows(left: Tensor, right: Tensor) -> Rows:
     """Return the gradient sum_t left_t right_t^T of a weight; left (B, T, rows), right (B, T, cols)."""
 
     def rows(a: int, b: int) -> Tensor:
+        # Into float32: float16 underflows near the size of gradients (median root of v in a small model: 8e-5).
         part = left[..., a:b].transpose(1, 2)
         if _MIXED_BMM and part.is_cuda and part.dtype == right.dtype and part.dtype in _HALF:
             return torch.bmm(part, right, out_dtype=torch.float32).flatten(1)
@@ -151,7 +153,7 @@ def _embedding_rows(module: nn.Embedding, ids: Tensor, gy: Tensor) -> Rows:
 
     def rows(a: int, b: int) -> Tensor:
         inside = (flat >= a) & (flat < b)
-        if module.padding_idx is not None:
+        if module.padding_idx is not None:  # torch gives this token no gradient
             inside &= flat != module.padding_idx
         row = inside.nonzero()[:, 0]
         out = values.new_zeros(n * (b - a), width)

@@ -1,4 +1,4 @@
-"""Let a model that is in training be evaluated, without a trace."""
+"""Run a model that is being trained as if for evaluation, and leave no trace in it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     functions = [layer._gradient_checkpointing_func for layer in layers]
+    # Only devices in use: to save the random state of a GPU, torch would have to start CUDA in this process.
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
         try:

@@ -1,4 +1,7 @@
-"""What a method asks for, and what it is given: features of many rows, read in bounded memory."""
+"""What a method asks for, and what it is given: features of many rows, read in bounded memory.
+
+R rows of a view, b rows of a block, D numbers per vector, M queries, k neighbours.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Need:
 
     Attributes:
         spec: the feature.
-        of: of the training rows or of every target set.
+        of: whose feature: the training rows', or that of every target set's rows.
         state: of the model; None is the model as it is at the update.
     """
 

@@ -86,6 +86,7 @@ def policy_gradients(
         for ids, factor in zip(texts, factors.tolist(), strict=True):
             if len(ids) and factor:
                 key = (row, ids.astype(np.int64).tobytes())
+                # The engine's gradient is of the mean over the response's tokens; times their number it is of the sum.
                 merged[key] = merged.get(key, 0.0) + factor * (len(ids) if normalisation == "sum" else 1)
     jobs = [(row, np.frombuffer(raw, np.int64), factor) for (row, raw), factor in merged.items() if factor]
     status = np.full(len(prompts), Status.NO_LABELS, dtype=np.uint8)
@@ -101,13 +102,13 @@ def policy_gradients(
         for (row, _, factor), vector, state in zip(some, found.vectors, found.status, strict=True):
             if state != Status.OK:
                 status[row] = Status.NONFINITE
-            total[row] += factor * vector.astype(np.float64)
+            total[row] += factor * vector.astype(np.float64)  # weights of both signs: much of the sum cancels
     assert total is not None
     status[~np.isfinite(total).all(axis=1)] = Status.NONFINITE
     return np.where(status[:, None] == Status.OK, total, 0.0).astype(np.float32), status
 
 
 def _example(prompt: np.ndarray, response: np.ndarray) -> dict[str, np.ndarray]:
-    """Return prompt and response as the engine reads them, the labels on the response alone."""
+    """Join prompt and response into one example for the engine, with labels on the response alone."""
     labels = np.concatenate([np.full(len(prompt), IGNORE_INDEX), response])
     return {"input_ids": np.concatenate([prompt, response]), "labels": labels}

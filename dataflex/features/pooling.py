@@ -15,6 +15,7 @@ def pool(hidden: Tensor, mask: Tensor, spec: EmbeddingSpec) -> Tensor:
     Source: position_weighted is RDS+ (arXiv 2503.01807): weights t / sum(t), t = 1..L over a row's tokens.
     """
     if spec.pooling == "last":
+        # The last position that is no padding, on whichever side the row is padded.
         last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)
         return wide(hidden[torch.arange(len(hidden), device=hidden.device), last])
     state = wide(hidden)

@@ -30,7 +30,7 @@ from dataflex.features.srht import Srht
 
 
 class Projector(Protocol):
-    """What adds blocks of gradients into a sketch."""
+    """Adds gradients into a sketch, block by block."""
 
     width: int
 

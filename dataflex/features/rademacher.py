@@ -1,4 +1,7 @@
-"""A dense random projection, the yardstick for the others."""
+"""A dense random projection: 130 times as slow as sjlt on real gradients, kept to measure the others against.
+
+n rows of the batch, m elements of a block, P elements of all parameters, K numbers kept.
+"""
 
 from __future__ import annotations
 

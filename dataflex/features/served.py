@@ -1,4 +1,4 @@
-"""Responses that another model writes, on a server."""
+"""Responses written by another model, behind an OpenAI-compatible server."""
 
 from __future__ import annotations
 

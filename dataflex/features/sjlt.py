@@ -1,4 +1,7 @@
-"""Sparse random projections: the count sketch and its denser relatives."""
+"""Sparse random projections: the count sketch and its denser relatives.
+
+n rows of the batch, m elements of a block, K numbers kept, s = `sparsity` non-zeros per element.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,7 @@ class Sjlt:
             for band in range(s):
                 low, high = band * self.width // s, (band + 1) * self.width // s
                 for a in range(0, size, CHUNK):
+                    # The element and the band are the counter, so a table is the same made in any chunks.
                     counter = torch.arange(a, min(a + CHUNK, size), device=device) * s + band
                     word = words(start, counter)
                     column = low + ((upper(word) * (high - low)) >> 32)

@@ -1,4 +1,7 @@
-"""Gather a batch's per-example gradients into one sketch per gradient asked for."""
+"""Gather a batch's per-example gradients into one sketch per gradient asked for.
+
+B rows of the batch (n in `start`), m elements of a block, K numbers of a sketch, G a parameter's gradient of each row.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class DidNotRun(DataflexError):
 
 @dataclass(frozen=True)
 class Target:
-    """One gradient asked for: a direction (None is the gradient itself) and where it is projected to."""
+    """One gradient asked for: what is made of it (None leaves the gradient as it is) and how that is projected."""
 
     direction: Direction | None
     projector: Projector
@@ -93,7 +96,7 @@ class Sketches:
                 f"{self._n} rows: they cannot be told apart; freeze it"
             )
         owned = self._owned[module]
-        self.taps.paused = True
+        self.taps.paused = True  # a rule may run the module again, which is no use of it by the model
         try:
             rows = gradient_rows(module, list(owned), x, gy)
         finally:

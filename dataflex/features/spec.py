@@ -1,4 +1,7 @@
-"""What can be asked of an example: features and their parameters. Imports no torch."""
+"""What can be asked of an example: features and their parameters. Imports no torch.
+
+P elements of all trainable parameters, K numbers kept of a gradient, C responses to a prompt, R rows, D stored width.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ ENGINE_VERSION = 2
 """Version of our own numerics; part of every recipe. Raise it when values change."""
 
 MAX_COLUMNS = 1 << 21
-"""Most numbers kept per gradient: the room for columns in a counter, so that a parameter may have 2^42 elements."""
+"""Most numbers kept per gradient. A dense entry's counter is element x 2^21 + column: 2^42 elements fit into int64."""
 
 BASE = "base"
 """The state of a model before any training: the adapter that is trained is left out."""
@@ -26,7 +29,7 @@ _LOSS_SCALARS = {"loss_sum": "float64", "tokens": "int32"}
 
 
 def _refuse_former(value: Any) -> Any:
-    """Refuse the projections that there were once, in words."""
+    """Refuse projections that DataFlex once had, and say what to take instead."""
     if value in ("normal", "factorized"):
         raise ValueError("sjlt or rademacher: normal and factorized were taken out, as slower or noisier than these")
     return value
@@ -66,12 +69,12 @@ class LossSpec(Feature):
 
     @property
     def has_vectors(self) -> bool:
-        """It is a number."""
+        """False: a loss is a number."""
         return False
 
     @property
     def is_of_excerpt(self) -> bool:
-        """All but the plain loss are."""
+        """True for all but the plain loss."""
         return self != LossSpec()
 
     def recipe(self) -> dict[str, Any]:
@@ -93,7 +96,7 @@ class TokenLossSpec(Feature):
         return _LOSS_SCALARS
 
     def width(self, sizes: Sizes) -> int:
-        """Return the tokens of the longest row that there may be."""
+        """Return the most tokens that a row may have."""
         return sizes.cutoff_len
 
     def stored_as(self, storage: str) -> str:
@@ -126,16 +129,16 @@ class EmbeddingSpec(Feature):
         return f"embedding ({self.pooling}, layer {self.layer})"
 
     def width(self, sizes: Sizes) -> int:
-        """Return the numbers of a hidden state of the run's model."""
+        """Return the width of a hidden state of the run's model."""
         return sizes.hidden
 
     @property
     def encoder(self) -> str | None:
-        """The other model."""
+        """The other model, if one is named."""
         return self.embedding_model_name_or_path
 
     def recipe(self) -> dict[str, Any]:
-        """Return what determines the values; what the other model is called does not."""
+        """Return what determines the values; the other model enters by its content elsewhere, not by its name."""
         return self.model_dump(exclude={"embedding_model_name_or_path"})
 
 
@@ -173,17 +176,17 @@ class GradientSpec(Feature):
 
     @property
     def gradient(self) -> GradientSpec:
-        """Itself."""
+        """The specification itself."""
         return self
 
     @property
     def needs_moments(self) -> bool:
-        """Adam's step does."""
+        """True for Adam's step."""
         return self.direction == "adam"
 
     @property
     def norm_column(self) -> str:
-        """Of Adam's steps, whose norm says little of the gradient's, the gradient's own is kept beside them."""
+        """For Adam's steps a column of its own, as their norm says little of the gradient's."""
         return "gradient_norm" if self.needs_moments else "norm"
 
     def recipe(self) -> dict[str, Any]:
@@ -213,11 +216,11 @@ class GeneratorSpec(Parameters):
         if (self.type == "openai") != (self.base_url is not None) or (self.type == "openai") != (
             self.model is not None
         ):
-            raise ValueError("base_url and model belong to type openai, which needs both")
+            raise ValueError("both base_url and model with type: openai, and neither with type: model")
         return self
 
     def recipe(self) -> dict[str, Any]:
-        """Return what names the writer; how patiently it is asked does not matter."""
+        """Return what identifies the writer; timeouts, retries and workers change no response."""
         return self.model_dump(include={"type", "base_url", "model"}, exclude_none=True)
 
 
@@ -260,12 +263,12 @@ class PolicyGradientSpec(Feature):
     @model_validator(mode="after")
     def _fits(self) -> PolicyGradientSpec:
         if self.estimator == "loo_baseline" and self.mc_samples < 2:
-            raise ValueError("estimator loo_baseline compares responses, so mc_samples must be 2 or more")
+            raise ValueError("mc_samples of 2 or more, as estimator loo_baseline compares responses with each other")
         if self.on_policy == "exact":
             if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
-                raise ValueError("temperature, top_p and top_k belong to on_policy: sampled")
+                raise ValueError("on_policy: sampled beside temperature, top_p or top_k, which change what is drawn")
             if self.generator.type != "model":
-                raise ValueError("responses of another model are off-policy: set on_policy: sampled")
+                raise ValueError("on_policy: sampled beside another model's responses, which are off-policy")
         return self
 
     @property
@@ -284,7 +287,7 @@ class PolicyGradientSpec(Feature):
 
     @property
     def gradient(self) -> GradientSpec:
-        """The gradient of a response's loss."""
+        """The gradient of one response's loss, of which the policy gradient is a weighted sum."""
         return GradientSpec(projection=self.projection)
 
     @property

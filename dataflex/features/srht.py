@@ -1,4 +1,7 @@
-"""Subsampled randomised Hadamard transform."""
+"""Subsampled randomised Hadamard transform: the least error per number kept, at four times the time of sjlt.
+
+n rows of the batch, m elements of a block, p elements of a tile, K numbers kept.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a table of runs to proportions, with what is to be known before they are trusted.
+"""Fit the law to a table of runs, find the best proportions, and warn of what speaks against trusting them.
 
 R runs, K domains, J metrics.
 """
@@ -74,7 +74,7 @@ def write(found: Mapping[str, Any], table: Path, output: Path) -> None:
 
 
 def lines_of(found: Mapping[str, Any]) -> list[str]:
-    """Return what people are to read."""
+    """Describe a fit in lines for people."""
     fit = found["fit"]
     lines = [f"{fit['runs']} runs, {fit['mixtures']} mixtures; on runs left out of the fit:"]
     lines.append(f"{'R2':>8} {'rank':>6} {'predicted':>10} {'at prior':>9} {'best run':>9} {'weight':>7}  metric")
@@ -93,7 +93,7 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
 
 
 def _on_runs(runs: Runs) -> list[str]:
-    """Return what the table is too small for."""
+    """Warn of what the table has too few runs to tell."""
     parameters = len(runs.domains) + 1
     known = len(directions(runs.mixtures))
     warnings = []
@@ -108,7 +108,7 @@ def _on_runs(runs: Runs) -> list[str]:
 
 
 def _on_laws(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return which laws say nothing of runs that they were not fitted to."""
+    """Warn of laws that do not predict runs which they were not fitted to."""
     return [
         f"metric {name}: on runs left out the law is no better than their mean (R2 {about['held_out_r2']:.2f}); "
         "more runs, or runs that differ more, are needed"
@@ -118,7 +118,7 @@ def _on_laws(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _on_mixture(runs: Runs, goal: Goal, laws: list[LogLinear], best: np.ndarray, error: float) -> list[str]:
-    """Return what speaks against the mixture itself."""
+    """Warn of shares outside of what was run, and of a gain that is within the error."""
     warnings = []
     low, high = runs.mixtures.min(axis=0), runs.mixtures.max(axis=0)
     for name, share, least, most in zip(runs.domains, best, low, high, strict=True):
@@ -132,7 +132,7 @@ def _on_mixture(runs: Runs, goal: Goal, laws: list[LogLinear], best: np.ndarray,
 
 
 def _epochs(best: np.ndarray, goal: Goal) -> np.ndarray:
-    """Return how often each domain is gone through, (K,); NaN for one without tokens."""
+    """Return the epochs over each domain, (K,); NaN for a domain without tokens."""
     assert goal.sizes is not None
     assert goal.tokens is not None
     return np.divide(best * goal.tokens, goal.sizes, out=np.full(len(best), np.nan), where=goal.sizes > 0)

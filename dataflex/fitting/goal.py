@@ -1,4 +1,4 @@
-"""What the mixture is to be good at, how near to a prior it stays, and how often it may repeat a domain.
+"""The goal of a mixture: metrics to lower, nearness to a prior, and a limit on the repetition of a domain.
 
 K domains, J metrics.
 """
@@ -33,7 +33,7 @@ class Goal:
         prior: (K,) summing to 1, or None where nothing was said of one.
         kl: weight of KL(x || prior), in units of the metrics per nat.
         sizes: (K,) tokens of the domains, or None.
-        tokens: of the run that the mixture is for, or None.
+        tokens: length of the run that the mixture is for, or None.
         repetition: epochs over a domain that are not exceeded; None where `tokens` is.
     """
 
@@ -84,13 +84,13 @@ def read_goal(
         problems.add(COMMAND, "--cap", "a finite number above 0", cap)
     if (tokens is None) != (sizes is None) and (tokens is not None or prior not in (None, "natural") or kl == 0):
         why = "A cap on repetition needs both" if tokens is not None else "Sizes make the prior `natural`, and the cap"
-        problems.say(COMMAND, "--sizes, --tokens", "found one that cannot act without the other; expected both", why)
+        problems.say(COMMAND, "--sizes, --tokens", "found one without the other; expected both", why)
     if cap is not None and tokens is None:
         problems.say(COMMAND, "--cap", f"found {cap:g} without --tokens and --sizes; expected both or no cap")
     if prior is not None and kl == 0:
         problems.say(COMMAND, "--prior", "found a prior that --kl 0 takes no notice of; expected one or the other")
     if kl > 0 and prior is None and sizes is None:
-        problems.say(COMMAND, "--prior", "found none, and no --sizes that it follows from; expected one, or --kl 0")
+        problems.say(COMMAND, "--prior", "found no prior, and no --sizes to take it from; expected one, or --kl 0")
     if prior == "natural" and sizes is None:
         problems.say(COMMAND, "--prior", "found 'natural' without --sizes; expected the tokens of each domain")
     tokens_of = None if sizes is None else _named(sizes, runs.domains, problems)
@@ -108,7 +108,7 @@ def read_goal(
 
 
 def _check_room(goal: Goal, problems: Problems) -> None:
-    """See that domains that may have a share can fill the run."""
+    """Check that the domains which may have a share have enough tokens for the run."""
     free = slice(None) if goal.prior is None or goal.kl == 0 else goal.prior > 0
     if goal.sizes is None or goal.tokens is None or goal.repetition is None:
         return

@@ -65,6 +65,7 @@ def fit_law(mixtures: np.ndarray, values: np.ndarray) -> LogLinear:
         return np.column_stack([(level * slope - np.expm1(bend * level) / bend) / bend, slope[:, None] * design])
 
     best = None
+    # With a floor given, the rest of a start is linear least squares after a logarithm, so only the floor is guessed.
     for offset in _OFFSETS:
         bend = 1 / (offset - z.min())
         start = np.concatenate([[bend], np.linalg.lstsq(design, np.log1p(bend * z) / bend, rcond=None)[0]])
@@ -89,6 +90,6 @@ def fit_law(mixtures: np.ndarray, values: np.ndarray) -> LogLinear:
 
 
 def directions(mixtures: np.ndarray) -> np.ndarray:
-    """Return an orthonormal basis of what tells the mixtures apart, (K - 1 or fewer, K)."""
+    """Return an orthonormal basis of the directions in which the mixtures differ, (K - 1 or fewer, K)."""
     _, lengths, basis = np.linalg.svd(mixtures - mixtures.mean(axis=0), full_matrices=False)
     return np.asarray(basis[lengths > 1e-6])

@@ -69,6 +69,7 @@ def _follow_path(
         for _ in range(200):
             step, decrease = _newton(x, slopes, weights, prior, kl, bounds, barrier)
             ahead = np.where(step < 0, x, bounds - x) / np.maximum(np.abs(step), 1e-300)
+            # Not onto a bound, where the barrier's logarithm is not finite.
             length, value = min(1.0, 0.99 * float(ahead.min())), objective(x, barrier)
             if decrease < 1e-3 * barrier:  # near enough for full steps, whose gain the value may have no digits for
                 x = x + length * step
@@ -76,7 +77,7 @@ def _follow_path(
             while objective(x + length * step, barrier) > value - 0.1 * length * decrease and length > 1e-12:
                 length /= 2
             x = x + length * step
-        if 2 * count * barrier < GAP:
+        if 2 * count * barrier < GAP:  # what a minimum with 2 K barriers may lie above the one without, at most
             return x / x.sum()
         barrier /= 10
 

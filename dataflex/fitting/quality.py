@@ -1,4 +1,4 @@
-"""How well the law says what runs of other mixtures came to.
+"""How well the law predicts runs of mixtures that it was not fitted to.
 
 R runs, J metrics.
 """
@@ -16,12 +16,13 @@ FOLDS = 10
 
 
 def held_out(runs: Runs) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is said of each run by a law, and by the mean, that were fitted without it, both (R, J).
+    """Predict each run by a law, and by a mean, of the runs without it; both (R, J).
 
-    Runs of the same mixture are left out together: otherwise the law is asked for what it was shown.
+    Runs of the same mixture are left out together: otherwise the law would be asked for what it was shown.
     """
     group = runs.group
     distinct = group.max() + 1
+    # The same folds each time, so that a fit is a function of its table.
     fold = (generator(0, "folds").permutation(distinct) % min(distinct, FOLDS))[group]
     predicted, means = np.empty_like(runs.values), np.empty_like(runs.values)
     for part in np.unique(fold):

@@ -1,4 +1,4 @@
-"""The table of finished runs: what each was trained on, and what came of it.
+"""The table of finished runs: the mixture that each was trained on, and the metrics that it reached.
 
 R runs, K domains, J metrics.
 """
@@ -42,6 +42,7 @@ class Runs:
     @property
     def group(self) -> np.ndarray:
         """(R,) int64, the same number for runs of the same mixture."""
+        # Rounded: weights that are multiples of each other differ in their last digits once they are normalised.
         return np.unique(self.mixtures.round(12), axis=0, return_inverse=True)[1].reshape(-1)
 
 
@@ -86,7 +87,7 @@ def read_runs(path: Path) -> Runs:
 
 
 def _check_content(runs: Runs, origin: Origin, problems: Problems) -> None:
-    """Look for what makes numbers that are right one by one say nothing together."""
+    """Note tables from which nothing can be learnt: too few mixtures, or columns that never change."""
     distinct = len(set(runs.group.tolist()))
     if distinct < LEAST:
         found = f"found {len(runs.mixtures)} lines with {distinct} different mixtures"

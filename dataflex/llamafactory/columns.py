@@ -1,4 +1,4 @@
-"""Whether the fields of a dataset are what its registration says: there, and of types that LLaMA-Factory reads.
+"""Check that the fields which a dataset's registration names are there, and have types that LLaMA-Factory reads.
 
 Asked before the conversion, because that drops rows whose answer is no text, and takes a history that is no list for
 none, without an error.
@@ -97,7 +97,7 @@ def odd_record(record: Mapping[str, Any], attributes: Any) -> str | None:
 
 
 def _odd_json(text: str, what: str) -> str | None:
-    """Return what is odd about the JSON of tools or of calls, or None; that it is none LLaMA-Factory says itself."""
+    """Return what is odd about the JSON of tools or of calls, or None; text that is no JSON LLaMA-Factory reports."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What is wrong with a data file of JSON, JSON Lines, CSV or Parquet, found by reading it again once loading failed."""
+"""Faults of a data file (JSON, JSON Lines, CSV, Parquet), found by reading the file again once loading has failed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dataflex.explanation import kind
 
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "Parquet"}
 
-_DEEPEST = 100
+_DEEPEST = 100  # far beyond any record; 50,000 were seen to end pyarrow's parser in a segmentation fault
 _TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def unsafe(path: str | os.PathLike[str]) -> str | None:
-    """Return what in a file, or in a file of a folder, no loader may see; None if there is nothing such.
+    """Say what makes a file, or a file of a folder, dangerous to load; None if nothing does.
 
     Asked before it is loaded. A line `null` ends pyarrow's parser of JSON with a segmentation fault, and so does deep
     nesting, after a time that grows with the square of the depth. In CSV, pandas takes fields without a name for labels
@@ -108,11 +108,11 @@ def _undecodable(content: bytes) -> str | None:
 
 
 def _of_parquet(path: Path) -> str | None:
-    """Return what in a Parquet file, which is one, the loader of datasets does not take; None if nothing is seen."""
+    """Return what the loader of datasets does not take in a file that is Parquet; None if nothing is seen."""
     try:
         schema, rows = pq.read_schema(path), pq.read_metadata(path).num_rows
     except (pa.ArrowException, OSError):
-        return None  # it is none, as the loader says
+        return None  # no Parquet file, as the loader says itself
     if rows == 0:
         return "found 0 rows; expected at least one"
     if twice := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
@@ -124,8 +124,8 @@ def _of_parquet(path: Path) -> str | None:
         is_read = False
     if not is_read:
         return (
-            "found metadata called 'huggingface' that the datasets library did not write; expected them left out: "
-            "write the table again without them (pyarrow's table.replace_schema_metadata(None))"
+            "found metadata called 'huggingface' that the datasets library did not write; expected no such metadata. "
+            "Write the table again without them (pyarrow's table.replace_schema_metadata(None))"
         )
     return None
 

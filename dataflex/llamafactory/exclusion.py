@@ -1,4 +1,4 @@
-"""Training rows that stand among the targets too, taken out before anything sees them (`dataflex.exclude_targets`)."""
+"""Removal of training rows that are target rows too, before anything sees them (`dataflex.exclude_targets`)."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ def check_schedule(arguments: Mapping[str, Any]) -> None:
         ConfigError: the schedule does not take its options, or gives a rate that is no number.
     """
     options, kind = arguments.get("lr_scheduler_kwargs"), arguments.get("lr_scheduler_type", "linear")
+    # A short run tells: options act alike over a hundred steps and over millions.
     given = json.loads(options) if isinstance(options, str) else options or {}
     warmup = arguments.get("warmup_steps") or arguments.get("warmup_ratio") or 0
     warmup = min(math.ceil(warmup * _STEPS if warmup < 1 else warmup), _STEPS)  # a run may warm up for millions

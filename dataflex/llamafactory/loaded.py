@@ -1,4 +1,4 @@
-"""A model as LLaMA-Factory loaded it, held against what the run asks of it before the first step is taken."""
+"""Checks of a model as LLaMA-Factory loaded it, before the first step: tokens have embeddings, weights are trained."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCH = 1000  # rows whose tokens are looked at at once
 def check_loaded(
     model: Any, rows: Mapping[str, Any], tokenizer: Any, model_args: Any, finetuning_args: Any, is_trained: bool
 ) -> None:
-    """Refuse a model that cannot be trained as asked, and warn of what is asked for and not there.
+    """Refuse a model that cannot be trained as asked, and warn of modules and layers that it does not have.
 
     Every process comes to the same result, so nothing is exchanged.
 
@@ -77,7 +77,7 @@ def _ends(dataset: Any) -> Iterator[int]:
         columns = [name for name in dataset.column_names if name.endswith("input_ids")]
         for batch in dataset.select_columns(columns).with_format("arrow").iter(_BATCH) if columns else ():
             for name in columns:
-                tokens = batch[name]
+                tokens = batch[name]  # in Arrow, where a batch is one array, not a list of tokens for each row
                 while pa.types.is_list(tokens.type) or pa.types.is_large_list(tokens.type):
                     tokens = pc.list_flatten(tokens)
                 yield from (found for found in pc.min_max(tokens).as_py().values() if found is not None)

@@ -1,4 +1,4 @@
-"""Where a dataset comes from, as `dataset_info.json` has it."""
+"""Where a dataset comes from, as `dataset_info.json` says."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Place:
 
     Attributes:
         name: the dataset's name in the run file.
-        where: path of its file or folder, or where else it lies.
-        is_file: whether that is a path.
+        where: path of its file or folder, or its place on the Hub or in a cloud.
+        is_file: whether `where` is a path.
         attributes: LLaMA-Factory's, of the dataset.
     """
 
@@ -44,7 +44,7 @@ class Place:
             raise DataflexError(f"{self}: {found}")
 
     def about(self, index: int, record: Mapping[str, Any]) -> str:
-        """Return which record this is, what is odd about it, and how it begins."""
+        """Say which record this is, what is odd about it, and how it begins."""
         odd = odd_record(record, self.attributes) or "found a record that cannot be used"
         return f"{self}, record {index}: {odd}\n  The record: {shown(record)}"
 

@@ -73,16 +73,18 @@ class Processing:
         """
         if not self.is_packed:
             return self._map(records, is_eval, sources)
+        # Each dataset for itself: a block of two datasets would have no domain that a mixer could give a share.
         numbers = column_of(records, DATASET)
         parts = [records.select(np.flatnonzero(numbers == n)) for n in dict.fromkeys(numbers.tolist())]
         return concatenate_datasets([self._map(part, is_eval, sources) for part in parts])
 
     def noting(self) -> Noting:
-        """Return what turns a batch of records into rows with `NOTES`."""
+        """Return the function that turns a batch of records into rows with `NOTES`."""
         args = self.data_args
         encoder = loader._get_dataset_processor(
             args, self.stage, self.template, self.tokenizer, self.processor, do_generate=False
         )
+        # Truncation drops what it cuts; only the same processor without a limit tells how long a row would be.
         free = copy.copy(args)
         free.cutoff_len = 1 << 30
         columns = ("input_ids", "attention_mask") + (("labels", *MEDIA) if self.stage == "sft" else ())
@@ -167,6 +169,7 @@ class Noting:
         for key, values in rows.items():
             out.setdefault(key, []).extend(values)
         length = len(rows["input_ids"][0])
+        # Only a row that fills the limit can have been cut, so nearly all rows are processed once.
         cut = length >= self.cutoff_len and len(self.whole.preprocess_dataset(record)["input_ids"][0]) > length
         for note, value in ((DATASET, record[DATASET][0]), (INDEX, record[INDEX][0]), (TRUNCATED, cut)):
             out[note].append(value)

@@ -1,4 +1,4 @@
-"""What rows are made from: datasets by content, tokenizer, and every data argument that enters a row."""
+"""A record of what rows are made from: datasets by content, tokenizer, and every data argument that enters a row."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def made_from(stage: str, data_args: Any, seed: int, tokenizer: Any) -> dict[str
         "seed": seed if is_drawn else None,
         **arguments,
     }
-    return dict(json.loads(json.dumps(made, default=str)))
+    return dict(json.loads(json.dumps(made, default=str)))  # as it will be read back: tuples are lists
 
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

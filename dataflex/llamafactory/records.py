@@ -1,4 +1,7 @@
-"""Raw records, loaded by LLaMA-Factory and numbered on the way, so that each row knows where it came from."""
+"""Raw records, loaded by LLaMA-Factory and numbered on the way, so that each row knows where it came from.
+
+N records, R rows.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,7 @@ def _numbered(place: Place, stage: str, raw: list[Dataset]) -> Iterator[None]:
     LLaMA-Factory samples (`num_samples`, `max_samples`) between loading and converting, so the number has to be there
     before, and the conversion removes every column.
     """
+    # Patched, not copied: what LLaMA-Factory does between the two stays its own, whatever its version.
     load, align, cloud = loader.load_dataset, loader.align_dataset, loader.read_cloud_json
 
     def load_numbered(*args: Any, **kwargs: Any) -> Dataset:
@@ -91,7 +95,7 @@ def _numbered(place: Place, stage: str, raw: list[Dataset]) -> Iterator[None]:
                     f"{place}: found rows with {kind} (column {column!r}); expected text only: per-example "
                     "features of media are not supported. Leave the column out of dataset_info.json's columns."
                 )
-        index = column_of(dataset, INDEX)
+        index = column_of(dataset, INDEX)  # aside for the conversion, which keeps no column that it does not know
         convert = get_dataset_converter(attr.formatting, attr, data_args)
         with at_record(dataset, convert, lambda record: place.about(record[INDEX], record)):
             aligned = align(dataset, attr, data_args, training_args)
@@ -130,7 +134,7 @@ def column_of(dataset: Dataset, name: str) -> np.ndarray:
 
 
 def origins(dataset: Dataset) -> np.ndarray:
-    """Return one number per row that stands for (dataset, index), (R,) int64; `origin` takes it apart."""
+    """Return one number per row for the pair (dataset, index), (R,) int64; `origin` gives the pair back."""
     return (column_of(dataset, DATASET).astype(np.int64) << 40) | column_of(dataset, INDEX).astype(np.int64)
 
 

@@ -87,6 +87,7 @@ def load_rows(
             f"mix_strategy: found {data_args.mix_strategy!r}; with packing, blocks are packed within their dataset, so "
             "documents of several datasets cannot be interleaved first. Use mix_strategy: concat, or packing: false."
         )
+    # The first process fills the caches of `datasets`, which the others of the node then read.
     one_at_a_time = {"local": not data_args.data_shared_file_system}
     with distributed.together(), training_args.main_process_first(desc="load dataset", **one_at_a_time):
         train_parts, train_raw = load_records(names, 0, stage, model_args, data_args, training_args)
@@ -94,6 +95,7 @@ def load_rows(
     first = training_args.main_process_first(desc="pre-process dataset", **one_at_a_time)
     with distributed.together(), first, explained(f"datasets {', '.join(names + targets)}"):
         evaluation: Any = None
+        # As LLaMA-Factory does: one set for each dataset, or all in one; `_target_sets` parts the latter again.
         if target_parts and data_args.eval_on_each_dataset:
             evaluation = dict(zip(targets, target_parts, strict=True))
         elif target_parts:
@@ -124,6 +126,7 @@ def _rows(noted: Dataset, fed: Dataset, records: Dataset, processing: Processing
     if processing.is_packed:
         index = np.concatenate([np.arange((number == n).sum()) for n in dict.fromkeys(number.tolist())])
     else:
+        # Processors drop records without a word; what has an origin before and none after is lost.
         before, after = origins(records), origins(noted)
         dropped = [origin(int(lost)) for lost in np.setdiff1d(before, after)]
         text = RecordTexts(records, before, after)
@@ -182,7 +185,7 @@ def _tokenized_before(data_args: Any, tokenizer: Any, made: dict[str, Any]) -> R
 
 
 def _plain(dataset: Dataset, name: str, tokenizer: Any) -> Rows:
-    """Return rows of which nothing is known but their tokens, as those of one dataset of that name."""
+    """Return rows of which only the tokens are known; they count as one dataset of the given name."""
     examples = TokenRows(dataset, tokenizer.pad_token_id)
     keys, counts = [], []
     for row in range(len(examples)):

@@ -1,4 +1,4 @@
-"""Looks at what a run is about to train on, and warns of what `dataflex.signs` finds; rank 0 alone looks."""
+"""Warnings about what a run is going to train on, by the signs of `dataflex.signs`; rank 0 alone looks."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def judge_rows(train: Rows, targets: Iterable[tuple[str, Rows]], data_args: Any,
 
 
 def judge_tokens(examples: Any, tokenizer: Any, stage: str, train_on_prompt: bool) -> None:
-    """Look at rows whose records are not known.
+    """Look at rows whose records are not known, by their tokens.
 
-    Where texts end with the token that is also the unknown one and the end is supervised like the rest, tokens do not
-    tell which it is.
+    Nothing is said if the unknown token is also the one that ends texts, and ends are supervised like the rest: then
+    tokens do not tell an end from a lost word.
     """
     if not distributed.is_main():
         return
@@ -71,7 +71,7 @@ def judge_tokens(examples: Any, tokenizer: Any, stage: str, train_on_prompt: boo
 
 
 def judge_untouched(processing: Processing, records: Any) -> None:
-    """Look at records that LLaMA-Factory processes itself: at their text, and at the lengths that they come to."""
+    """Look at the text of records that LLaMA-Factory processes itself, and at the lengths of their rows."""
     judge_records(records, processing.tokenizer)
     is_plain = processing.stage in ("sft", "pt") and not processing.data_args.packing
     some = sample(records) if distributed.is_main() and is_plain else []
@@ -86,7 +86,7 @@ def judge_untouched(processing: Processing, records: Any) -> None:
 
 @contextlib.contextmanager
 def judged(arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Have the rows and the first step's loss looked at of a training that is LLaMA-Factory's own, in any stage."""
+    """Look at the rows and the first step's loss of a training that is LLaMA-Factory's own, in any stage."""
     process, stage = loader._get_preprocessed_dataset, str(arguments["stage"])
     parts, fields = inspect.signature(process), inspect.signature(Processing).parameters
     looked_at: list[Processing] = []

@@ -1,4 +1,4 @@
-"""The text of a row, for encoders that have a tokenizer of their own."""
+"""The text of a row, for encoders that have a tokenizer of their own. N records, R rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataflex.rows import ProcessedExamples, Text
 
 
 class RecordTexts:
-    """What the record says, so neither template nor tokenizer nor `cutoff_len` matters, nor a template's own system.
+    """Texts of the records themselves, so that no template, tokenizer, `cutoff_len` or default system prompt matters.
 
     Of a conversation, the last answer is the response and all before it, but the system prompt, the prompt.
 
@@ -42,7 +42,7 @@ class RecordTexts:
 
 
 class DecodedTexts:
-    """The tokens decoded and split by the label mask, where there is no record to ask; system and tools are prompt."""
+    """Texts decoded from tokens and split by the label mask, for rows without a record; system and tools are prompt."""
 
     def __init__(self, examples: ProcessedExamples, tokenizer: Any):
         self._examples = examples

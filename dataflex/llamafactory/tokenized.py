@@ -87,10 +87,10 @@ def load(path: str, made: Mapping[str, Any]) -> tuple[DatasetDict | Dataset, dic
 
     Args:
         path: the folder.
-        made: what this run's rows are to be made from.
+        made: what this run's rows have to be made from.
 
     Raises:
-        MismatchError: they are made from something else.
+        MismatchError: the rows are made from something else.
         CorruptionError: `dataflex.json` cannot be read.
     """
     try:
@@ -104,10 +104,10 @@ def load(path: str, made: Mapping[str, Any]) -> tuple[DatasetDict | Dataset, dic
 
 
 def compared(path: str, made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the `dataflex.json` of saved rows that are made from the same; None, with a warning, where there is none.
+    """Return the `dataflex.json` of saved rows, if it says the same as `made`; None, with a warning, if there is none.
 
     Raises:
-        MismatchError: they are made from something else.
+        MismatchError: the rows are made from something else.
         CorruptionError: `dataflex.json` cannot be read.
     """
     file = Path(path) / FILE
@@ -132,10 +132,10 @@ def compared(path: str, made: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def described(rows: Rows, about: Mapping[str, Any], name: str, path: str) -> Rows:
-    """Add to a set of rows what was noted of it.
+    """Add to a set of rows what was noted when they were saved: datasets, positions, truncated and dropped records.
 
     Raises:
-        CorruptionError: it is not the set that was noted.
+        CorruptionError: the rows are not those that were noted.
     """
     noted = about["sets"].get(name)
     if noted is None or noted["keys"] != keys_digest(rows.keys):

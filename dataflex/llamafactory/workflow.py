@@ -55,7 +55,7 @@ def run(
     is_training: bool = True,
     exclude_targets: bool = False,
 ) -> None:
-    """Train as `llamafactory-cli train` does, with our trainer where the run is directed.
+    """Train as `llamafactory-cli train` does; with our trainer and rows unless `directing` is None.
 
     A process group that this starts is left to the caller (`distributed.leave`).
 
@@ -103,9 +103,9 @@ def run(
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """Turn that with which LLaMA-Factory or what it stands on refuses an argument into an error for people.
+    """Turn the exceptions by which LLaMA-Factory and its libraries refuse an argument into a ConfigError.
 
-    It is a ValueError; an ImportError where a package is missing; an OSError without a number where a model is.
+    These are a ValueError, an ImportError for a missing package, and an OSError without a number for a missing model.
     """
     try:
         yield
@@ -152,6 +152,7 @@ def _substituted(
 
     added: Any = DataflexTrainer if directing.schedule is None else RoundTrainer
 
+    # Made here, as its base is known only now: LLaMA-Factory has a trainer class for each stage.
     class Joined(added, base):  # type: ignore[misc, valid-type]
         def __init__(self, **kwargs: Any) -> None:
             self.is_new = model_arguments[-1].train_from_scratch
@@ -165,7 +166,7 @@ def _substituted(
 
 @contextlib.contextmanager
 def _worded(stage: str) -> Iterator[None]:
-    """Say in words what a training that is LLaMA-Factory's own cannot load, or would load from other settings."""
+    """Report in words data that LLaMA-Factory's own training cannot load, or that was made under other settings."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
     get = workflow.get_dataset
 
@@ -194,7 +195,7 @@ def _worded(stage: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checked(workflow: Any, get_dataset: Callable[..., Any]) -> Iterator[None]:
-    """Put a `get_dataset` in place; say in words what of a model cannot be loaded, or does not fit the rows."""
+    """Put a `get_dataset` in place, and report in words a model that cannot be loaded or does not fit the rows."""
     made: list[Mapping[str, Any]] = []
     load = _in_words(workflow.load_model, "")
 
@@ -232,7 +233,7 @@ def _in_words(load: Callable[..., Any], what: str) -> Callable[..., Any]:
                 # LLaMA-Factory makes the model's length a float, which configurations of some versions do not take.
                 raise ConfigError(
                     f"rope_scaling: found {given.rope_scaling}, which the installed Transformers does not let "
-                    f"LLaMA-Factory set ({' '.join(str(error).split())}); expected it left out. Write rope_parameters "
+                    f"LLaMA-Factory set ({' '.join(str(error).split())}); expected no such key. Write rope_parameters "
                     f"into {model}/config.json instead"
                 ) from error
             except ValueError as error:
@@ -245,11 +246,11 @@ def _in_words(load: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 class _Marks(TrainerCallback):
-    """Marks the checkpoints of a trainer that is not ours complete."""
+    """Marks checkpoints of LLaMA-Factory's own trainers as complete."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the one that was just written."""
-        distributed.barrier()
+        """Mark the checkpoint that was just written."""
+        distributed.barrier()  # every process has written its part
         if args.should_save:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             mark_complete(folder, {"global_step": state.global_step, "is_resumable": not args.save_only_model})
@@ -257,7 +258,7 @@ class _Marks(TrainerCallback):
 
 @contextlib.contextmanager
 def _begun_at(resumption: Resumption) -> Iterator[None]:
-    """Have every trainer of Transformers begin where `resumption` says: for runs that are not our trainer's."""
+    """Make LLaMA-Factory's own trainers begin at the checkpoint that `resumption` names."""
     train = Trainer.train
 
     def begun(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Adaptive data optimization: domains by how fast their loss still falls."""
+"""Adaptive data optimization: domains are drawn by how fast their loss still falls. K domains."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Ado(NativeMixer):
 
     @property
     def idle_steps(self) -> int:
-        """Those before the first fit, for which there must also be enough points."""
+        """Steps before the first fit, which also needs enough points."""
         return self.params.ignore_steps + max(self.params.fit_interval, POINTS * BLOCK)
 
     def check(self, names: Sequence[str], unit: str) -> list[str]:
@@ -98,7 +98,7 @@ class Ado(NativeMixer):
 
     def _observe(self, context: MixContext) -> None:
         found = context.statistics
-        kept = self.params.smoothing**found.steps
+        kept = self.params.smoothing**found.steps  # per step, so that another update_step forgets as fast
         self._drawn = kept * self._drawn + (1 - kept) * found.tokens / found.tokens.sum()
         self._seen = self._seen + found.tokens
         if context.step - found.steps < self.params.ignore_steps:
@@ -107,13 +107,13 @@ class Ado(NativeMixer):
         self._block_steps += found.steps
         if self._block_steps >= BLOCK:
             loss, tokens = self._block
-            middle = self._counted(self._seen - tokens / 2)
+            middle = self._counted(self._seen - tokens / 2)  # the mean loss of a block belongs to its middle
             point = [float(one / t) if t > 0 else None for one, t in zip(loss, tokens, strict=True)]
             self._history.append({"n": middle.tolist(), "loss": point})
             self._block_steps, self._block = 0, np.zeros_like(self._block)
 
     def _counted(self, tokens: np.ndarray) -> np.ndarray:
-        """(K,) n, from tokens by domain."""
+        """Return n of the power law, (K,), from the tokens of each domain."""
         return tokens if self.params.counts == "own" else np.full(len(tokens), tokens.sum())
 
     def _fit(self) -> None:
@@ -134,6 +134,7 @@ class Ado(NativeMixer):
         preference = normalised(context.initial * speeds * self._drawn**p.credit)
         self._preference = normalised(np.where(possible, np.maximum(preference, p.floor), 0.0))
         found = normalised(p.mean_share * self._mean + (1 - p.mean_share) * self._preference)
+        # Weighed by steps, as a mean over the run should be, whatever the interval between updates.
         weight = min(context.statistics.steps / (context.step + 1), 1.0)
         self._mean = (1 - weight) * self._mean + weight * self._preference
         return found

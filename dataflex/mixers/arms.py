@@ -1,4 +1,4 @@
-"""What a bandit has learned of its arms, the domains."""
+"""What a bandit has learned of its arms, the K domains."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Arms:
         """Return the arms that `plain` described.
 
         Raises:
-            ValueError: it is another's state.
+            ValueError: the state is that of another mixer.
         """
         names = sorted(f.name for f in fields(cls))
         if sorted(state) != names:
@@ -70,7 +70,10 @@ class Arms:
         return np.divide(self.warmup_loss, self.warmup_weight, out=otherwise.copy(), where=self.warmup_weight > 0)
 
     def take(self, rewards: np.ndarray, kept: float, weight: float) -> None:
-        """Set estimates to `kept` times the old plus `weight` times rewards (K,), NaN: not seen, or the first known."""
+        """Move estimates to `kept` times the old plus `weight` times rewards (K,).
+
+        The first reward of an arm is taken whole; an arm that was not seen (NaN) keeps its estimate.
+        """
         seen = np.isfinite(rewards)
         new = np.where(self.known, kept * self.estimates + weight * rewards, rewards)
         self.estimates = np.where(seen, new, self.estimates)

@@ -63,7 +63,7 @@ class Statistics:
         loss: (K,) float64, sum of token losses in nats.
         groups: (K,) float64, micro-batches with tokens of the domain.
         group_loss: (K,) float64, sum over those of the domain's mean token loss in each.
-        excess: (K,) float64, sum of what a mixer with a reference takes of each token; zeros without one.
+        excess: (K,) float64, sum of max(loss - reference loss, 0) over tokens; zeros for a mixer without a reference.
         nonfinite: (K,) float64, supervised tokens left out as NaN or infinite.
     """
 
@@ -90,7 +90,7 @@ class Statistics:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Statistics:
-        """Return what `state` was of."""
+        """Return the statistics that `state` described."""
         arrays = {name: np.array(value) for name, value in state.items() if name != "steps"}
         return cls(steps=int(state["steps"]), **arrays)
 
@@ -130,17 +130,17 @@ class Statistics:
 
 @dataclass(frozen=True)
 class MixContext:
-    """What a mixer finds at an update.
+    """What a mixer is given at an update.
 
     Attributes:
         domains: names and sizes.
-        initial: (K,) `init_mixture_proportions`, normalised; by size where none are given.
-        proportions: (K,) in force until now.
-        statistics: of the steps since the last update; of no step at a run's beginning.
+        initial: (K,) `init_mixture_proportions`, normalised; by size if the run file gives none.
+        proportions: (K,) the proportions in force until now.
+        statistics: losses of the steps since the last update; zeros before the first step.
         step: optimizer steps done.
         update: updates done before this one.
         seed: the run's seed.
-        ask: name of a signal -> its value, for what `NativeMixer.signals` lists; computed when asked, collective.
+        ask: name of a signal -> function that computes its value, for what `NativeMixer.signals` lists; collective.
     """
 
     domains: Domains
@@ -176,7 +176,7 @@ class NativeMixer(Method):
 
     @default
     def signals(self) -> tuple[str, ...]:
-        """Names of what it takes from `MixContext.ask`."""
+        """Names of the signals that the mixer takes from `MixContext.ask`."""
         return ()
 
     @default
@@ -186,12 +186,12 @@ class NativeMixer(Method):
 
     @default
     def loss_form(self) -> LossForm | None:
-        """How `loss_weights` act on the loss (`dataflex.trainers.factors.ByDomain`); None: they never do."""
+        """How `loss_weights` enter the loss (`dataflex.trainers.factors.ByDomain`); None if the loss stays plain."""
         return None
 
     @default
     def looks_ahead(self) -> bool:
-        """Whether a step's own losses move the weights before that step is trained on, at a forward pass more."""
+        """Whether a step's own losses move the weights before it is trained, at the cost of one more forward pass."""
         return False
 
     @default
@@ -223,11 +223,11 @@ class NativeMixer(Method):
         return None
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from: plain data, floats exact."""
+        """Return all that a resumed run needs to go on the same: plain data, floats exact."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the state of `state()` back."""
+        """Go on from a state that `state()` returned."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, found {sorted(state)}")
 
@@ -247,7 +247,7 @@ def normalised(weights: Any) -> np.ndarray:
         ValueError: one is negative or not finite, or all are 0, or too large to add up.
     """
     found = np.asarray(weights, dtype=np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused in words below
         total = found.sum()
     if not 0 < total < np.inf or (found < 0).any():
         raise ValueError(f"found weights {found.tolist()}; expected finite numbers, 0 or more, not all 0")

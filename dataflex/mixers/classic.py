@@ -41,21 +41,22 @@ class ClassicMixer(NativeMixer):
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """It is handed the last micro-batch."""
+        """The last micro-batch, which `mix` is given as keyword arguments."""
         return (LAST_BATCH,)
 
     def _bind(self, runtime: Mapping[str, Any]) -> None:
-        """Construct it."""
+        """Construct the class with the run's `mixture_manager`."""
         self._made = constructed(self.__wrapped__, self.params, runtime)
 
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
-        """Return what it answers."""
+        """Return the proportions of the class's own `mix`."""
+        # Rank 0's answer counts: a class that knows no ranks may draw numbers or look at its own rank's batch.
         more = context.ask[LAST_BATCH]()
         found: np.ndarray = distributed.broadcast(self._made.mix(model, step_id, context=context, **kwargs, **more))
         return found
 
 
 def adapted_mixer(cls: type[Any]) -> type[NativeMixer]:
-    """Return a class as one of ours: itself, or made around it."""
+    """Make a user's class a `NativeMixer`: itself, or a class around it."""
     found: type[NativeMixer] = adapted(cls, NativeMixer, ClassicMixer)
     return found

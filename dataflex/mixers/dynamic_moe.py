@@ -1,4 +1,7 @@
-"""Dynamic mixing for mixtures of experts: domains that are routed unlike the others are drawn more often."""
+"""Dynamic mixing for mixtures of experts: domains that are routed unlike the others are drawn more often.
+
+K domains, E experts.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class DynamicMoe(NativeMixer):
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """The tokens of each domain's evaluation rows that the experts get."""
+        """How many tokens of each domain's evaluation rows every expert gets."""
         return ("expert_loads",)
 
     class Params(RoutedRows):
@@ -80,7 +83,7 @@ class DynamicMoe(NativeMixer):
         self._delta = deltas(loads, self.params.criterion, self.params.distance)
         with np.errstate(divide="ignore"):  # a proportion of 0 stays so if c is 0
             moved = np.log(self._weights) + self.params.eta * self._delta
-        share = normalised(np.exp(moved - moved.max()))
+        share = normalised(np.exp(moved - moved.max()))  # the largest is 1, so none overflows
         self._weights = normalised((1 - self.params.c) * share + self.params.c / len(share))
         return self._weights.copy()
 

@@ -1,4 +1,4 @@
-"""Online data mixing: a bandit whose arms are the domains and whose rewards are their training losses."""
+"""Online data mixing: a bandit whose arms are the K domains and whose rewards are their training losses."""
 
 from __future__ import annotations
 
@@ -90,20 +90,20 @@ class Odm(NativeMixer):
         @model_validator(mode="after")
         def _nothing_in_vain(self) -> Odm.Params:
             if self.variant == "official" and self.reward_scale != 1:
-                raise ValueError("reward_scale left out: it cancels in variant official; it acts in paper or exp3")
+                raise ValueError("no reward_scale with variant official, where it cancels; paper and exp3 use it")
             if self.variant == "exp3" and self.alpha != type(self).model_fields["alpha"].default:
-                raise ValueError("alpha left out: exp3 adds rewards up; it acts in variant official or paper")
+                raise ValueError("no alpha with variant exp3, which adds rewards up; official and paper use it")
             if self.variant == "exp3" and self.start == "warmup_losses":
-                raise ValueError("start left out: exp3 adds rewards up from 0")
+                raise ValueError("no start: warmup_losses with variant exp3, which adds rewards up from 0")
             if self.initial_losses is not None and not self.starts_known:
-                raise ValueError("initial_losses left out: estimates that start at zeros have no use for them")
+                raise ValueError("no initial_losses with estimates that start at zeros; start: warmup_losses uses them")
             if self.reference_model_path is None and self.reference != "stored":
-                raise ValueError("reference left out: it acts with reference_model_path")
+                raise ValueError("reference_model_path beside reference: live")
             if self.reference_model_path is not None and self.batches == "single":
-                raise ValueError("batches: mixed, or it left out, with reference_model_path, which compares tokens")
+                raise ValueError("batches: mixed with reference_model_path, which compares token by token")
             if self.reference_model_path is not None and self.initial_losses is not None:
                 raise ValueError(
-                    "initial_losses left out: with reference_model_path estimates begin at what the warm-up's losses "
+                    "no initial_losses with reference_model_path: estimates then begin at what the warm-up's losses "
                     "exceed the reference's by"
                 )
             given = self.initial_losses if isinstance(self.initial_losses, dict) else {}
@@ -122,7 +122,7 @@ class Odm(NativeMixer):
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """What it asks for while it mixes."""
+        """The base model's losses, if the estimates begin at them."""
         return ("base_losses",) if self.params.initial_losses == "base" else ()
 
     @property
@@ -160,7 +160,7 @@ class Odm(NativeMixer):
 
     @property
     def idle_steps(self) -> int:
-        """Those of its warm-up, of which the last one's losses are the first that move it."""
+        """The steps of its own warm-up and one more, whose losses are the first that move the proportions."""
         return self.params.warmup_steps + 1 if self.params.warmup_steps else 0
 
     def mix(self, model: Any, step_id: int, *, context: MixContext, **kwargs: Any) -> np.ndarray:
@@ -194,7 +194,7 @@ class Odm(NativeMixer):
         return self._shares(arms, context, initial)
 
     def _losses(self, context: MixContext) -> np.ndarray:
-        """(K,) float64, nats; NaN where a domain was not seen."""
+        """Return the losses that rewards are made of, (K,) float64, nats; NaN where a domain was not seen."""
         found = context.statistics
         if self.params.reference_model_path is not None:
             return found.mean_excess
@@ -203,7 +203,7 @@ class Odm(NativeMixer):
 
     def _begin(self, arms: Arms, context: MixContext) -> None:
         arms.begun = True
-        if not self.params.starts_known:
+        if not self.params.starts_known:  # known to be 0: an arm then waits for a draw, as in the authors' code
             arms.known = np.ones(len(arms.known), dtype=bool)
             return
         given = self.params.initial_losses or {}
@@ -216,7 +216,7 @@ class Odm(NativeMixer):
         arms.estimates = np.where(arms.known, self._rewards(loss, context), 0.0)
 
     def _rewards(self, loss: np.ndarray, context: MixContext) -> np.ndarray:
-        """(K,) float64, NaN where the loss is."""
+        """Return the rewards of losses (K,), float64; NaN where the loss is."""
         if self.params.variant == "official":
             return np.exp(np.minimum(loss, LOSS_CAP))
         share, names = context.proportions, context.domains.names
@@ -242,11 +242,11 @@ class Odm(NativeMixer):
         known = arms.estimates[arms.known]
         estimates = np.where(arms.known, arms.estimates, known.mean() if len(known) else 0.0)
         if self.params.variant == "official":
-            if not estimates.any():
+            if not estimates.any():  # before any reward, whose share of their sum would be 0/0
                 return initial
             weights = estimates
         else:
-            weights = np.exp(before * (estimates - estimates.max()))
+            weights = np.exp(before * (estimates - estimates.max()))  # with the rate before this one, as in the paper
         found = (1 - count * arms.epsilon) * weights / weights.sum() + arms.epsilon
         return found / found.sum()
 

@@ -27,7 +27,7 @@ class PowerLaw:
     reference: float
 
     def reducible(self, n: np.ndarray | float) -> np.ndarray:
-        """Return the loss at n that more data takes away, shaped as n."""
+        """Return the part of the loss at n that more data would take away, shaped as n."""
         return np.asarray(self.scale * (np.asarray(n, dtype=np.float64) / self.reference) ** -self.exponent)
 
     def __call__(self, n: np.ndarray | float) -> np.ndarray:
@@ -45,7 +45,7 @@ def fit(n: np.ndarray, loss: np.ndarray) -> PowerLaw:
     squares; bounds stand for penalties, and the irreducible loss may be below 1.65 nats, as in fine-tuning it is.
     """
     n, loss = np.asarray(n, dtype=np.float64), np.asarray(loss, dtype=np.float64)
-    reference = float(np.exp(np.log(n).mean()))
+    reference = float(np.exp(np.log(n).mean()))  # about it, scale and exponent hardly depend on each other
     x, y = np.log(n / reference), np.log(loss)
     # the reference lies among the points, so the scale is no more than the losses: its bounds stop a step, not a fit
     lowest = np.array([np.log(1e-9 * loss.min()), EXPONENTS[0], 0.0])
@@ -84,6 +84,7 @@ def _refined(p: np.ndarray, x: np.ndarray, y: np.ndarray, lowest: np.ndarray, hi
         slopes = np.stack([falling, -x * falling, np.ones_like(x)], axis=1) / (p[2] + falling)[:, None]  # (T, 3)
         weights = DELTA / np.maximum(np.abs(residual), DELTA)  # squares with these bound Huber's loss from above
         gradient = slopes.T @ (weights * residual)
+        # A parameter at its bound that would go beyond it is held: else the others' step would count on that move.
         free = ~(((p <= lowest) & (gradient > 0)) | ((p >= highest) & (gradient < 0)))
         if not free.any():
             break

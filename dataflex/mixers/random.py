@@ -1,4 +1,4 @@
-"""Random mixing: the baseline that every mixer with a signal has to beat."""
+"""Random mixing: the baseline that every mixer with a signal has to beat. K domains."""
 
 from __future__ import annotations
 

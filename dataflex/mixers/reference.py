@@ -1,4 +1,4 @@
-"""The model whose losses a mixer takes off those of the run."""
+"""The reference model, whose loss of each token is subtracted from the trained model's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REFERENCE_KINDS = (
 
 
 def reference_needs(mixer: NativeMixer) -> Sequence[Need]:
-    """Return the need of the reference's loss of every token, unless there is none or its model stands beside."""
+    """Return the need of the reference's stored token losses; none without a reference, or if its model runs live."""
     if mixer.reference_model_path is None or mixer.reference_is_live:
         return []
     return [Need(TokenLossSpec(), "train", mixer.reference_model_path)]

@@ -1,4 +1,4 @@
-"""Proportions that do not change: given, even, by size, tempered, or with a limit on repetition."""
+"""Proportions that do not change: given, even, by size, tempered, or with a limit on repetition. K domains."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ class Unimax(NativeMixer):
             )
         sizes = context.domains.sizes
         left, shares = float(budget), np.zeros(len(sizes))
+        # The smallest first: what a small domain cannot take is shared by those that are left.
         for visited, domain in enumerate(np.argsort(sizes, kind="stable")):
             shares[domain] = min(left / (len(sizes) - visited), self.params.epochs * sizes[domain])
             left -= shares[domain]
@@ -135,7 +136,7 @@ class Unimax(NativeMixer):
 
 
 def proportions_of(given: Weights | str, names: Sequence[str], key: str) -> np.ndarray:
-    """Return weights in the order of `names`, normalised, (K,) float64; `key` is what errors call them.
+    """Return weights in the order of `names`, normalised, (K,) float64; errors name the parameter `key`.
 
     Raises:
         ConfigError: they do not fit the names, cannot be read, or are no weights.
@@ -181,6 +182,7 @@ def unknown_names(found: Mapping[str, Any], names: Sequence[str], key: str) -> l
 
 
 def _is_weight(value: Any) -> bool:
+    # Against the largest float, as `math.isfinite` raises on a whole number that is larger.
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 

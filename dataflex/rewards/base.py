@@ -1,4 +1,4 @@
-"""What a reward is, and how one is made from its name and parameters."""
+"""The interface of rewards, and how a reward is made from its name and parameters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reward(ABC):
         """Load what it needs, before the first step.
 
         Raises:
-            DataflexError: it cannot be had.
+            DataflexError: something cannot be loaded.
         """
 
     @abstractmethod
@@ -49,7 +49,7 @@ class Reward(ABC):
 
 
 def adapted_reward(cls: type[Any]) -> type[Reward]:
-    """Return a class as one of ours: itself, or made around it."""
+    """Make a user's class a `Reward`: itself, or a class that inherits from both."""
     found: type[Reward] = adapted(cls, Reward)
     return found
 
@@ -93,14 +93,17 @@ def build_reward(name: str, params: Mapping[str, Any], plugins: Iterable[str] = 
     try:
         checked = cls.Params(**params)
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}" for e in error.errors())
+        faults = (
+            f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
         known = ", ".join(cls.Params.model_fields) or "none"
         raise ConfigError(f"reward {name}: {'; '.join(faults)}. Its parameters: {known}") from error
     return cls(checked)
 
 
 def reward_identity(reward: Reward) -> dict[str, Any]:
-    """Return what rewards are kept under: what a reward says of itself, and the code of one of the user's.
+    """Return what stored rewards are found by: the reward's own identity and, for a class of the user's, its code.
 
     Raises:
         ConfigError: that code stands in no file.

@@ -32,7 +32,7 @@ def main() -> None:
     """Confine this process, and run the script."""
     namespaces, cpu, memory, size, processes, disk = map(int, sys.argv[1:7])
     script = sys.argv[7]
-    if namespaces:
+    if namespaces:  # first, as it takes the capabilities that are dropped below
         _mount(os.getcwd(), disk)
     for limit, value in (
         (resource.RLIMIT_CPU, cpu),
@@ -89,7 +89,7 @@ def _mount(folder: str, disk: int) -> None:
 
 
 def _drop_capabilities() -> None:
-    """Give up every capability, also for what is executed later."""
+    """Give up every capability, also for programs that are started later."""
     bounding_drop, no_new_privileges, version = 24, 38, 0x20080522
     for capability in range(64):
         if _LIBC.prctl(bounding_drop, capability, 0, 0, 0) != 0:
@@ -113,8 +113,8 @@ _REFUSED = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    "shmget": (29, 194),  # memory that no limit counts, as of
-    "memfd_create": (319, 279),
+    "shmget": (29, 194),  # memory that no limit counts
+    "memfd_create": (319, 279),  # likewise
     "io_uring_setup": (425, 425),  # would open sockets past this filter
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),

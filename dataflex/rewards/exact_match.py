@@ -1,4 +1,4 @@
-"""The response is the reference, up to case, space and punctuation."""
+"""A reward for responses that equal the reference, up to case, space and punctuation."""
 
 from __future__ import annotations
 

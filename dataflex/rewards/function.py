@@ -1,4 +1,4 @@
-"""A function of yours as a reward."""
+"""A reward that calls a function of the user's."""
 
 from __future__ import annotations
 

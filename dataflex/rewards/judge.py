@@ -53,7 +53,7 @@ class Judge(Reward):
         @classmethod
         def _shows_the_response(cls, template: str) -> str:
             if "{response}" not in template:
-                raise ValueError("the judge must see the {response}")
+                raise ValueError("found no {response} in it; expected it where the judge must see the response")
             return template
 
         @field_validator("pattern")
@@ -62,7 +62,7 @@ class Judge(Reward):
             try:
                 groups = re.compile(pattern).groups
             except re.error as error:
-                raise ValueError(f"no regular expression: {error}") from error
+                raise ValueError(f"found no regular expression ({error}); expected one") from error
             if groups != 1:
                 raise ValueError(f"found {groups} groups; expected one, around the number")
             return pattern
@@ -96,7 +96,7 @@ class Judge(Reward):
         return re.sub(r"\{(?:prompt|response|reference)\}", lambda m: texts[m.group()], self.params.template)
 
     def _parsed(self, reply: str) -> float | None:
-        found = re.findall(self.params.pattern, reply)
+        found = re.findall(self.params.pattern, reply)  # the last: a judge may reason about scores before it gives one
         try:
             return float(found[-1]) if found else None
         except ValueError:

@@ -1,4 +1,4 @@
-"""A mathematical answer is equivalent to the reference, by the package math-verify."""
+"""A reward for mathematical answers that the package math-verify finds equivalent to the reference."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class MathVerify(Reward):
                 )
             assert process.stdin is not None
             for pair in pairs:
-                with contextlib.suppress(BrokenPipeError):
+                with contextlib.suppress(BrokenPipeError):  # it has died: then no reply comes either
                     process.stdin.write(json.dumps(pair).encode() + b"\n")
                     process.stdin.flush()
                 reply = _line(process, self.params.seconds)

@@ -1,4 +1,4 @@
-"""The last number of the response is the last number of the reference."""
+"""A reward for responses whose last number equals the last number of the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBER = re.compile(
 
 def last_number(text: str) -> Decimal | None:
     """Return the last number in a text, with thousands separated by commas or not, or None."""
-    found = _NUMBER.findall(text.replace("−", "-"))
+    found = _NUMBER.findall(text.replace("−", "-"))  # the minus of typeset text, U+2212
     return Decimal(found[-1].replace(",", "")) if found else None
 
 

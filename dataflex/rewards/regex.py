@@ -1,4 +1,4 @@
-"""What a regular expression finds in the response is what it finds in the reference."""
+"""A reward for responses in which a regular expression finds the same as in the reference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Regex(Reward):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"no regular expression: {error}") from error
+                raise ValueError(f"found no regular expression ({error}); expected one") from error
             return pattern
 
     def __init__(self, params: Params):

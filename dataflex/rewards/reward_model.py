@@ -1,4 +1,4 @@
-"""A reward model: a transformer with one number at its head."""
+"""A reward model: a transformer whose head gives one number for a conversation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dataflex.rewards.base import Reward
 
 
 class RewardModel(Reward):
-    """The raw logit of a sequence-classification model, as a rule of no fixed zero: use an estimator with a baseline.
+    """The raw logit of a sequence-classification model. It has no fixed zero, so use an estimator with a baseline.
 
     The model reads the conversation in its own chat template; without one, prompt and response as a pair of texts. A
     conversation that is longer than the model can read cannot be scored.
@@ -52,6 +52,7 @@ class RewardModel(Reward):
         model, tokenizer, device = self._loaded
         encoded = [self._encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         limit = getattr(model.config, "max_position_embeddings", None) or 1 << 30
+        # The longest first: rows of like length need little padding, and too large a batch fails at once.
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]["input_ids"]))
         order = [i for i in order if len(encoded[i]["input_ids"]) <= limit]
         # Without a padding token such a model cannot tell where a text ends, so each is read alone.
@@ -77,7 +78,7 @@ class RewardModel(Reward):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         model, info = AutoModelForSequenceClassification.from_pretrained(self._folder, output_loading_info=True)
-        missing = sorted(info["missing_keys"])
+        missing = sorted(info["missing_keys"])  # of a language model the head: Transformers would draw it at random
         if missing or model.config.num_labels != 1:
             found = f"weights without {', '.join(missing[:3])}" if missing else f"{model.config.num_labels} labels"
             raise ConfigError(
@@ -96,7 +97,7 @@ class RewardModel(Reward):
             return dict(tokenizer(prompt, response))
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        return dict(tokenizer(text, add_special_tokens=False))
+        return dict(tokenizer(text, add_special_tokens=False))  # the template has written them already
 
 
 def _alone(encoded: dict[str, list[int]]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def namespaces() -> tuple[str, ...]:
     """Return the command that gives a process namespaces of its own.
 
     Raises:
-        ConfigError: this system has none to give, or not all that `confine.py` makes of them.
+        ConfigError: this system gives no namespaces, or does not let `confine.py` set up all of them.
     """
     program = shutil.which("unshare")
     said = "no program `unshare`"
@@ -92,7 +92,7 @@ def started(
         env={
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONHASHSEED": "0",
+            "PYTHONHASHSEED": "0",  # sets in the same order each time, so the same verdict
             "HOME": folder,
             "TMPDIR": folder,
             "DATAFLEX_PIPES": " ".join(map(str, lent)),

@@ -1,4 +1,4 @@
-"""Python code passes tests."""
+"""A reward for Python code that passes the tests in the reference."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ class UnitTests(Reward):
         def tried(code: str, tests: str) -> tuple[float | None, str]:
             return sandbox.trial(code, tests, p.seconds, p.memory_mb, p.isolation == "namespaces")
 
+        # No more than there are cores: `seconds` is wall clock, of which trials would take each other's.
         with ThreadPoolExecutor(min(p.workers, os.cpu_count() or 1)) as pool:
             found = list(pool.map(tried, codes, references))
         for reason, count in Counter(reason for _, reason in found if reason).most_common(_REASONS):

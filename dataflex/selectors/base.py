@@ -1,4 +1,4 @@
-"""What a selector is given and what it returns."""
+"""What a selector is given and what it returns. N training rows, k rows of a selection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFRESHES = ("full", "rotating", "static")
 
 @dataclass(frozen=True)
 class Context:
-    """What a selector finds at an update.
+    """What a selector is given at an update.
 
     Attributes:
         rows: the training rows.
@@ -58,8 +58,8 @@ class Beginning:
     Attributes:
         rows: the training rows.
         targets: target sets by name.
-        largest: rows that the largest choice will be of at least; 0 where nothing is chosen.
-        width: gives the numbers of a feature's vector.
+        largest: size of the largest selection of the run, at least; 0 if nothing is selected.
+        width: function that gives the width of a feature's vectors.
     """
 
     rows: Rows
@@ -69,7 +69,7 @@ class Beginning:
 
     @property
     def eligible(self) -> int:
-        """Rows with supervised tokens: no more of them can be chosen from."""
+        """How many rows have supervised tokens: no selection can be larger."""
         return int((self.rows.supervised > 0).sum())
 
 
@@ -101,7 +101,7 @@ class NativeSelector(Method):
     """Base of selectors: override `select`, and of the rest what differs. See also `dataflex.method.Method`.
 
     Attributes:
-        is_adaptive: whether `select` asks for features that only it knows, so that featurizing ahead lets it choose.
+        is_adaptive: whether only `select` knows of which rows features are needed, so that featurize has to run it.
         may_choose_unlabelled: whether rows without a supervised token among its choice are a warning, not an error.
         leaves_gradients: whether it may leave gradients in the model, which are removed then.
     """
@@ -117,7 +117,7 @@ class NativeSelector(Method):
 
     @default
     def refreshes(self) -> tuple[str, ...]:
-        """The refresh policies that it works under."""
+        """The refresh policies that the selector can work under."""
         return REFRESHES
 
     def prepare(self, beginning: Beginning) -> None:

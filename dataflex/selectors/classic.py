@@ -72,26 +72,29 @@ class ClassicSelector(NativeSelector):
     leaves_gradients = True
 
     def _bind(self, runtime: Mapping[str, Any]) -> None:
-        """Construct it."""
+        """Construct the class with the run's dataset, accelerator, collator and cache folder."""
         self._made = constructed(self.__wrapped__, self.params, runtime)
 
     def needs(self) -> Sequence[Need]:
-        """Return what it declares, if it does, once it is constructed."""
+        """Return the needs that the class declares, once it is constructed; none if it declares none."""
         made: Any = getattr(self, "_made", None)
         return tuple(made.needs()) if hasattr(made, "needs") else ()
 
     def warmup_rows(self, count: int) -> np.ndarray | None:
-        """Return what it draws, if it overrides `warmup`."""
+        """Return the rows of the class's own `warmup`, if it overrides that."""
         return self._made.warmup_rows(count) if isinstance(self._made, Selector) else None
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Answer:
-        """Return its answer."""
+        """Return what the class's `select` chooses."""
         found: Answer = self._made.select(model, step_id=step_id, num_samples=num_samples, context=context, **kwargs)
         return found
 
 
 def adapted_selector(cls: type[Any]) -> type[NativeSelector]:
-    """Return a class as one of ours: itself, or made around it; one without `needs` is treated as a classic one is."""
+    """Make a user's class a `NativeSelector`: itself, or a class around it.
+
+    Without `needs` it may do what a classic one may: choose rows without labels, and leave gradients in the model.
+    """
     if not hasattr(cls, "Params"):
         found: type[NativeSelector] = adapted(cls, NativeSelector, ClassicSelector)
         return found

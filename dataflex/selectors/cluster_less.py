@@ -1,4 +1,7 @@
-"""Cluster-LESS: LESS scores of a few rows of every cluster stand for the others'."""
+"""Cluster-LESS: LESS scores of a few rows of every cluster stand for the others'.
+
+N training rows, n of them that can be chosen, J target sets.
+"""
 
 from __future__ import annotations
 
@@ -97,9 +100,11 @@ class ClusterLess(Propagated):
 
     def _clusters(self, context: Context) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows that can be chosen, (n,) by key, and the cluster of each; made once, on rank 0."""
+        # One rank clusters for all: float32 results of FAISS depend on the FAISS at hand, and ranks must agree.
         view = self.embeddings(context)
         able = candidates(context, view)
         pool = context.rows.keys[able].tobytes()
+        # Once for the run, as embeddings of the base model never change; anew only if other rows can be chosen.
         if self._clustered is None or self._clustered[0] != pool:
             p = self.params
             ids = None
@@ -114,7 +119,7 @@ class ClusterLess(Propagated):
         return self._clustered[1], self._clustered[2]
 
     def _representatives(self, context: Context, able: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        """Return positions in `able`."""
+        """Choose the rows whose gradients are computed; return their positions in `able`."""
         rng = context.rng("representatives", context.update)
         order = np.argsort(ids, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(ids[order])) + 1)
@@ -140,7 +145,7 @@ class ClusterLess(Propagated):
             directions, is_long = unit(block.astype(np.float64))
             if sums is None:
                 sums = np.zeros((int(ids.max()) + 1, block.shape[1]))
-            np.add.at(sums, of[at[is_long]], directions[is_long])
+            np.add.at(sums, of[at[is_long]], directions[is_long])  # unlike `sums[...] +=`, with every row of a cluster
         means, is_known = unit(np.zeros((int(ids.max()) + 1, 1)) if sums is None else sums)
         by_cluster = np.full((len(means), len(context.targets)), -np.inf)
         for j, name in enumerate(context.targets):
@@ -149,6 +154,7 @@ class ClusterLess(Propagated):
         sets = np.full((len(context.rows), len(context.targets)), -np.inf)
         sets[able] = by_cluster[ids]
         best = np.full(len(means), -1)
+        # From the worst on, so that the best representative of a cluster is the one that stays.
         for i in np.argsort(scores.max(axis=1), kind="stable"):
             best[of[i]] = place[rows[i]]
         ties = np.zeros(len(context.rows))

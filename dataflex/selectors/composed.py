@@ -45,7 +45,7 @@ Aggregation = Literal["max", "mean", "round_robin"]
 
 
 def over_sets(aggregation: Aggregation) -> dict[str, Any]:
-    """Return the parts of a composition that an aggregation stands for."""
+    """Return the fields of a `Composition` that an aggregation stands for."""
     rule = RoundRobin() if aggregation == "round_robin" else TopK()
     return {"across": "mean" if aggregation == "mean" else "max", "rule": rule}
 
@@ -89,10 +89,10 @@ class Composed(NativeSelector):
     def __init__(self, params: Any):
         super().__init__(params)
         self.parts = self.composition(params)
-        self._require_whitenable(lambda spec: spec.known_width or 0)
+        self._require_whitenable(lambda spec: spec.known_width or 0)  # the others' width is asked once there is a model
 
     def composition(self, params: Any) -> Composition:
-        """Return the parts that a method's own parameters stand for.
+        """Put the method together: return the parts that its own parameters stand for.
 
         Raises:
             ConfigError: they do not fit each other.
@@ -162,10 +162,11 @@ class Composed(NativeSelector):
             view = context.features(term.train, state=term.state)
             targets = {name: found[name] for name in names}
             sets += weight * set_scores(view, targets, parts.similarity, parts.within, parts.ridge)
-            ages = np.maximum(ages, view.ages)
+            ages = np.maximum(ages, view.ages)  # a score is as old as the oldest feature in it
         scores = sets.max(axis=1) if parts.across == "max" else sets.mean(axis=1)
         if not parts.looks_around:
             return Judgement(context, scores, ages, sets)
+        # A row of zeros has distances to targets, but no cosine, and so is nobody's neighbour under `cosine`.
         usable = np.isfinite(scores) if parts.similarity == "cosine" else view.status == Status.OK
         nearest, vectors = neighbourhood(view, targets, parts.similarity)
         return Judgement(context, scores, ages, sets, None, nearest, int(usable.sum()), vectors)
@@ -200,13 +201,14 @@ def neighbourhood(
     if similarity == "cosine":
         queries = unit(queries)[0]
 
+    # Distances at all, because the rules of transport weigh them; for turns among targets the order would do.
     def nearest(k: int) -> tuple[np.ndarray, np.ndarray]:
         metric: Any = {"cosine": "cosine", "inner_product": "ip", "l2": "l2"}[similarity]
         scores, rows = view.nearest(queries.astype(np.float32), k, metric)
         if similarity == "l2":
             return np.sqrt(np.maximum(scores, 0)), rows
         if similarity == "cosine":
-            return np.sqrt(np.maximum(2 - 2 * scores, 0)), rows
+            return np.sqrt(np.maximum(2 - 2 * scores, 0)), rows  # rounding can put a cosine a little above 1
         return scores.max(initial=0) - scores, rows
 
     def vectors(rows: np.ndarray) -> np.ndarray:

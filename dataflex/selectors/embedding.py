@@ -14,7 +14,7 @@ from dataflex.selectors.parts.vectors import EmbeddingFields, EmbeddingVectors
 
 
 class Embedding(Composed):
-    """Score = similarity of pooled hidden states: one forward pass per row, and none for further targets.
+    """Score = similarity of pooled hidden states: one forward pass per row, and no further one for other targets.
 
     The baseline that gradient methods are compared with in arXiv 2602.14696.
     """

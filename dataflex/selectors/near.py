@@ -1,4 +1,4 @@
-"""Nearest rows of every target row, the target rows taking turns."""
+"""Nearest rows of every target row, the target rows taking turns. M target rows, K neighbours of each."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Near(Composed):
         return [] if self.params.indices_path else super().needs()
 
     def prepare(self, beginning: Beginning) -> None:
-        """Hold the given neighbours against the training set.
+        """Check the given neighbours, if there are any, against the training set.
 
         Raises:
-            MismatchError: they are no row positions.
+            MismatchError: the file holds no positions of training rows.
             CoverageError: an update needs more rows than they have.
         """
         if self.params.indices_path is None:
@@ -76,10 +76,11 @@ class Near(Composed):
         given = self._given(context.rows)
         size = len(context.rows)
         scores = np.full(size, -np.inf)
+        # From the farthest neighbours on, so that a row's score is that of the nearest place at which it stands.
         for column in range(given.shape[1] - 1, -1, -1):
             scores[given[:, column]] = -column
         scores[context.rows.supervised == 0] = -np.inf
-        ages = np.full(size, -1, np.int32)
+        ages = np.full(size, -1, np.int32)  # of no update: nothing was computed
         return Judgement(
             context, scores, ages, nearest=lambda k: (np.zeros((len(given), 0)), given[:, :k]), reach=given.shape[1]
         )

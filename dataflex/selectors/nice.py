@@ -13,7 +13,7 @@ from dataflex.selectors.parts.vectors import PolicyFields, PolicyVectors
 
 
 class Nice(Composed):
-    """LESS, with the targets' gradient that of the expected reward of responses that the live model writes to them.
+    """LESS, but the targets' gradient is that of the expected reward of the responses that the live model writes.
 
     Source: NICE, ICML 2025 (PMLR 267:63662); estimators in `dataflex.features.policy`. Deviations: `loo_baseline` is
     the default, since a constant offset of the reward then changes nothing (`vanilla` is the paper's); responses are

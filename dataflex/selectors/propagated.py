@@ -1,4 +1,7 @@
-"""Gradient scores for a whole pool from the gradients of some rows, carried over by embeddings."""
+"""Gradient scores for a whole pool from the gradients of some rows, carried over by embeddings.
+
+N training rows, R some of them, J target sets.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class PropagatedFields(GradientFields):
 
 
 class Propagated(NativeSelector):
-    """Base: exact scores of the rows that `sources` names, carried over to the others."""
+    """Base of selectors that compute exact scores for a few rows and carry them over to all others."""
 
     is_adaptive = True
     Params = PropagatedFields
@@ -57,7 +60,7 @@ class Propagated(NativeSelector):
 
     @property
     def refreshes(self) -> tuple[str, ...]:
-        """What is carried over must be of one state of the model."""
+        """Only `full`: the scores that are carried over must all be of one state of the model."""
         return ("full",)
 
     def needs(self) -> list[Need]:
@@ -69,7 +72,7 @@ class Propagated(NativeSelector):
 
     @property
     def asked(self) -> list[FeatureSpec]:
-        """What it asks for of some rows."""
+        """The gradients, which only `select` knows the rows of."""
         return [self.params.train_spec]
 
     def embeddings(self, context: Context) -> View:
@@ -110,6 +113,7 @@ class Propagated(NativeSelector):
 def candidates(context: Context, view: View) -> np.ndarray:
     """Return the rows with an embedding and supervised tokens, in the order of their keys, (n,)."""
     rows = np.flatnonzero((view.status == Status.OK) & (context.rows.supervised > 0))
+    # By key, so that clusters and landmarks do not depend on the order of the pool.
     return rows[by_key(context.rows.keys[rows])]
 
 
@@ -136,6 +140,7 @@ class InfluenceDistillation(Propagated):
             CoverageError: no landmark has a gradient, or too few rows can be chosen.
         """
         able = candidates(context, self.embeddings(context))
+        # Named without the update, so that the landmarks are the same rows at every one.
         rows = context.rng("landmarks").permutation(able)[: self.params.landmarks]
         sets = self.regressed(context, rows, self.exact(context, self.gradients(context, rows)))
         judged = Judgement(context, sets.max(axis=1), np.zeros(len(sets), np.int32), sets)

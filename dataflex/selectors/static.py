@@ -25,23 +25,23 @@ class Static(NativeSelector):
         path: ExistingFile = Field(description="Parquet written by `dataflex select`, or JSON: a list of row positions")
 
     def prepare(self, beginning: Beginning) -> None:
-        """Hold the list against the training set.
+        """Check the list against the training set.
 
         Raises:
-            ConfigError: it cannot be read.
-            MismatchError: a row of it is not there.
+            ConfigError: the list cannot be read.
+            MismatchError: a row of it is not in the training set.
         """
         read_choice(self.params.path, beginning.rows)
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Return the next `num_samples` entries of the endless pass over the list."""
         chosen = read_choice(self.params.path, context.rows)
-        start = sum(len(rows) for rows in context.history)
+        start = sum(len(rows) for rows in context.history)  # journaled, so a resumed run goes on there
         return Selection(stream(chosen, start, num_samples, context.seed, "static"))
 
 
 def read_choice(path: str, rows: Rows) -> np.ndarray:
-    """Read chosen rows, (k,) int64, and hold them against the training set.
+    """Read chosen rows, (k,) int64, and check them against the training set.
 
     Raises:
         ConfigError: the file is neither a `select` Parquet nor a JSON list of positions.

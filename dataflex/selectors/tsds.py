@@ -1,4 +1,7 @@
-"""TSDS: a draw whose distribution is transported from the targets to their neighbourhoods in the pool."""
+"""TSDS: rows are drawn by probabilities that target rows hand to their nearest rows in the pool (optimal transport).
+
+N training rows.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +61,10 @@ class Tsds(Composed):
         return [] if self.params.probs_path else super().needs()
 
     def prepare(self, beginning: Beginning) -> None:
-        """Hold the given probabilities against the training set.
+        """Check the given probabilities, if there are any, against the training set.
 
         Raises:
-            MismatchError: they are no probabilities of its rows.
+            MismatchError: the file does not hold one probability per training row.
             CoverageError: an update needs more rows than can be drawn.
         """
         if self.params.probs_path is None:
@@ -82,8 +85,9 @@ class Tsds(Composed):
             return super().select(model, step_id, num_samples, context=context)
         scores = self._given(context.rows)
         rng = context.rng("draw", context.update)
+        # -inf has no logarithm; as the weight 0 such a row is never drawn either.
         rows = sample(logs(np.maximum(scores, 0)), context.rows.keys, num_samples, rng, self.params.replacement)
-        return Selection(rows, scores[rows], np.full(len(rows), -1, np.int32), scores)
+        return Selection(rows, scores[rows], np.full(len(rows), -1, np.int32), scores)  # ages: nothing was computed
 
     def _given(self, rows: Rows) -> np.ndarray:
         """Return the given probability of every row, (N,) float64; -inf where it cannot be drawn."""

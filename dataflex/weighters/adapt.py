@@ -58,7 +58,7 @@ class Adapt(NativeWeighter):
         @model_validator(mode="after")
         def _sums_means(self) -> Adapt.Params:
             if self.form == "documented" and self.reduction != "example":
-                raise ValueError("reduction: example, or it left out, with form: documented, which sums mean losses")
+                raise ValueError("reduction: example with form: documented, which sums the examples' mean losses")
             return self
 
     params: Params
@@ -79,9 +79,9 @@ class Adapt(NativeWeighter):
         return self.params.anchor_batch_size
 
     def due(self, step: int) -> bool:
-        """Say whether the anchors are to be embedded before the step that `step` steps were done before.
+        """Say whether the anchors have to be embedded anew, after `step` optimizer steps and before the next one.
 
-        True until `set_anchors` was called for that step, whatever the number of micro-batches.
+        True until `set_anchors` is called, so that several micro-batches of a step embed them once.
         """
         return self._mean is None or step - self._refreshed >= self.params.refresh_interval
 
@@ -110,6 +110,7 @@ class Adapt(NativeWeighter):
         self._mean = self._mean.to(examples.states.device)
         from dataflex.features.pooling import exact_pool
 
+        # The mean is not made unit: so the product is the mean of cosines, not the cosine with the mean.
         return unit(exact_pool(examples.states, examples.mask)) @ self._mean
 
     def weights(self, group: Group) -> Tensor:
@@ -118,7 +119,7 @@ class Adapt(NativeWeighter):
         found = (group.signal.double() / self.params.tau).sigmoid()
         if self.params.clip is not None:
             found = found.clamp(max=self.params.clip)
-        found = found.where(usable & group.signal.isfinite(), 0.0)
+        found = found.where(usable & group.signal.isfinite(), 0.0)  # not the product: 0 x NaN would be NaN
         if self.params.form == "absolute":
             return found
         return mean_one(found, usable) if self.params.form == "relative" else found * usable.sum() / group.parts

@@ -101,7 +101,7 @@ class NativeWeighter(Method):
 
     @default
     def anchor_batch_size(self) -> int:
-        """Target rows embedded at a time, for one that needs targets."""
+        """Target rows embedded at a time, if the weighter needs targets."""
         return 8
 
     @default
@@ -110,9 +110,9 @@ class NativeWeighter(Method):
         return False
 
     def due(self, step: int) -> bool:
-        """Say whether the target rows are to be embedded before the step that `step` others were done before.
+        """Say whether the target rows have to be embedded anew, after `step` optimizer steps and before the next one.
 
-        Asked of one that `needs_targets`; one that says so overrides `set_anchors` too.
+        Asked of weighters that `needs_targets`; one that returns True overrides `set_anchors` too.
         """
         return False
 
@@ -120,9 +120,9 @@ class NativeWeighter(Method):
         """Take the mean of the target rows' unit vectors, (H,), embedded after `step` steps.
 
         Raises:
-            DataflexError: the weighter asks for them and does not take them.
+            DataflexError: the weighter asks for them by `due`, and has no such method of its own.
         """
-        raise DataflexError(f"{type(self).__name__}: found no set_anchors; expected it beside due, which asks for them")
+        raise DataflexError(f"{type(self).__name__}: found no set_anchors; expected one, as due asks for anchors")
 
     def prepare(self, values: Mapping[Need, Any], *, rows: Rows) -> None:
         """Take the features that were declared. Called once, before the first step.
@@ -159,10 +159,10 @@ class NativeWeighter(Method):
         raise DataflexError(f"{type(self).__name__}: found no own_step; expected it beside acts_alone")
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from: plain data, floats exact."""
+        """Return all that a resumed run needs to go on the same: plain data, floats exact."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the state of `state()` back."""
+        """Go on from a state that `state()` returned."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, found {sorted(state)}")

@@ -1,4 +1,7 @@
-"""Weighters of the classic interface, which compute the whole loss of a micro-batch."""
+"""Weighters of the classic interface, which compute the whole loss of a micro-batch.
+
+B examples of a micro-batch, T tokens, V numbers of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -101,12 +104,12 @@ class ClassicWeighter(NativeWeighter):
     acts_alone = True
 
     def _bind(self, runtime: Mapping[str, Any]) -> None:
-        """Construct it; one that has no step of its own gets the base's."""
+        """Construct the class; one without a training step of its own gets that of `Weighter`."""
         made = constructed(self.__wrapped__, self.params, runtime)
         self._made = made if callable(getattr(made, "training_step", None)) else _LossOnly(made)
 
     def own_step(self, ctx: Any, model: Any, inputs: Any, num_items_in_batch: Any, use_weighter: bool) -> Tensor:
-        """Train by its `training_step`."""
+        """Train by the class's own `training_step`."""
         loss: Tensor = self._made.training_step(ctx, model, inputs, num_items_in_batch, use_weighter)
         return loss
 
@@ -123,10 +126,10 @@ class _LossOnly(Weighter):
 
 
 def adapted_weighter(cls: type[Any]) -> type[NativeWeighter]:
-    """Return a class as one of ours: itself, or made around it.
+    """Make a user's class a `NativeWeighter`: itself, or a class around it.
 
     Raises:
-        ConfigError: it gives weights, and its parameters lack those that every weighter has.
+        ConfigError: the class gives weights, and its parameters lack those that every weighter has.
     """
     is_native = hasattr(cls, "Params") and hasattr(cls, "weights")
     found: type[NativeWeighter] = adapted(cls, NativeWeighter, None if is_native else ClassicWeighter)

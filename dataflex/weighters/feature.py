@@ -1,4 +1,7 @@
-"""Examples by a number that was computed before: a stored feature, or a column of a file; R rows, M of a group."""
+"""Weights by a number per row that is known before training: a stored feature, or a column of a file.
+
+R training rows, M examples of a group.
+"""
 
 from __future__ import annotations
 
@@ -66,16 +69,17 @@ class ByFeature(NativeWeighter):
             plain_loss = isinstance(self.feature, LossSpec) and self.feature.given == "prompt"
             wrong = {
                 "one of feature and path": (self.feature is None) == (self.path is None),
-                "state left out: it acts with feature alone": self.feature is None and self.state != BASE,
-                "column left out: the loss is read per token": kind == "loss" and self.column is not None,
+                "no state without feature": self.feature is None and self.state != BASE,
+                "no column with feature: {kind: loss}, of which the loss per token is read": kind == "loss"
+                and self.column is not None,
                 "feature: {kind: loss} or path with excess": self.excess
                 and self.feature is not None
                 and not plain_loss,
-                "temperature left out: it acts with function: exp alone": self.function != "exp"
-                and self.temperature != 1,
+                "no temperature: it acts with function: exp alone": self.function != "exp" and self.temperature != 1,
                 "threshold with function: threshold, and with no other": (self.function == "threshold")
                 != (self.threshold is not None),
-                "favour left out: linear takes the number itself": self.function == "linear" and self.favour != "high",
+                "no favour with function: linear, which takes the number itself": self.function == "linear"
+                and self.favour != "high",
             }
             if any(wrong.values()):
                 raise ValueError("; ".join(text for text, is_wrong in wrong.items() if is_wrong))
@@ -89,7 +93,7 @@ class ByFeature(NativeWeighter):
 
     @property
     def compares(self) -> bool:
-        """True but for a threshold, which leaves examples out one by one."""
+        """True except for a threshold, which leaves examples out one by one."""
         return self.params.function != "threshold"
 
     def needs(self) -> Sequence[Need]:
@@ -136,7 +140,7 @@ class ByFeature(NativeWeighter):
         usable = group.usable
         judged = usable & score.isfinite()
         sign = 1.0 if self.params.favour == "high" else -1.0
-        score = (sign * score).where(judged, np.nan)
+        score = (sign * score).where(judged, np.nan)  # NaN is neither below nor above anything, so it has no rank
         if self.params.function == "exp":
             return softmax(score / self.params.temperature, judged, usable)
         functions: dict[str, Callable[[], Tensor]] = {
@@ -165,7 +169,7 @@ def _from_view(view: View, kind: str, column: str | None) -> np.ndarray:
 
 
 def _from_file(path: str, column: str, rows: Rows) -> np.ndarray:
-    """Return the column by row, (R,) float64, NaN where a row has none; identical rows share what one of them has."""
+    """Return the column's number for each row, (R,) float64, NaN for rows without one; identical rows share theirs."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -195,6 +199,7 @@ def _from_file(path: str, column: str, rows: Rows) -> np.ndarray:
                 f"{path}: found index {outside[0]}; the training set has rows 0 to {len(rows) - 1}; a file with "
                 "row_key fits a dataset that was reordered or cut"
             )
+    # A row may stand in the file several times, as in a pool with duplicates, if the numbers agree.
     for key, number in zip(wanted, numbers.tolist(), strict=True):
         if np.isfinite(number) and known.setdefault(key, number) != number:
             name = key.hex() if isinstance(key, bytes) else key

@@ -1,4 +1,4 @@
-"""Examples by their loss under the live model, each against the range of its group; M examples."""
+"""Weights by the loss under the live model, compared with the range of losses in the group. M examples of a group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataflex.weighters.relative import softmax
 if TYPE_CHECKING:  # a run file is checked without torch
     from torch import Tensor
 
-_LEAST_RANGE = 1e-6
+_LEAST_RANGE = 1e-6  # nats; below, losses are equal but for rounding, which must not be stretched to [-delta, delta]
 
 
 class ByLoss(NativeWeighter):
@@ -62,34 +62,34 @@ class ByLoss(NativeWeighter):
                 raise ValueError("range_quantiles that ascend within 0 to 1")
             if (self.schedule == "constant") != (self.anneal_steps == 0):
                 raise ValueError(
-                    "anneal_steps with schedule: linear or inverse, which need 1 or more, and with no other"
+                    "anneal_steps of 1 or more with schedule: linear or inverse, and none with schedule: constant"
                 )
             given = {
                 name for name in type(self).model_fields if getattr(self, name) != type(self).model_fields[name].default
             }
             if self.schedule != "linear" and "initial_temperature" in given:
-                raise ValueError("initial_temperature left out: it acts with schedule: linear alone")
+                raise ValueError("no initial_temperature: it acts with schedule: linear alone")
             idle = given - {"strategy", "normalisation", "reduction"}
             if self.strategy == "uniform" and idle:
-                raise ValueError(f"{', '.join(sorted(idle))} left out: strategy: uniform is the plain loss")
+                raise ValueError(f"no {', '.join(sorted(idle))} with strategy: uniform, which is the plain loss")
             return self
 
     params: Params
 
     @property
     def compares(self) -> bool:
-        """True but for uniform weights."""
+        """True except for uniform weights."""
         return self.params.strategy != "uniform"
 
     def temperature(self, since: int) -> float:
-        """Return r at the step that `since` steps were done before, after the weighter began to act."""
+        """Return r of the next step, `since` steps after the weighter began to act."""
         params = self.params
         if params.schedule == "constant" or since >= params.anneal_steps:
             return params.temperature
         if params.schedule == "linear":
             part = since / params.anneal_steps
             return params.initial_temperature + (params.temperature - params.initial_temperature) * part
-        return params.temperature * params.anneal_steps / since if since else float("inf")
+        return params.temperature * params.anneal_steps / since if since else float("inf")  # at first all weigh alike
 
     def weights(self, group: Group) -> Tensor:
         """Return the weights, (M,) float64, mean 1 over the usable examples; all 1 if their losses are equal."""

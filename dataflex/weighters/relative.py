@@ -33,6 +33,7 @@ def softmax(scores: Tensor, judged: Tensor, usable: Tensor, cap: float | None = 
     if not len(scores):
         return scores.double()
     logits = scores.double().where(judged, -math.inf)
+    # Tensors all along: an `if` on a value would make the host wait for the GPU at every step.
     top = logits.max()
     logits = logits - top.where(top.isfinite(), 0.0)
     weights = mean_one(logits.exp(), usable)

@@ -44,7 +44,7 @@ def load_or_build(store: ParquetStore, metric: Metric = "cosine", kind: Kind = "
     index = build(store, metric, kind)
     try:
         _save(store, stem, built_from, index)
-    except (OSError, DataflexError) as error:
+    except (OSError, DataflexError) as error:  # a root that is read-only or full costs the next run a build, no more
         _log.warning("the index is not kept for the next run: %s", error)
     return index
 
@@ -56,6 +56,7 @@ def _load(store: ParquetStore, stem: str, built_from: dict[str, Any]) -> FaissIn
     signature = record.pop("signature", "")
     if not hmac.compare_digest(str(signature), _signature(record)):
         raise CorruptionError(f"{files.name(stem)} was not built by this user")
+    # Outdated, which is no damage: the caller builds anew without a warning.
     if any(record[field] != value for field, value in built_from.items()):
         raise FileNotFoundError(f"{stem} for these commits and this FAISS")
     for suffix in ("faiss", "keys"):

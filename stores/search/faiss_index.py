@@ -26,7 +26,7 @@ class FaissIndex:
     """An index in memory; got from `build` or from `dataflex.stores.search.faiss_cache.load_or_build`.
 
     Attributes:
-        index: the FAISS index, on the CPU; searched by a copy on the first GPU where FAISS has one.
+        index: the FAISS index, on the CPU; if FAISS sees a GPU, a copy there answers searches over all rows.
         keys: (R,) row keys of its vectors.
         metric: what it was built for.
         kind: `flat` is exact, `ivf` is not.
@@ -105,6 +105,7 @@ def build(store: ParquetStore, metric: Metric = "cosine", kind: Kind = "auto", b
     if not store.layout.width:
         raise MismatchError(f"{store.path} has no vectors to index")
     usable = [block.keys[block.status == Status.OK] for block in store.scan(1 << 16, columns=[], vectors=False)]
+    # Sorted, so that the sample below does not depend on how the rows fell into fragments.
     keys = np.sort(np.concatenate([np.empty(0, KEY_DTYPE), *usable]).view("S16")).view(KEY_DTYPE)
     if not len(keys):
         raise CoverageError(f"{store.path} has no usable row to index")
@@ -140,7 +141,7 @@ def _prepared(vectors: np.ndarray, metric: Metric) -> np.ndarray:
 
 
 def kind_for(rows: int, approximate_above: int = IVF_ROWS) -> Literal["flat", "ivf"]:
-    """Return the kind of index that so many usable rows are searched by."""
+    """Return the kind of index that `auto` takes for so many usable rows."""
     return "ivf" if rows >= approximate_above else "flat"
 
 

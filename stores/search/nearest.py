@@ -4,7 +4,8 @@ FAISS computes in float32, and not alike for every number of queries. So it only
 which are read from the store and scored anew, until no row left out can belong to the answer. Equal vectors then have
 equal scores, and the answer depends neither on the processes that share the queries nor on the FAISS at hand.
 
-M queries, D numbers each, k neighbours, R rows to stay within. Cost: FAISS's search, and the proposals read once.
+M queries, D numbers each, k neighbours, R rows to stay within; C proposals per query, P pairs of a query and a row.
+Cost: FAISS's search, and the proposals read once.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ def nearest(
         can be neighbours where there are fewer.
     """
     within = np.isin(index.keys.view(_SORTABLE), keys.view(_SORTABLE))
-    mask = None if within.all() else within
+    mask = None if within.all() else within  # without a mask a GPU may search
     width = queries.shape[1]
+    # A float32 sum of D products is off by about D 2^-24 |a||b| at most, and by a least normal number for each product
+    # that underflows; the factor 2 and the 8 are room for the rest, such as making vectors unit.
     slack = 2 * (width + 8) * 2.0**-24 * _reach(index, queries) + width * float(np.finfo(np.float32).tiny)
     merits = np.full((len(queries), k), -np.inf)
     found = np.zeros((len(queries), k), KEY_DTYPE)
@@ -52,10 +55,12 @@ def nearest(
         for some in (pending[s : s + together] for s in range(0, len(pending), together)):
             values, proposed = index.search(queries[some], proposals, mask)
             merits[some], found[some] = _best(store, queries[some], proposed, k, index.metric)
+            # No row left out has a float32 score above the last proposed one's; the answer is certain only if the k-th
+            # merit beats that by more than rounding. Of rows that an approximate index left out nothing is known.
             bound = (-values if index.metric == "l2" else values)[:, -1] + slack[some]
             is_sure = np.isfinite(merits[some, -1]) if index.kind == "ivf" else merits[some, -1] > bound
             uncertain.append(some[~is_sure])
-        pending = np.concatenate(uncertain) if proposals < len(keys) else pending[:0]
+        pending = np.concatenate(uncertain) if proposals < len(keys) else pending[:0]  # all rows were scored: certain
         proposals = min(len(keys), 4 * proposals)
     count = int(np.isfinite(merits).sum(axis=1).min(initial=k))
     merits, found = merits[:, :count], found[:, :count]
@@ -63,7 +68,7 @@ def nearest(
 
 
 def _reach(index: FaissIndex, queries: np.ndarray) -> np.ndarray:
-    """Return what float32 errors of each query's scores are in proportion to, (M,) float64."""
+    """Bound |a||b| of each query with any stored row, to which float32 rounding is proportional, (M,) float64."""
     if index.metric == "cosine" or index.kind == "ivf":
         return np.ones(len(queries))
     stored = load_faiss().rev_swig_ptr(index.index.get_xb(), index.index.ntotal * index.index.d)
@@ -85,6 +90,7 @@ def _best(
     merits = np.full(proposed.size, -np.inf)
     lengths = _norms(queries)
     chunk = max(1, _NUMBERS // queries.shape[1])
+    # By stored row, not by query: a row that many queries propose is read once.
     for block in store.scan(columns=[], keys=union.view(KEY_DTYPE)):
         assert block.vectors is not None
         which = np.searchsorted(union, block.keys.view(_SORTABLE))

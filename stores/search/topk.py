@@ -86,13 +86,13 @@ def _scores(queries: np.ndarray, block: Encoded, storage: str, unit_rows: bool, 
     assert block.codes is not None
     codes = block.codes.astype(np.float32, copy=False)
     by = factor(block.scale, storage)
-    if unit_rows:
+    if unit_rows:  # a row's scale is in its norm too and cancels, so that of the codes is enough
         norms = np.sqrt(np.einsum("rd,rd->r", codes, codes))
         by = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
     if weight is not None:
         column = block.scalars[weight].astype(np.float32)
         by = column if by is None else by * column
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # `top_k` counts these rows and says so
         scores = queries @ codes.T
         return scores if by is None else np.multiply(scores, by, out=scores)
 
@@ -122,7 +122,7 @@ class _Best:
         queries = np.concatenate([np.repeat(np.arange(len(scores)), old), query])
         values = np.concatenate([self.scores.ravel(), scores[query, row]])
         found = np.concatenate([self.keys.ravel(), keys[row]])
-        words = np.ascontiguousarray(found).view(">u8").reshape(-1, 2)
+        words = np.ascontiguousarray(found).view(">u8").reshape(-1, 2)  # two big-endian words sort as their bytes do
         order = np.lexsort((words[:, 1], words[:, 0], -values, queries))
         starts = np.searchsorted(queries[order], np.arange(len(scores)))
         kept = order[starts[:, None] + np.arange(min(self.k, self.seen))]

@@ -1,4 +1,4 @@
-"""What lies under a root where a folder belongs, and is none: everything that the folder held is out of reach."""
+"""Files, links and the like that lie where a store, state or record needs a folder: what the folder held is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _IN_A_STORE = ("log", "data", "derived", "tmp")
 
 
 def astray(files: Files) -> dict[str, list[Problem]]:
-    """Return what is wrong in this way, by the store, state or record of a run that it is part of."""
+    """Find what lies where a folder belongs; return the problems by the store, state or record of a run they hit."""
     found: dict[str, list[Problem]] = {}
     for part, path in _folders(files):
         if what := files.misplaced(path, "folder"):

@@ -27,12 +27,13 @@ class Scope:
     """What may be removed.
 
     Attributes:
-        runs: what these runs, and no others, refer to: output folders or ids.
-        unreferenced: stores and states that no run refers to.
-        leftovers: files that no reader ever opens, and removals that were broken off.
-        older_engine: of those, what an older version of the feature engine computed; what runs refer to is named too.
+        runs: output folders or ids of runs; stores and states go that these refer to and no other run does.
+        unreferenced: whether stores and states go that no run refers to.
+        leftovers: whether files go that no reader ever opens, and removals that were broken off are finished.
         include_finished: whether the named runs may be finished ones.
-        grace_hours: what is younger, and a run that wrote a record more recently, is taken to be in use.
+        older_engine: whether stores and states go that no run refers to and an older version of the feature engine
+            computed; those that runs refer to are named, and stay.
+        grace_hours: things younger than this, and runs that wrote a record within it, are taken to be in use.
     """
 
     runs: tuple[str, ...] = ()
@@ -72,7 +73,7 @@ class Item:
     Attributes:
         kind: what it is.
         name: a store's folder, a state's lineage, a run's id, or the folder that leftovers lie in.
-        why: it goes, or stays.
+        why: the reason that it goes or stays.
         files: those that go.
         goes: whether it goes.
     """
@@ -95,7 +96,7 @@ def plan(files: Files, scope: Scope, engine: int = 0) -> list[Item]:
     Args:
         files: the root's.
         scope: what may be removed.
-        engine: version of the feature engine; what an older one computed is named as such.
+        engine: version of the feature engine now; what an older one computed is named as such. 0 does not look.
 
     Raises:
         ConfigError: the scope is empty or contradicts itself.
@@ -114,6 +115,7 @@ def plan(files: Files, scope: Scope, engine: int = 0) -> list[Item]:
             raise MismatchError(f"no run {name} is recorded under {files.url}; found {known}")
     named, spared = named_runs(runs, scope)
     aged = older(files, engine) if engine else {}
+    # `Scope()` names no run: of what no run refers to, and of leftovers, every run protects what it uses, named or not.
     found = [
         *(_of_runs(listing, named, users(runs, scope), scope) if named else ()),
         *(_unreferenced(listing, users(runs, Scope()), scope) if scope.unreferenced else ()),
@@ -121,6 +123,7 @@ def plan(files: Files, scope: Scope, engine: int = 0) -> list[Item]:
         *(leftovers(files, listing, users(runs, Scope()), scope) if scope.leftovers else ()),
         *(Item("run", run.id, f"record of {run.output_dir or 'an unknown folder'}", run.files) for run in named),
     ]
+    # Scopes overlap; the first reason counts, and a folder's leftovers are told apart by theirs.
     once: dict[tuple[str, str, str], Item] = {}
     for item in found:
         once.setdefault((item.kind, item.name, item.why if item.kind == "leftovers" else ""), item)
@@ -212,7 +215,7 @@ def _older(
 
 
 def _told(item: Item, aged: dict[Used, int], engine: int) -> Item:
-    """Return an item that says so if an older version of the engine computed it."""
+    """Add to the reason of an item that an older version of the engine computed it, if one did."""
     version = aged.get((item.kind, item.name)) if item.kind in ("store", "state") else None
     if version is None:
         return item

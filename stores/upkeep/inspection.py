@@ -1,4 +1,4 @@
-"""Everything under a root, looked at byte by byte: stores, kept states, records of runs, and what is none of them."""
+"""Check of everything under a root, byte by byte: stores, kept states, records of runs, and files that are neither."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dataflex.stores.upkeep.unused import by_folder, unused
 from dataflex.stores.upkeep.verify import document_problems, log_and_data
 
 WAITING = "waiting.json"
-"""Put by a repair into a store whose recipe was lost: a run that asks for it by its name takes its data over."""
+"""A repair puts this into a store whose recipe was lost; a run that asks for that recipe finds the data by its name."""
 
 Kind = Literal["store", "state", "run", "unknown"]
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """One thing under a root, looked at.
+    """What a check found of one store, kept state, record of a run, or unknown thing under a root.
 
     Attributes:
-        kind: what it is; `unknown` is nothing of DataFlex's, and left alone.
+        kind: which of these; `unknown` is nothing of DataFlex's, and left alone.
         name: its path, relative to the root.
         bytes: size of all its files.
         problems: what is wrong with it, harmless leftovers included.
@@ -94,11 +94,11 @@ def repair(files: Files) -> Iterator[Inspected]:
 
 
 def refuse(parts: Sequence[Inspected], after_repair: bool = False) -> None:
-    """Raise what is wrong with the parts, or with what a repair of them could not mend.
+    """Raise an error that lists the faults of all parts, or those that a repair could not mend.
 
     Raises:
         CorruptionError: something is not what was committed.
-        MismatchError: nothing is, as far as can be told, but a newer DataFlex wrote a part.
+        MismatchError: all that could be checked is whole, but a newer DataFlex wrote a part.
     """
     faults = [str(p) for part in parts for p in part.faults if not (after_repair and p.is_mendable)]
     unread = [f"{part.name}: {part.unread}" for part in parts if part.unread]
@@ -219,7 +219,7 @@ def _fault(files: Files, path: str, expected: str) -> str | None:
 
 
 def _kind(folder: str) -> Kind:
-    """Return what a folder is by its name, where it is DataFlex's."""
+    """Tell by its name what a folder of DataFlex's is."""
     return "store" if NAME.fullmatch(folder) else "run" if folder.split("/")[0] == FOLDER else "state"
 
 

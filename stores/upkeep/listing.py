@@ -1,4 +1,4 @@
-"""What lies under a root, in words and as plain data: by run, as it was looked at, and what a removal takes."""
+"""Words and plain data for what `dataflex store` prints: runs and what they use, checks, repairs, removals."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from dataflex.stores.upkeep.unused import by_folder, is_there
 
 
 def carry_out(files: Files, planned: list[Item], scope: Scope) -> list[Item]:
-    """Remove what goes; return the plan as it came out, with what was spared after all.
+    """Remove what the plan says; return the plan as it was carried out, with what was spared in the end.
 
     Args:
         files: the root's.
@@ -61,6 +61,7 @@ def _state(files: Files, item: Item, scope: Scope) -> Item:
 
 
 def _leftovers(files: Files, item: Item, scope: Scope) -> Item:
+    # Planned anew, as a writer may have committed some of the files since; only what both plans name goes.
     listing = by_folder(files.stored(item.name))
     now = {
         file.path

@@ -24,16 +24,16 @@ def by_folder(files: Sequence[Stored]) -> dict[str, list[Stored]]:
 
 
 def is_there(folder: str, files: Sequence[Stored]) -> bool:
-    """Say whether a store's or a state's folder has the document without which it is not found; damaged counts too."""
+    """Say whether a store's folder has a recipe, or a state's a manifest, even a damaged one: else nobody finds it."""
     stem = "manifest" if folder.startswith("states/") else "recipe"
     names = [file.path.removeprefix(f"{folder}/") for file in files]
     return any(name.startswith(stem) and name.endswith(".json") and "/" not in name for name in names)
 
 
 def unused(files: Files, folder: str, listed: Sequence[Stored]) -> Iterator[tuple[str, list[Stored]]]:
-    """Yield why, and files of one folder that are unused for that reason and stand or fall together.
+    """Yield groups of unused files of one folder, each with the reason; a group goes entirely or not at all.
 
-    Take the listing first: what is committed after it is then seen as used.
+    `listed` has to be older than the call: the log is read now, so that what was committed meanwhile counts as used.
 
     Raises:
         MismatchError: a newer DataFlex wrote there.

@@ -1,4 +1,4 @@
-"""Full check of a store, byte by byte."""
+"""Full check of one store, byte by byte: its documents, its log entries and its data files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def document_problems(files: Files, folder: str, stem: str) -> Iterator[Problem]
 def log_and_data(files: Files, folder: str, log: Log, layout: Layout | None) -> Iterator[Problem]:
     """Check every log entry and every data file, in memory bounded by a row group.
 
-    Without a layout only that a file's bytes are those committed.
+    Where the recipe is lost, `layout` is None, and of a data file only its SHA-256 can be checked.
     """
     for name, what in log.damaged.items():
         yield Problem(f"{folder}/log/{name}", what, remove=(f"{folder}/log/{name}",))

@@ -12,23 +12,23 @@ _BASES: tuple[Any, ...] = (int, float, str, bytes, complex, list, tuple, dict, s
 
 
 class NotLiteral(Exception):
-    """A value is none of the types that may cross."""
+    """A value is of no type that may cross between the processes."""
 
 
 def encode(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
-    """Return a value as JSON; one of a subclass, as a Counter, as its base.
+    """Return a value as JSON; an object of a subclass, such as a Counter, becomes its base.
 
     Args:
-        value: a literal, of literals.
-        other: encodes what is none, or raises NotLiteral.
+        value: a literal, whose items are literals.
+        other: encodes a value that is no literal, or raises NotLiteral.
 
     Raises:
-        NotLiteral: it holds something that is none.
+        NotLiteral: the value holds something that is no literal.
     """
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
-    if kind is int:
+    if kind is int:  # hexadecimal beyond 64 bits, as Python refuses decimal texts of more than 4,300 digits
         return value if abs(value) < 1 << 63 else {"int": hex(value)}
     if kind is list:
         return [encode(item, other) for item in value]

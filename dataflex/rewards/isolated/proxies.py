@@ -21,7 +21,7 @@ _OF_VALUES = {name for kind in (int, float, complex, str, bytes, list, tuple, di
 
 
 class Verdict(BaseException):
-    """The tests are at their end. No Exception, so that a test that expects one does not take it for it."""
+    """The tests are at their end. Not an Exception, so that a test that expects some error does not swallow it."""
 
     def __init__(self, reward: float | None, reason: str):
         super().__init__(reason)
@@ -33,7 +33,7 @@ class Response:
     """The process with the response's code, reached by two pipes.
 
     Attributes:
-        verdict: the first that it gave cause for, kept because a test may swallow it.
+        verdict: the first verdict that it gave cause for, kept because a test may swallow the exception.
     """
 
     def __init__(self, asked: int, answers: int):
@@ -100,10 +100,10 @@ class Response:
             raise self.end(0.0, f"{about} returns {error}") from error
 
     def named(self, name: str) -> Any:
-        """Return what stands for a name of the code.
+        """Return the value, function, class or exception that stands for a name of the code.
 
         Raises:
-            KeyError: it has none such.
+            KeyError: the code has no such name.
         """
         answer = self.ask(name, do="describe", name=name)
         if "exception" in answer:
@@ -121,6 +121,7 @@ class Response:
         operands = [item for item in (*arguments, *keywords.values()) if isinstance(item, Instance)]
         is_told = on in self._told or any(item._number in self._told for item in operands)
         answer = self.ask(about, do="call", on=on, name=name, arguments=given, keywords=by_name, may_make=bool(maker))
+        # Changed in place, as a test may look at the list that it gave to a function that sorts.
         after = answer.get("arguments", [])
         for argument, found in zip(arguments, after if isinstance(after, list) else [], strict=False):
             if found is not None:
@@ -240,7 +241,7 @@ class Response:
             raise self.end(None, f"the reference gives {about} {error}") from error
 
     def _changed(self, about: str, argument: Any, found: Any) -> None:
-        """Make an argument what the code has made of it."""
+        """Change an argument of the tests as the code has changed its copy."""
         value = self.value(about, found)
         if isinstance(argument, list | bytearray) and isinstance(value, list | bytearray):
             argument[:] = value
@@ -268,7 +269,7 @@ class Response:
                 name = "RuntimeError"
             kind = self._exceptions.get(name) or getattr(builtins, str(name), None)
             if isinstance(kind, type) and issubclass(kind, Exception):
-                made = kind.__new__(kind)
+                made = kind.__new__(kind)  # past the constructor, for which some have fixed arguments
                 made.args = tuple(self.value(about, answer.get("arguments", [])))
                 return made
         return self.end(0.0, f"{about} raises {answer['raised'][:1]}")

@@ -37,7 +37,7 @@ class Objects:
         """Return a value for the tests: a literal, or an instance: one that they have, or a new one if they may."""
 
         def number(found: Any) -> Any:
-            for known, made in enumerate(self.made):
+            for known, made in enumerate(self.made):  # by identity: `index` would ask the code's own __eq__
                 if made is found:
                     return {"made": known}
             if not may_make or isinstance(found, type) or type(found).__module__ != "response":
@@ -48,7 +48,7 @@ class Objects:
         return encode(value, number)
 
     def argument(self, kind: str, held: Any) -> Any:
-        """Return what the tests gave as no literal: an instance, a name of the code, or one of Python's own."""
+        """Return an argument that is no literal: an instance, a name of the code, or one of Python's own."""
         if kind == "made":
             return self.made[held]
         return getattr(builtins, held) if kind == "builtin" else self.names[held]

@@ -104,6 +104,7 @@ def run(tests: str, response: Response) -> None:
 
         unittest.main = lambda *_, **__: None  # type: ignore[assignment]  # they are run below
     used = {name for name in used_names(tree) if not name.startswith("__")}
+    # A test of `sum` alone is one of the response's `sum`; of `sum` and `abs` either could be what is tested.
     if used and used <= _PYTHONS_OWN and len(used) > 1:
         text = f"the reference uses {', '.join(sorted(used))}: all are Python's own, so it is not said which is tested"
         raise response.end(None, text)

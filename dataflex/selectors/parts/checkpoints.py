@@ -1,4 +1,4 @@
-"""Weights of checkpoints in a sum over them."""
+"""Weights of checkpoints in a sum over them. C checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules as parts of a method: each turns a judgement of the rows into k of them."""
+"""Rules as parts of a method: each turns a judgement of N rows into k chosen ones. M target rows, K neighbours."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rule(Part):
         """Refuse, before anything is computed, a pool from which the rule could never choose.
 
         Raises:
-            CoverageError: it is one.
+            CoverageError: the pool, or the number of targets, is too small.
         """
 
     @abstractmethod
@@ -65,13 +65,14 @@ class Draw(Rule):
     def select(self, judged: Judgement, k: int) -> Selection:
         """Draw k rows by a generator of the run's seed and the update."""
         context = judged.context
+        # A row without a score is never drawn, whatever weight the rule gives it.
         logits = np.where(np.isfinite(judged.scores), self.logits(judged), -np.inf)
         rows = sample(logits, context.rows.keys, k, context.rng("draw", context.update), self.replacement)
         return recorded(judged, rows, logits)
 
 
 def recorded(judged: Judgement, rows: np.ndarray, preference: np.ndarray) -> Selection:
-    """Return the selection of rows (k,), given what the rule prefers (N,)."""
+    """Return a selection of rows (k,), with the preference (N,) of the rule for every row, larger is better."""
     pool = np.where(np.isfinite(judged.scores) & np.isfinite(preference), preference, -np.inf)
     return Selection(rows, judged.scores[rows], judged.ages[rows], pool, judged.scores)
 
@@ -100,7 +101,7 @@ class RoundRobin(Rule):
     @model_validator(mode="after")
     def _acts(self) -> RoundRobin:
         if self.over == "sets" and self.repeat:
-            raise ValueError("repeat only with over: rows; target sets begin anew at every update")
+            raise ValueError("no repeat with over: sets, which begin anew at every update in any case")
         return self
 
     def select(self, judged: Judgement, k: int) -> Selection:
@@ -120,11 +121,13 @@ class RoundRobin(Rule):
         taken = np.empty(0, np.int64) if self.repeat else _this_pass(judged.context.history, judged.scores, size)
         walk = self._walk(judged, min(size, len(taken) + k))
         fresh = walk[~np.isin(walk, taken)][:k]
+        # Where this pass through the pool ends within the update, the next one begins from the nearest rows again.
         return np.concatenate([fresh, walk[~np.isin(walk, fresh)][: k - len(fresh)]])
 
     def _walk(self, judged: Judgement, length: int) -> np.ndarray:
         """Return the first rows of the walk, from as few neighbours of each target as that takes."""
         assert judged.nearest is not None
+        # Twice what would be enough if no row were near two targets, then doubled: whole lists would be N x M numbers.
         depth = min(judged.reach, max(16, -(-2 * length // max(1, self._targets(judged)))))
         while True:
             walk, is_short = interleaved(judged.nearest(depth)[1], length, np.isfinite(judged.scores))
@@ -219,6 +222,7 @@ class _Plan(Draw):
 
     def prepare(self, beginning: Beginning) -> None:
         """Refuse too few rows, and without replacement a choice of more than can be neighbours of target rows."""
+        # Before any feature is computed: `clipped` and the product depend on counts alone.
         if not beginning.largest:
             return
         most, _ = clipped(self.max_K, 1, beginning.eligible)
@@ -231,7 +235,7 @@ class _Plan(Draw):
             )
 
     def logits(self, judged: Judgement) -> np.ndarray:
-        """Return the plan's probabilities."""
+        """Return the logarithms of the plan's probabilities."""
         plan = self.plan(judged)
         said = "transport: a target row's mass goes to %.1f rows on average, %d rows can be drawn"
         log.info(said, plan.neighbourhood, plan.support)
@@ -239,7 +243,7 @@ class _Plan(Draw):
 
     @abstractmethod
     def plan(self, judged: Judgement) -> Transport:
-        """Return what every training row gets."""
+        """Return the probability of every training row."""
 
 
 class KnnUniform(_Plan):
@@ -248,7 +252,7 @@ class KnnUniform(_Plan):
     kind: Literal["knn_uniform"] = "knn_uniform"
 
     def plan(self, judged: Judgement) -> Transport:
-        """Return what every training row gets."""
+        """Return the probability of every training row."""
         assert judged.nearest is not None
         most, _ = clipped(self.max_K, 1, len(judged.usable))
         distances, neighbours = judged.nearest(most)
@@ -263,7 +267,7 @@ class KnnKde(_Plan):
     kde_K: int = Field(1000, ge=1, description="neighbours that count for a density, at most a tenth of the pool")
 
     def plan(self, judged: Judgement) -> Transport:
-        """Return what every training row gets."""
+        """Return the probability of every training row."""
         assert judged.nearest is not None
         assert judged.vectors is not None
         most, counted = clipped(self.max_K, self.kde_K, len(judged.usable))
@@ -274,6 +278,7 @@ class KnnKde(_Plan):
 
 def _this_pass(history: Sequence[np.ndarray], scores: np.ndarray, size: int) -> np.ndarray:
     """Return the rows that the present pass through the `size` usable rows has chosen already."""
+    # Rows that can no longer be chosen are no part of a pass; every `size` of the others are a pass that is over.
     once = [rows[np.sort(np.unique(rows, return_index=True)[1])] for rows in history]
     chosen = np.concatenate([np.empty(0, np.int64), *once])
     chosen = chosen[np.isfinite(scores[chosen])]

@@ -33,6 +33,7 @@ def clusters(vectors: np.ndarray, count: int, method: Method, iterations: int, s
         niter=iterations,
         seed=seed,
         spherical=method == "spherical_kmeans",
+        # FAISS warns of few rows to a centroid and leaves rows beyond 256 out of its training; here all take part.
         min_points_per_centroid=1,
         max_points_per_centroid=max(256, -(-len(vectors) // count)),
         gpu=getattr(faiss, "get_num_gpus", lambda: 0)() > 0,
@@ -42,12 +43,12 @@ def clusters(vectors: np.ndarray, count: int, method: Method, iterations: int, s
 
 
 def _farthest_first(vectors: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Cost: K passes over the rows."""
+    """Return the nearest of K centres that are far from each other. Cost: K passes over the rows."""
     nearest = np.zeros(len(vectors), dtype=np.int64)
     distance = np.full(len(vectors), np.inf)
     centre = int(np.random.default_rng(seed).integers(len(vectors)))
     for number in range(count):
-        squared = 2 - 2 * vectors @ vectors[centre]
+        squared = 2 - 2 * vectors @ vectors[centre]  # of unit vectors
         closer = squared < distance
         nearest[closer], distance[closer] = number, squared[closer]
         centre = int(distance.argmax())

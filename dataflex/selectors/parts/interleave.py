@@ -1,4 +1,4 @@
-"""Rows from lists of nearest neighbours, the lists taking turns."""
+"""Rows from lists of nearest neighbours, the lists taking turns. N rows, M queries, K neighbours of each."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def interleaved(rows: np.ndarray, k: int, allowed: np.ndarray | None = None) -> 
     walk = rows.T.ravel()
     if allowed is not None:
         walk = walk[allowed[walk]]
-    _, first = np.unique(walk, return_index=True)
+    _, first = np.unique(walk, return_index=True)  # of a row that several queries have, the first place counts
     chosen = walk[np.sort(first)[:k]].astype(np.int64)
     return chosen, len(chosen) < k

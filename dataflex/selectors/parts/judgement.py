@@ -1,4 +1,7 @@
-"""Rows as a representation and a similarity judge them; what a rule chooses from."""
+"""What a representation and a similarity say of every row, from which a rule chooses.
+
+N training rows, J target sets, M target rows in all of them, R some rows, D numbers per vector.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,9 @@ class Judgement:
         sets: (N, J) float64, scores by target set; None for numbers that look at no target.
         ties: (N,) float64, larger goes first among equal scores; None: by row key.
         nearest: k -> (distances (M, k), rows (M, k)) of the k nearest usable rows to each of the M target rows, nearest
-            first; None where there is no single vector per row.
+            first; None if the rule does not look at neighbours.
         reach: the largest k that `nearest` takes.
-        vectors: rows (R,) -> their vectors (R, D) float64, as distances are between; None with `nearest`.
+        vectors: rows (R,) -> their vectors (R, D), between which distances are taken; None if there are none.
     """
 
     context: Context

@@ -1,4 +1,7 @@
-"""Representations that are one number per row and look at no target: losses and what is made of them."""
+"""Representations that are one number per row and look at no target: losses and what is made of them.
+
+N training rows.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ class InstructionDifficulty(Numbers):
         """Return the ratio, NaN where the row is left out."""
         views = [context.features(need.spec, state=need.state) for need in self.needs()]
         with np.errstate(over="ignore"):
-            ratio = np.exp(losses(views[0]) - losses(views[1]))
+            ratio = np.exp(losses(views[0]) - losses(views[1]))  # each perplexity alone could overflow
         return np.where(ratio < self.most, ratio, np.nan), views[0].ages
 
 

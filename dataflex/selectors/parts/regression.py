@@ -1,4 +1,7 @@
-"""Scores of all rows from exact scores of a few: kernel ridge regression on cheap vectors."""
+"""Scores of all rows from exact scores of a few: kernel ridge regression on cheap vectors.
+
+L rows with known scores, b rows of a block, D numbers per vector, J target sets.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ def kernel_ridge(known: np.ndarray, values: np.ndarray, damping: float) -> Calla
     known = known.astype(np.float64)
     mean = values.mean(axis=0)
     some = known[:_PAIRS]
+    # Of some rows: with all 16,384 that a regression takes, the distances would be another 2 GB.
     distances = np.sqrt(_squared(some, some)[np.triu_indices(len(some), 1)])
     width = float(np.median(distances)) if len(distances) else 1.0
     width = width if width > 0 else 1.0
@@ -39,4 +43,5 @@ def kernel_ridge(known: np.ndarray, values: np.ndarray, damping: float) -> Calla
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return squared Euclidean distances, (len(a), len(b))."""
+    # As one matrix product, which rounding can make negative where two vectors are alike.
     return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0)

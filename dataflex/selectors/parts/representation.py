@@ -1,4 +1,7 @@
-"""What training rows are judged by: vectors that are compared with the targets', or one number per row."""
+"""What training rows are judged by: vectors that are compared with the targets', or one number per row.
+
+N training rows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from dataflex.features.spec import FeatureSpec
 from dataflex.selectors.base import Context, Need
 
 Acts = Mapping[str, tuple[str, tuple[str, ...]]]
-"""Field -> (another field, the values of that under which the first one acts)."""
+"""Field -> (another field, the values of the other under which the first one has an effect)."""
 
 
 class Part(Parameters):
@@ -27,9 +30,10 @@ class Part(Parameters):
     @model_validator(mode="after")
     def _nothing_in_vain(self) -> Part:
         for name, (other, values) in self.only.items():
+            # By value, not by whether it was written: a method hands its parameters on, defaults among them.
             is_given = getattr(self, name) != type(self).model_fields[name].default
             if is_given and getattr(self, other) not in values:
-                raise ValueError(f"{name} left out: it acts with {other}: {' or '.join(values)} alone")
+                raise ValueError(f"no {name}: it acts with {other}: {' or '.join(values)} alone")
         return self
 
 

@@ -53,7 +53,7 @@ def round_robin(scores: np.ndarray, keys: np.ndarray, k: int, ties: np.ndarray |
     _require(len(np.unique(np.concatenate(orders))), k, len(scores))
     taken = np.zeros(len(scores), dtype=bool)
     cursors, chosen = [0] * len(orders), []
-    while True:
+    while True:  # ends: k distinct rows are in the lists
         for j, order in enumerate(orders):
             while cursors[j] < len(order) and taken[order[cursors[j]]]:
                 cursors[j] += 1

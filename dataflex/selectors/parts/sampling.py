@@ -1,6 +1,6 @@
 """Weights and random draws of rows. A draw is a function of the generator and the row keys, not of the pool's order.
 
-Weights are given as their logarithms, so that none is too large or too small to be told from the others.
+Weights of N rows are given as their logarithms, so that none is too large or too small to be told from the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def sample(logits: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generato
         CoverageError: fewer than k rows have a positive weight (with replacement: none has).
     """
     order = np.flatnonzero(np.isfinite(logits))
-    order = order[by_key(keys[order])]
+    order = order[by_key(keys[order])]  # noise is dealt by position: in the pool's own order it would depend on that
     if len(order) < (1 if replacement else k):
         raise CoverageError(
             f"{k} rows wanted at one update, found {len(order)} of {len(logits)} that can be drawn; lower update_step "
@@ -37,7 +37,7 @@ def sample(logits: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generato
         )
     known = logits[order].astype(np.float64)
     if replacement:
-        chances = np.exp(known - known.max())
+        chances = np.exp(known - known.max())  # the largest is 1, so none overflows
         return order[rng.choice(len(order), size=k, p=chances / chances.sum())]
     scores = known + rng.gumbel(size=len(order))
     return order[np.argsort(-scores, kind="stable")[:k]]
@@ -45,7 +45,7 @@ def sample(logits: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generato
 
 def by_key(keys: np.ndarray) -> np.ndarray:
     """Return the order of rows by (row key, position), (N,)."""
-    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)
+    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)  # two big-endian words sort as their bytes do
     return np.lexsort((np.arange(len(keys)), words[:, 1], words[:, 0]))
 
 

@@ -1,7 +1,8 @@
 """Similarity of training rows to target sets, block by block, each rank its share of the rows.
 
-N training rows, b of them in a block, J target sets of M_j rows, D numbers. No N x M matrix exists: inside a block the
-similarities to a set are reduced to one number at once. What travels between ranks is that number per row and set.
+N training rows, b of them in a block, R some of them, J target sets of M_j rows, D numbers per vector. No N x M matrix
+exists: inside a block the similarities to a set are reduced to one number at once. What travels between ranks is that
+number per row and set.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def set_scores(
     for rows, vectors in shared_blocks(view):
         wide = vectors.astype(np.float64)
         usable = _usable(wide)
-        block = prepare(np.where(usable[:, None], wide, 0))
+        block = prepare(np.where(usable[:, None], wide, 0))  # whitening meets no NaN; these rows are dropped below
         if similarity in ("cosine", "whitened_cosine"):
             block, is_long = unit(block)
             usable &= is_long
@@ -111,6 +112,7 @@ def joined(found: Sequence[tuple[np.ndarray, np.ndarray]], size: int, width: int
         width: numbers per row.
     """
     out = np.full((size, width), -np.inf)
+    # By row: blocks come in the order of storage, and the ranks' shares interleave.
     for shares in distributed.gather(list(found)):
         for rows, values in shares:
             out[rows] = values
@@ -128,7 +130,7 @@ def vectors_of(view: View, rows: np.ndarray) -> np.ndarray:
 
 
 def target_vectors(view: View, name: str) -> np.ndarray:
-    """Return a target set's usable vectors, (M, D) float64, by row; zero ones are not.
+    """Return a target set's usable vectors, (M, D) float64, in the order of its rows; zero vectors are left out.
 
     Raises:
         CoverageError: there is none.
@@ -147,7 +149,7 @@ def target_vectors(view: View, name: str) -> np.ndarray:
 
 def unit(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return vectors of length one, and whether each had a length, (b,) bool; the others stay zero."""
-    norms = np.linalg.norm(vectors, axis=1).astype(vectors.dtype)
+    norms = np.linalg.norm(vectors, axis=1).astype(vectors.dtype)  # so that float32 vectors stay float32
     is_long = np.isfinite(norms) & (norms > 0)
     return np.divide(vectors, norms[:, None], out=np.zeros_like(vectors), where=is_long[:, None]), is_long
 
@@ -167,17 +169,20 @@ def whitening(view: View, width: int, ridge: float) -> Callable[[np.ndarray], np
         wide = vectors.astype(np.float64)
         wide = wide[_usable(wide)]
         count, total, square = count + len(wide), total + wide.sum(axis=0), square + wide.T @ wide
+    # Sums, not covariances, of each rank's share: they add up to those of all rows.
     parts = distributed.gather((count, total, square))
     count, total, square = (sum(column) for column in zip(*parts, strict=True))
     mean = total / max(1, count)
     covariance = square / max(1, count) - np.outer(mean, mean)
+    # Relative to the mean variance, so that the same ridge fits vectors of any scale; above 0 even where all are alike.
     added = ridge * max(float(np.trace(covariance)) / width, np.finfo(np.float64).tiny)
     factor = np.linalg.cholesky(covariance + added * np.eye(width))
     return lambda vectors: np.linalg.solve(factor, (vectors - mean).T).T
 
 
 def _reduced(block: np.ndarray, targets: np.ndarray, similarity: Similarity, within: Within) -> np.ndarray:
-    """Return one number per row of a block, (b,)."""
+    """Reduce a block's similarities to the rows of a target set to one number per row, (b,)."""
+    # A mean of products is the product with the mean vector: D operations a row in place of M_j D.
     if similarity != "l2":
         return block @ targets.mean(axis=0) if within == "mean" else (block @ targets.T).max(axis=1)
     own, theirs = (block**2).sum(axis=1), (targets**2).sum(axis=1)
@@ -187,7 +192,7 @@ def _reduced(block: np.ndarray, targets: np.ndarray, similarity: Similarity, wit
 
 
 def _usable(vectors: np.ndarray) -> np.ndarray:
-    """Say which vectors can be compared, (b,) bool: a zero vector says that there is none, under every similarity."""
+    """Say which vectors can be compared, (b,) bool; a zero vector stands for a missing one, under every similarity."""
     return np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
 
 

@@ -1,6 +1,7 @@
 """Mass that target rows send to their nearest candidates: KNN-Uniform and KNN-KDE of TSDS, in float64.
 
-M target rows, N candidates, L neighbours of each target row, nearest first. A candidate's probability is what it gets.
+M target rows, N candidates, L neighbours of each target row, nearest first; U candidates that are anybody's neighbour,
+D numbers per vector. Each target row has the mass 1 / M to send, and what a candidate receives is its probability.
 
 Source: TSDS, arXiv 2410.11303, sections 3 and 4. With distances d, the plan g (M, N) has rows that sum to 1 / M and
 minimises `alpha / C * sum(g * d) + (1 - alpha) * G(g)`, where G is M times the largest deviation of g from a plan that
@@ -38,7 +39,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Transport:
-    """What candidates get, and of how many.
+    """Probabilities of the candidates, and how widely the mass was spread.
 
     Attributes:
         p: (N,) float64 probability of each candidate, sums to 1; 0 for those that are nobody's neighbour.
@@ -115,7 +116,7 @@ def uniform_plan(distances: np.ndarray, alpha: float, scale: float) -> Plan:
     limit = _limit(queries, alpha, scale)
     # Widening K to K + 1 costs sum_i sum_{t <= K} (d_i(K + 1) - d_i(t)): it grows by K (d_i(K + 1) - d_i(K)) each.
     costs = np.cumsum(np.diff(distances, axis=1).sum(axis=0) * np.arange(1, most))
-    k = int(np.argmax(np.append(costs, np.inf) >= limit)) + 1
+    k = int(np.argmax(np.append(costs, np.inf) >= limit)) + 1  # inf: there is no neighbour beyond the L-th
     weights = np.zeros((queries, most))
     weights[:, :k] = 1 / (queries * k)
     return Plan(weights, float(k))
@@ -179,13 +180,13 @@ def kernel_density(vectors: np.ndarray, sigma: float, kde_k: int) -> np.ndarray:
 
 def _transport(plan: Plan, neighbours: np.ndarray, size: int) -> Transport:
     got = np.bincount(neighbours.ravel(), weights=plan.weights.ravel(), minlength=size)
-    p = got / got.sum()
+    p = got / got.sum()  # 1 but for rounding; what draws by it wants exactly 1
     neighbourhood = float((plan.weights > 0).sum(axis=1).mean())
     return Transport(p, neighbourhood, int((p > 0).sum()))
 
 
 def _limit(queries: int, alpha: float, scale: float) -> float:
-    """Return the cost from which on widening does not pay."""
+    """Return the cost of widening, summed over target rows, at which it no longer pays."""
     if not 0 <= alpha <= 1 or not 0 < scale < np.inf:
         raise ConfigError(f"alpha is {alpha} and scale is {scale}, expected 0 to 1 and a positive length")
     return (1 - alpha) * queries * scale / alpha if alpha > 0 else np.inf

@@ -26,7 +26,7 @@ from dataflex.selectors.parts.representation import Acts, Part, Term, Vectors
 
 
 class GradientFields(Part):
-    """What determines gradients that are compared."""
+    """Parameters of gradients that are compared: direction of the training side, and projection of both sides."""
 
     only: ClassVar[Acts] = {"adam_variant": ("gradient_type", ("adam",)), "sparsity": ("projection", ("sjlt",))}
 
@@ -53,14 +53,14 @@ class GradientFields(Part):
 
     @property
     def train_spec(self) -> GradientSpec:
-        """The training side: as the optimizer would step."""
+        """The feature of the training rows: by default the step that the optimizer would take."""
         return GradientSpec(
             direction=self.gradient_type, adam_variant=self.adam_variant, projection=self.target_spec.projection
         )
 
     @property
     def target_spec(self) -> GradientSpec:
-        """The targets' side: the plain gradient, under the same projection."""
+        """The feature of the target rows: the plain gradient, under the same projection."""
         projection = Projection(type=self.projection, dim=self.proj_dim, seed=self.seed, sparsity=self.sparsity)
         return GradientSpec(direction="sgd", projection=projection)
 
@@ -98,7 +98,7 @@ class GradientVectors(CheckpointFields, Vectors):
 
 
 class PolicyFields(CheckpointFields):
-    """What determines the gradient of the targets' expected reward."""
+    """Parameters of the gradient of the targets' expected reward."""
 
     only: ClassVar[Acts] = {**CheckpointFields.only, "k": ("estimator", ("topk",))}
 
@@ -142,7 +142,7 @@ class PolicyFields(CheckpointFields):
 
     @property
     def policy_spec(self) -> PolicyGradientSpec:
-        """The targets' side, under the projection of the training side."""
+        """The feature of the target rows, under the projection of the training rows."""
         shared = PolicyGradientSpec.model_fields.keys() & type(self).model_fields.keys() - {"projection", "seed"}
         return PolicyGradientSpec(
             projection=self.target_spec.projection,
@@ -163,7 +163,7 @@ class PolicyVectors(PolicyFields, Vectors):
 
 
 class EmbeddingFields(Part):
-    """What determines embeddings."""
+    """Parameters of embeddings."""
 
     pooling: Literal["mean", "last", "position_weighted"] = Field(
         "mean", description="over a row's tokens; position_weighted as in RDS+"
@@ -181,7 +181,7 @@ class EmbeddingVectors(EmbeddingFields, Vectors):
     kind: Literal["embedding"] = "embedding"
 
     def terms(self) -> list[Term]:
-        """Return the one term."""
+        """Return the single term."""
         name = self.embedding_model_name_or_path
         spec = EmbeddingSpec(pooling=self.pooling, layer=self.layer, embedding_model_name_or_path=name)
         is_frozen = self.model == "base" or name is not None  # another encoder is not what is trained
