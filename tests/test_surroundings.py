@@ -1,10 +1,11 @@
-"""What a run file names: files, folders, datasets, packages and stores."""
+"""What a run file names is looked for and named where it is missing: files, folders, datasets, packages, stores."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -216,3 +217,18 @@ def test_store_root_order(monkeypatch):
             assert store_root(store) == expected
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     assert store_root(None) == "/c/dataflex"
+
+
+def test_an_encoder_whose_package_is_not_installed(monkeypatch):
+    changes = "component_name: embedding\ndataflex: {params: {embedding_model_name_or_path: sentences}}"
+    Path("sentences").mkdir()
+    Path("sentences/modules.json").write_text("[]")
+    assert load(write(changes))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert "found sentences, a sentence-transformers model; expected its package to be installed" in refusal(changes)
+
+
+@pytest.mark.parametrize("name", ["USE_RAY", "USE_MCA", "USE_KT"])
+def test_other_backends_are_refused(name, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert f"environment variable {name}: found 1; expected it unset" in refusal()
