@@ -175,6 +175,12 @@ def namespaces() -> None:
 
 
 @pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is synced: the kernel outlives every process that dies in a test, so that would only take time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Every micro-batch that was trained on, in order, with the step that it is of."""
     from dataflex.trainers.trainer import DataflexTrainer
