@@ -1,4 +1,4 @@
-"""A root with stores, kept states and runs, and the command line over it."""
+"""A root with stores, kept states and runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dataflex.cli import main
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.files import Files
 from dataflex.stores.parquet import ParquetStore
@@ -67,10 +65,3 @@ def age(folder: Path, hours: float = 48) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             os.utime(path, (time.time() - 3600 * hours,) * 2)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err

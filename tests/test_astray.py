@@ -18,7 +18,8 @@ from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import read_runs
 from dataflex.stores.upkeep.gc import Scope, plan
 from dataflex.stores.upkeep.inspection import inspect, refuse, repair
-from tests.roots import LAYOUT, LINEAGE, age, make_state, make_store, record, run, values
+from tests.command import run
+from tests.roots import LAYOUT, LINEAGE, age, make_state, make_store, record, values
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 

@@ -17,9 +17,10 @@ from dataflex.stores.runs import read_runs
 from dataflex.stores.upkeep.gc import Scope, plan
 from dataflex.stores.upkeep.listing import by_runs, lines_of
 from dataflex.stores.upkeep.removal import carry_out
+from tests.command import run
 from tests.looked_at import faults
 from tests.removals import collect, content, going, staying
-from tests.roots import LAYOUT, LINEAGE, age, empty_root, make_state, make_store, record, run
+from tests.roots import LAYOUT, LINEAGE, age, empty_root, make_state, make_store, record
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 

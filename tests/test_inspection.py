@@ -14,7 +14,8 @@ from dataflex.stores.record import FORMAT, claim, seal, unseal
 from dataflex.stores.root import StoreRoot, folder_name, open_store
 from dataflex.stores.runs import read_runs
 from dataflex.stores.upkeep.inspection import Part, inspect, refuse, repair
-from tests.roots import LAYOUT, LINEAGE, empty_root, make_state, make_store, record, run, values
+from tests.command import run
+from tests.roots import LAYOUT, LINEAGE, empty_root, make_state, make_store, record, values
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from dataflex.cli import main
 from dataflex.fitting.fit import fit_mixture
 from dataflex.fitting.goal import Goal
 from dataflex.fitting.law import fit_law
@@ -20,9 +16,8 @@ from dataflex.fitting.optimum import best_mixture
 from dataflex.fitting.quality import held_out, r_squared, rank_correlation
 from dataflex.fitting.table import Runs
 from dataflex.mixers.static import proportions_of
+from tests.command import python, run
 from tests.mixtures import drawn, objective
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_order_of_domains_and_runs_does_not_matter() -> None:
@@ -117,23 +112,9 @@ def written(folder: Path) -> Path:
 def test_the_command_writes_what_a_mixer_reads(tmp_path, monkeypatch, capsys) -> None:
     path = written(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(
-            [
-                "mix",
-                "fit",
-                str(path),
-                "--sizes",
-                "sizes.json",
-                "--tokens",
-                "4e9",
-                "--cap",
-                "2",
-                "--output",
-                "out/p.json",
-            ]
-        )
-    assert not caught.value.code
+    given = ("--sizes", "sizes.json", "--tokens", "4e9", "--cap", "2", "--output", "out/p.json")
+    code, out, _ = run(capsys, "mix", "fit", str(path), *given)
+    assert code == 0
     read = json.loads((tmp_path / "out/p.json").read_text())
     shares = read["proportions"]
     assert list(shares) == ["d0", "d1", "d2"]
@@ -144,15 +125,12 @@ def test_the_command_writes_what_a_mixer_reads(tmp_path, monkeypatch, capsys) ->
     assert read["fit"]["prior"] == pytest.approx({"d0": 2 / 7, "d1": 4 / 7, "d2": 1 / 7})
     assert all(about["held_out_r2"] > 0.9 for about in read["fit"]["metrics"].values())
     assert len(read["fit"]["table_sha256"]) == 64
-    out = capsys.readouterr().out
     assert "30 runs, 30 mixtures" in out
     assert f"{shares['d1']:8.4f}" in out
     taken = proportions_of("out/p.json", ["d2", "d0", "d1"], "proportions")
     np.testing.assert_allclose(taken, [shares["d2"], shares["d0"], shares["d1"]])
     # What was written can be the prior of the next fit.
-    with pytest.raises(SystemExit):
-        main(["mix", "fit", str(path), "--prior", "out/p.json", "--kl", "1e6", "--json"])
-    again = json.loads(capsys.readouterr().out)
+    again = json.loads(run(capsys, "mix", "fit", str(path), "--prior", "out/p.json", "--kl", "1e6", "--json")[1])
     assert again["proportions"] == pytest.approx(shares, abs=1e-5)
     assert again["fit"]["epochs"] is None
 
@@ -163,15 +141,11 @@ def test_the_command_imports_no_torch(tmp_path: Path) -> None:
         f"try: main(['mix', 'fit', {str(written(tmp_path))!r}, '--kl', '0'])\n"
         "finally: print([m for m in ('torch', 'transformers', 'llamafactory') if m in sys.modules])\n"
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["mix", "fit", str(written(tmp_path)), "--kl", "0", "--cap", "3"])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(
-        "dataflex: 1 problem in the configuration:\n  command line: --cap: found 3"
-    )
+    code, _, err = run(capsys, "mix", "fit", str(written(tmp_path)), "--kl", "0", "--cap", "3")
+    assert code == 2
+    assert err.startswith("dataflex: 1 problem in the configuration:\n  command line: --cap: found 3")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.cli import main
 from dataflex.config import load, store_root
 from dataflex.config.keys import DataflexKeys
 from dataflex.config.outputs import check_store, refuse_misplaced, refuse_unwritable, why_unwritable
 from dataflex.config.problems import Origin, Problems
 from dataflex.errors import ConfigError
 from dataflex.schedule import Schedule
+from tests.command import run
 from tests.run_file import refusal, write
 
 pytestmark = pytest.mark.usefixtures("run_folder")
@@ -138,14 +138,13 @@ def test_an_output_folder_as_a_run_leaves_it_is_taken(tmp_path):
 
 
 def test_the_command_refuses_it_before_anything(capsys):
-    run = write("component_name: random")
+    path = write("component_name: random")
     for verb in ("train", "featurize"):
         Path("out/checkpoint-4").parent.mkdir(exist_ok=True)
         Path("out/checkpoint-4").touch()
-        with pytest.raises(SystemExit) as caught:
-            main([verb, str(run), "output_dir=out"])
-        assert caught.value.code == 2
-        assert "out/checkpoint-4 is no folder; expected one" in capsys.readouterr().err
+        code, _, err = run(capsys, verb, str(path), "output_dir=out")
+        assert code == 2
+        assert "out/checkpoint-4 is no folder; expected one" in err
 
 
 def test_datasets_named_twice_are_said():
