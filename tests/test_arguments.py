@@ -35,6 +35,7 @@ REFUSED: dict[str, Any] = {
 
 def test_every_argument_of_the_installed_llamafactory_is_in_the_table_once() -> None:
     assert sorted(known_keys().keys() - ARGUMENTS.keys()) == []
+    # A name that stands twice would be there once in what is made of the tables.
     for table, found in ((_LLAMAFACTORY, ARGUMENTS), (_OURS, SETTINGS)):
         assert len(" ".join(table.values()).split()) == len(found)
     assert SETTINGS.keys() == FlatKeys.model_fields.keys() | DataflexKeys.model_fields.keys()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.pipelines.mixing.reference_losses import _check_vocabulary
+from dataflex.pipelines.mixing.reference_losses import check_reference
 from tests.doremi import DOMAINS, Seen, alphas, history, outcome, proxy, token_losses, write
 from tests.workspace import in_force
 
@@ -145,9 +147,18 @@ def test_an_unsuitable_reference_is_an_error_at_the_start(proxies: Any, seen: Se
         proxies.run("train", proxy(proxies, "none", reference_model_path=str(wide)))
     assert not seen.trained
     (wide / "tokenizer_config.json").unlink()
+
+    def check(path: Path) -> None:
+        method = SimpleNamespace(reference_model_path=str(path))
+        trainer = SimpleNamespace(processing_class=tokenizer)
+        run: Any = SimpleNamespace(
+            methods=[method], trainer=trainer, state=SimpleNamespace(require_whole=lambda path: None)
+        )
+        check_reference(run)
+
+    check(proxies.tiny.model)
     with pytest.raises(MismatchError, match="found no tokenizer"):
-        _check_vocabulary(str(wide), tokenizer)
+        check(wide)
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(MismatchError, match="<new>"):
-        _check_vocabulary(str(proxies.tiny.model), tokenizer)
-    _check_vocabulary(str(proxies.tiny.model), AutoTokenizer.from_pretrained(proxies.tiny.model))
+        check(proxies.tiny.model)

@@ -26,7 +26,7 @@ def crash_after(step: int) -> Iterator[None]:
     class Crash(Exception):
         pass
 
-    saving = DataflexTrainer._save_checkpoint
+    saving = DataflexTrainer._save_checkpoint  # Transformers' name of the method behind which it is complete
 
     def crash(self: Any, *args: Any) -> None:
         saving(self, *args)
