@@ -1,4 +1,4 @@
-"""Mixers against the documented interface: what they are handed, and that it is the same after a resume."""
+"""A mixer of the documented interface is handed what the model takes, and the same after a resume."""
 
 from __future__ import annotations
 

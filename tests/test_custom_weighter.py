@@ -1,4 +1,4 @@
-"""Weighters against the documented interface: they run unchanged but for their import, and a mean is plain training."""
+"""Weighters of the documented interface run unchanged but for their import, and a mean is plain training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dataflex doctor` in environments that are broken in the ways that people have met."""
+"""`dataflex doctor` finds what is broken, in environments that are broken in the ways that people have met."""
 
 from __future__ import annotations
 

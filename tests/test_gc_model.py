@@ -1,4 +1,4 @@
-"""Random runs, writers, crashes and removals, side by side with a model of what must still be there."""
+"""Random runs, writers, crashes and removals never lose what a model beside them says must still be there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted and observed losses under DeepSpeed on two processes."""
+"""Weighted and observed losses under DeepSpeed on two processes are those without it."""
 
 from __future__ import annotations
 

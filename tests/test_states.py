@@ -1,4 +1,4 @@
-"""Kept model states: whole or not there, checked when fetched, never outside their folder."""
+"""A kept model state is whole or not there, is checked when it is fetched, and never leaves its folder."""
 
 from __future__ import annotations
 

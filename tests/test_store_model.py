@@ -1,4 +1,4 @@
-"""Hypothesis drives a store and a dictionary side by side: append, crash, damage, repair, read."""
+"""A store and a dictionary that Hypothesis drives side by side agree: append, crash, damage, repair, read."""
 
 from __future__ import annotations
 

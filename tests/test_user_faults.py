@@ -1,4 +1,4 @@
-"""What the code of a user's component raises is told with its place, and never passes for a run that was done."""
+"""What a user's code raises is told with its place, and never passes for a run that was done."""
 
 from __future__ import annotations
 
