@@ -150,6 +150,38 @@ def workspace(tiny: Tiny, tmp_path: Path) -> Workspace:
     return Workspace(tmp_path, tiny)
 
 
+@pytest.fixture(scope="session")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The workspace of a finished run, `whole`, with a checkpoint after each of its seven steps."""
+    space = Workspace(tmp_path_factory.mktemp("whole"), tiny)
+    space.run("train", space.write("whole"))
+    return space
+
+
+@pytest.fixture(scope="session")
+def proxies(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """A workspace for the run files of `tests.doremi`: their reference is trained, and its losses are featurized."""
+    from tests.doremi import prepare
+
+    return prepare(Workspace(tmp_path_factory.mktemp("doremi"), tiny))
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What goes through the trainings of a test, as `tests.doremi.Seen` has it."""
+    from tests.doremi import watched
+
+    return watched(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def load_dataset(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function of a folder and a dataset's name, which loads that as a run does."""
+    from tests.bad_data import loader
+
+    return loader(tiny.model, tmp_path_factory.mktemp("out"))
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that the run files of `tests.run_file` are written to and read in, without a setting from outside."""
@@ -157,9 +189,19 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     for name in ("ALLOW_EXTRA_ARGS", "USE_RAY", "USE_MCA", "USE_KT", "DATAFLEX_HOME", "HF_HOME", "HF_ASSETS_CACHE"):
         monkeypatch.delenv(name, raising=False)
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "FORCE_TORCHRUN"):
+        monkeypatch.delenv(name, raising=False)
     lay_out(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def run_file(run_folder: Path) -> Path:
+    """The run file of `tests.run_file` in its folder, as it is."""
+    from tests.run_file import write
+
+    return write()
 
 
 @pytest.fixture
@@ -172,6 +214,22 @@ def namespaces() -> None:
         sandbox.namespaces()
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is synced: the kernel outlives every process that dies in a test, so that would only take time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Rows of every micro-batch that was asked for, in order."""
+    from tests.workspace import note_drawn
+
+    found: list[list[int]] = []
+    note_drawn(monkeypatch, found.append)
+    return found
 
 
 @pytest.fixture

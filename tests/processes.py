@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +34,35 @@ def launch(command: list[str], **env: str) -> None:
 
 def ended(command: list[str], **env: str) -> tuple[int, str]:
     """Run a command that starts processes of its own; return its exit status and what it said."""
+    return _watched(command, env, 0, None)
+
+
+def signalled(command: list[str], number: int, is_time: Callable[[], bool], **env: str) -> tuple[int, str]:
+    """Run a command, and send it a signal as soon as `is_time`, if it still runs; return what `ended` does."""
+    return _watched(command, env, number, is_time)
+
+
+def _watched(
+    command: list[str], env: dict[str, str], number: int, is_time: Callable[[], bool] | None
+) -> tuple[int, str]:
+    # A shell's background jobs ignore Ctrl-C, and their children inherit that.
+    heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with tempfile.TemporaryFile("w+") as log:
         # A session of its own, so that a launcher that hangs can be ended together with its workers.
-        process = subprocess.Popen(command, env=environment(**env), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment(**env), stdout=log, stderr=log, start_new_session=True, preexec_fn=heeding
+        )
         try:
+            if is_time is not None:
+                while process.poll() is None and not is_time():
+                    time.sleep(0.01)
+                process.send_signal(number)
             status = process.wait(400)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
         finally:
-            log.seek(0)
-            said = log.read()
-    return status, said
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return status, log.read()
 
 
 def sharding(workspace: Any, stage: int) -> str:

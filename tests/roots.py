@@ -1,4 +1,4 @@
-"""A root with stores, kept states and runs, and the command line over it."""
+"""A root with stores, kept states and runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from dataflex.cli import main
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.files import Files
 from dataflex.stores.parquet import ParquetStore
-from dataflex.stores.root import StoreRoot
+from dataflex.stores.root import StoreRoot, open_files
 from dataflex.stores.runs import RunRecord
 from dataflex.stores.values import Layout, Values
 
@@ -28,6 +27,13 @@ def values(number: int) -> Values:
     keys = np.array([bytes([number, i]) + b"x" * 14 for i in range(5)], "S16").view(KEY_DTYPE)
     vectors = rng.standard_normal((5, 8), np.float32)
     return Values(keys, np.zeros(5, np.uint8), {"norm": rng.random(5, np.float32)}, vectors)
+
+
+def empty_root(kind: str, folder: Path) -> Files:
+    """Return a root without anything in it: `local` on disk, `memory` on an object store."""
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]  # which would be listed as folders
+    return open_files({"local": f"{folder}/root", "memory": "memory://tested/root"}[kind])
 
 
 def make_store(files: Files, number: int, fragments: int = 2) -> ParquetStore:
@@ -59,10 +65,3 @@ def age(folder: Path, hours: float = 48) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             os.utime(path, (time.time() - 3600 * hours,) * 2)
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    out, err = capsys.readouterr()
-    return int(caught.value.code or 0), out, err

@@ -1,4 +1,4 @@
-"""Adam directions against a float64 oracle and `torch.optim`; moments on their way to and from disk."""
+"""Adam directions are those of a float64 oracle and of `torch.optim`; moments come back from disk as they were."""
 
 from __future__ import annotations
 

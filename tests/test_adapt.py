@@ -1,4 +1,4 @@
-"""The weighter `adapt` against executed vectors and plain loops."""
+"""The weighter `adapt` gives the weights that executed vectors and plain loops give."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Classes of users that do not inherit from ours: made into ours where they are loaded, and as they were otherwise."""
+"""A user's class that inherits from none of ours is made ours where it is loaded, and stays as it was otherwise."""
 
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from dataflex.components.adapter import written
-from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, register_selector
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, use_plugins
 from dataflex.config import load
 from dataflex.config.methods import methods
 from dataflex.errors import ConfigError
@@ -97,6 +98,17 @@ class Scored:
         return {}
 
 
+WRONG = """
+from dataflex.selectors import register_selector
+
+@register_selector("params are a number")
+class Wrong:
+    Params = 3
+
+    def select(self): ...
+"""
+
+
 class Other(type):
     pass
 
@@ -130,7 +142,7 @@ def test_a_mixer_without_a_base_is_asked_at_every_step_and_handed_the_batch() ->
     assert (cls.Params, cls.interval, cls.watches) == (Shares.Params, 1, True)
     made = cls(Shares.Params(power=2.0))
     assert made.signals
-    made._bind({})
+    made._bind({})  # as a run does when it is put together
     assert made._made.power == 2.0
 
 
@@ -150,17 +162,13 @@ def test_a_run_file_takes_them(name: str, run_folder: Any) -> None:
     assert settings.new_method() is not None
 
 
-def test_a_class_with_params_that_are_none_is_listed_with_what_is_wrong() -> None:
-    @register_selector("params are a number")
-    class Wrong:
-        Params = 3
-
-        def select(self) -> None: ...
-
+def test_a_class_with_params_that_are_none_is_listed_with_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG)
+    use_plugins([str(tmp_path / "wrong.py")])
     found = {entry["name"]: entry for entry in methods()}
+    use_plugins([])
     assert "found Params = 3 in" in found["params are a number"]["error"]
     assert "description" in found["less"]
-    SELECTORS._registered.pop("params are a number")
 
 
 def test_every_built_in_is_of_its_kind() -> None:

@@ -1,4 +1,4 @@
-"""Adaptive data optimization: the fit against scipy, a plain reference of the rule, resumption without another fit."""
+"""Adaptive data optimization fits as scipy does, follows a plain reference, and resumes without another fit."""
 
 from __future__ import annotations
 

@@ -18,13 +18,10 @@ from dataflex.stores.root import StoreRoot
 from dataflex.stores.runs import read_runs
 from dataflex.stores.upkeep.gc import Scope, plan
 from dataflex.stores.upkeep.inspection import inspect, refuse, repair
-from tests.roots import LAYOUT, LINEAGE, age, make_state, make_store, record, run, values
+from tests.command import run
+from tests.roots import LAYOUT, LINEAGE, age, make_state, make_store, record, values
 
-
-@pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is killed here, so syncing would only add the disk's time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture

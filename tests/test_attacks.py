@@ -1,4 +1,4 @@
-"""Rewards of code: what is right gets 1, and no response gets it otherwise, nor leaves a trace."""
+"""A reward of code gives 1 to what is right, and no response gets that otherwise or leaves a trace."""
 
 from __future__ import annotations
 

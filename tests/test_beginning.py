@@ -1,4 +1,4 @@
-"""What model and data rule out is refused when the run begins: nothing was stepped, and no feature computed."""
+"""What model and data rule out is refused when the run begins, before a step or a feature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weighter `feature` against plain loops: stored numbers, files, and rows without either."""
+"""The weighter `feature` weighs by stored numbers and by files as plain loops do; what does not fit is refused."""
 
 from __future__ import annotations
 

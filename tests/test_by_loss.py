@@ -1,4 +1,4 @@
-"""The weighter `loss` against executed vectors, plain loops and linear programs; caps and schedules."""
+"""The weighter `loss` gives the weights of executed vectors, loops and linear programs, under caps and schedules."""
 
 from __future__ import annotations
 

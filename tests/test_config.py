@@ -1,4 +1,4 @@
-"""Reading a run file."""
+"""A right run file is read as it is meant, with overrides and components, and importing nothing heavy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an update came to: every figure against a plain recomputation, and the same in journal, summary and log."""
+"""What an update came to is told right: every figure by a plain recomputation, the same in journal, summary and log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dataflex doctor` in environments that are broken in the ways that people have met."""
+"""`dataflex doctor` finds what is broken, in environments that are broken in the ways that people have met."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dataflex.cli import main
 from dataflex.doctor import disk, examine, imports, versions
 from dataflex.doctor.finding import Finding
+from tests.command import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,10 +136,8 @@ def test_command(broken: str, site: Path, monkeypatch: Any, capsys: Any) -> None
     monkeypatch.setattr(imports, "DEVICES", "print('two of a kind')")  # torch takes seconds
     (site.parent / "run.yaml").write_text("model_name_or_path: [unclosed\n")
     for arguments in (["--json"], ["run.yaml"]):
-        with pytest.raises(SystemExit) as ended:
-            main(["doctor", *arguments])
-        out, err = capsys.readouterr()
-        assert int(ended.value.code or 0) == (1 if broken or "run.yaml" in arguments else 0)
+        code, out, err = run(capsys, "doctor", *arguments)
+        assert code == (1 if broken or "run.yaml" in arguments else 0)
         assert "Traceback" not in out + err
         if arguments == ["run.yaml"]:
             wanted = "error    configuration: cannot be read" if broken == "pydantic" else "error    run.yaml: "

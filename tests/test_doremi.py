@@ -1,4 +1,4 @@
-"""DoReMi's update rule against executed vectors and a plain loop; absent domains, the average, and resumption."""
+"""DoReMi's update rule is that of executed vectors and a plain loop, with absent domains and after resumption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dynamic mixing by expert loads: an executed vector, a plain loop, domains without load, and what is refused."""
+"""Dynamic mixing by expert loads follows an executed vector and a plain loop; what it cannot do is refused."""
 
 from __future__ import annotations
 

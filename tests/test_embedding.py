@@ -1,4 +1,4 @@
-"""Pooled hidden states against one example at a time."""
+"""Pooled hidden states of a batch are those of one example at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings by another model than the run's, keyed by text."""
+"""Embeddings by another model than the run's are what its own library gives, and are known by their text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine as a whole: order, batches, unusable rows, dummy batches, one pass for many features."""
+"""The engine gives each row the same numbers in any order and batch, and many features of one pass."""
 
 from __future__ import annotations
 

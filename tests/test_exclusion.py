@@ -1,4 +1,4 @@
-"""Target rows that stand in the pool are left out where that is asked for, and records that were dropped are named."""
+"""Target rows that stand in the pool are left out where that is asked for; records that were dropped are named."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_pool_of_targets_alone_is_refused(workspace: Any) -> None:
 
 
 def test_of_many_dropped_records_ten_are_named() -> None:
-    from dataflex.pipelines.run import _listed
+    from dataflex.pipelines.run import _listed  # without a dataset of records that LLaMA-Factory drops
     from tests.held import pool
 
     rows = pool(3)
@@ -104,7 +104,7 @@ def test_of_many_dropped_records_ten_are_named() -> None:
 def test_what_every_rank_would_say_is_said_by_the_first(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dataflex.pipelines.run import _report
+    from dataflex.pipelines.run import _report  # on a rank that is none
     from tests.held import pool
 
     rows = dataclasses.replace(pool(3), dropped=[(0, 7)])

@@ -1,4 +1,4 @@
-"""FAISS against brute force; and a cache that is rebuilt whenever it cannot be trusted."""
+"""A FAISS index finds what brute force finds, and is built anew whenever its cache cannot be trusted."""
 
 from __future__ import annotations
 
@@ -218,6 +218,7 @@ def test_everything_derived_can_be_deleted(store: ParquetStore, builds: list[str
 
 
 class ReadOnly(LocalFiles):
+    # As root, whom no permission stops, would not see it.
     def _make_folder(self, folder: Path) -> None:
         if "root" in folder.parts:
             raise OSError(30, "Read-only file system")

@@ -1,4 +1,4 @@
-"""A checkpoint's trained weights are put over the frozen weights they were trained with, and over no others."""
+"""A checkpoint's trained weights are put over the frozen weights that they were trained with, and over no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk that is full from the beginning: a real one, of two pages."""
+"""A disk that is full from the beginning is refused with its name: a real one, of two pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random runs, writers, crashes and removals, side by side with a model of what must still be there."""
+"""Random runs, writers, crashes and removals never lose what a model beside them says must still be there."""
 
 from __future__ import annotations
 
@@ -6,59 +6,22 @@ import os
 import random
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dataflex.errors import ConflictError
 from dataflex.rows import KEY_DTYPE
-from dataflex.stores.files import LocalFiles
 from dataflex.stores.root import StoreRoot, folder_name
 from dataflex.stores.runs import RunRecord, read_runs
 from dataflex.stores.upkeep.gc import Scope, plan
 from dataflex.stores.upkeep.removal import carry_out
 from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults
+from tests.mortal import Killed, Mortal
 
 LAYOUT = Layout({"value": "int64"})
-
-
-class Killed(BaseException):
-    """The process is gone; nothing it would still do happens."""
-
-
-class Mortal(LocalFiles):
-    """Files whose owner dies at the n-th operation and can do nothing afterwards."""
-
-    left = 10**9
-
-    def step(self) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            raise Killed
-
-    def _create(self, path: Path) -> BinaryIO:
-        self.step()
-        return super()._create(path)
-
-    def _sync(self, file: BinaryIO) -> None:  # the kernel outlives the process, so nothing need be synced
-        self.step()
-
-    def _sync_folder(self, folder: Path) -> None:
-        pass
-
-    def _link(self, temporary: Path, path: Path) -> bool:
-        self.step()
-        return super()._link(temporary, path)
-
-    def _replace(self, temporary: Path, path: Path) -> None:
-        self.step()
-        super()._replace(temporary, path)
-
-    def _unlink(self, path: Path) -> None:
-        self.step()
-        super()._unlink(path)
 
 
 class Collected:
@@ -70,9 +33,7 @@ class Collected:
         self.using: dict[int, set[int]] = {}
 
     def files(self, left: int = 10**9) -> Mortal:
-        files = Mortal(self.folder)
-        files.left = left
-        return files
+        return Mortal(self.folder, left)
 
     def use(self, run: int, store: int, fragment: int, dies: int, finishes: bool) -> None:
         """A run uses a store, writes a fragment, and may be killed on the way."""
@@ -158,7 +119,7 @@ def test_what_a_run_uses_outlives_every_removal(tmp_path: Path, seed: int) -> No
     for episode in range(10):
         model = Collected(tmp_path / str(episode))
         for _ in range(15):
-            dies = draw.choice([10**9, draw.randint(1, 45)])
+            dies = draw.choice([10**9, draw.randint(1, 60)])
             if draw.random() < 0.6:
                 model.use(draw.randrange(3), draw.randrange(2), draw.randrange(4), dies, draw.random() < 0.5)
             else:

@@ -1,4 +1,4 @@
-"""Responses: drawn from the model itself, whatever batch they are in; or asked of a server."""
+"""Responses are drawn from the model itself, the same in any batch; or asked of a server, whose faults are told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs, on a CPU: that its parts say what is true, and that it runs where little is installed."""
+"""The benchmark for GPUs says what is true, and runs where little is installed: its parts, on a CPU."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dataflex.access.policy_source import _decoding
+from dataflex.access.policy_source import _decoding  # what it is part of needs a run with a model
 from dataflex.access.sources import EncoderSource
 from dataflex.features.spec import EmbeddingSpec, RewardSpec
 from dataflex.fingerprint import model_digest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,24 +11,19 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dataflex.errors import CorruptionError, MismatchError
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.record import FORMAT, claim, seal, unseal
-from dataflex.stores.root import StoreRoot, folder_name, open_files, open_store
+from dataflex.stores.root import StoreRoot, folder_name, open_store
 from dataflex.stores.runs import read_runs
 from dataflex.stores.upkeep.inspection import Inspected, inspect, refuse, repair
-from tests.roots import LAYOUT, LINEAGE, make_state, make_store, record, run, values
+from tests.command import run
+from tests.roots import LAYOUT, LINEAGE, empty_root, make_state, make_store, record, values
 
-
-@pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is killed here, so syncing would only add the disk's time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.delenv("DATAFLEX_HOME", raising=False)
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture(params=["local", "memory"])
 def files(request: pytest.FixtureRequest, tmp_path: Path) -> Files:
     """A root with one of everything, on disk and on an object store."""
-    MemoryFileSystem.store.clear()
-    made = open_files({"local": f"{tmp_path}/root", "memory": "memory://inspected/root"}[request.param])
+    made = empty_root(request.param, tmp_path)
     store = make_store(made, 1)
     make_state(made, tmp_path / "checkpoint")
     record(made, "saves/a", ("store", store.folder), ("state", LINEAGE))

@@ -1,4 +1,4 @@
-"""Rewards of code with classes: right ones get 1, and no instance decides a test that it should not."""
+"""A reward of code with classes gives 1 to right ones, and no instance decides a test that it should not."""
 
 from __future__ import annotations
 

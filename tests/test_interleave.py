@@ -1,4 +1,4 @@
-"""Lists of neighbours that take turns, against a plain loop."""
+"""Lists of neighbours take turns as in a plain loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of rounds, and what makes a checkpoint complete."""
+"""A round that was written comes back as it was or not at all, and a checkpoint counts only if it is whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The repository's shape: packages, links, wheel, imports, and what the package never calls."""
+"""The repository keeps its shape: packages, links, wheel, imports, and what the package never calls."""
 
 from __future__ import annotations
 

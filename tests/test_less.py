@@ -1,4 +1,4 @@
-"""LESS against a plain reference, and the invariants that a selection by it has."""
+"""LESS chooses what a plain reference chooses, and its choice changes with nothing that it should not."""
 
 from __future__ import annotations
 

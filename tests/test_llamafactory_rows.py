@@ -1,4 +1,4 @@
-"""Rows: LLaMA-Factory's own keys and order, with the origin of each row known."""
+"""Rows have LLaMA-Factory's own keys and order, and the origin of each is known."""
 
 from __future__ import annotations
 

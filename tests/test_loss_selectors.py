@@ -1,4 +1,4 @@
-"""Loss, Delta Loss and IFD: exact probabilities of hand-made losses, windows, and rows that may never be drawn."""
+"""Loss, Delta Loss and IFD choose with the exact probabilities of hand-made losses, and never what may not be drawn."""
 
 from __future__ import annotations
 

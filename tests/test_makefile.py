@@ -1,4 +1,4 @@
-"""Which Python `make` takes: of the names on the path the first that runs and is of a version that will do."""
+"""`make` takes the first Python on the path that runs and is of a version that will do."""
 
 from __future__ import annotations
 

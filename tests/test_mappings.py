@@ -1,4 +1,4 @@
-"""Keys whose value is a mapping, or the name of a file with one: what stands in it is looked at."""
+"""A key whose value is a mapping, or a file with one, is looked into before anything is loaded."""
 
 from __future__ import annotations
 

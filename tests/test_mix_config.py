@@ -1,4 +1,4 @@
-"""Run files with a mixer or a weighter: what is refused, what is noted, what follows."""
+"""Of run files with a mixer or a weighter what cannot be is refused, what has no effect noted, the rest taken."""
 
 from __future__ import annotations
 

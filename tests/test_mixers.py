@@ -1,4 +1,4 @@
-"""Mixtures that do not look at losses: given, even, by size, tempered, limited in repetition, random."""
+"""Mixtures that look at no losses are what they say: given, even, by size, tempered, limited in repetition, random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighted and observed losses under DeepSpeed on two processes."""
+"""Weighted and observed losses under DeepSpeed on two processes are those without it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_equal_weights_and_statistics_under_deepspeed(workspace: Any, stage: int
         "equal": {"dataflex": {**section, **uniform}},
         "documented": {
             "component_name": "own_step",
-            "dataflex": {**section, "plugins": ["tests.test_custom_weighter"]},
+            "dataflex": {**section, "plugins": ["tests.custom_weighter"]},
         },
     }
     dataflex("train", write(name, **{**weighted, **weighers[name], **sharded}), **TWO, DS_ACCELERATOR="cpu")

@@ -1,4 +1,4 @@
-"""The benchmarks of mixing and of the trainers' overhead, on tiny data."""
+"""The benchmarks of mixing and of the trainers' overhead measure all alike, on tiny data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dynamic_moe` on a stock mixture of experts: loads against a loop, real trainings, routers that are left alone."""
+"""`dynamic_moe` on a stock mixture of experts counts loads as a loop does, and leaves routers alone if told to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataflex.mixers.dynamic_moe import deltas
 from dataflex.pipelines.mixing.signals import ExpertLoads
 from dataflex.trainers.trainer import DataflexTrainer, _auxiliary_weight
 from tests.processes import TWO, dataflex
-from tests.workspace import logged as logged_losses
+from tests.workspace import in_force, logged
 
 DOMAINS = ("target_words", "target_records", "target_arithmetic")
 
@@ -77,7 +77,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, list[Any], 
     call = ExpertLoads.__call__
 
     def noted(self: ExpertLoads) -> np.ndarray:
-        model: Any = self._run.trainer.model
+        model: Any = self._run.trainer.model  # which rows it routes, and when, is known inside alone
         before = {name: value.detach().clone() for name, value in model.state_dict().items()}
         modes = [(p.requires_grad, m.training) for m in model.modules() for p in m.parameters(recurse=False)]
         state = torch.random.get_rng_state()
@@ -134,18 +134,13 @@ def write(workspace: Any, name: str, model: Path, params: dict[str, Any] | None 
     return path
 
 
-def logged(workspace: Any, name: str) -> list[dict[str, Any]]:
-    text = (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8")
-    return [line for line in map(json.loads, text.splitlines()) if "proportions" in line]
-
-
 @pytest.mark.parametrize("family", ["qwen", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_loads_are_those_of_a_loop_and_move_the_proportions(
     workspace: Any, models: dict[str, Path], loads: Any, family: str
 ) -> None:
     """After the warm-up and two steps later, under the weights of then; padding counts nowhere."""
     workspace.run("train", write(workspace, "run", models[family]))
-    lines = logged(workspace, "run")
+    lines = in_force(workspace, "run")
     assert [(line["kind"], line["step"]) for line in lines] == [("warmup", 0), ("update", 1), ("update", 3)]
     assert len(loads) == 2
     weights = np.full(3, 1 / 3)
@@ -169,7 +164,7 @@ def test_two_processes_come_to_the_proportions_of_one(workspace: Any, models: di
     keys: dict[str, Any] = {"per_device_train_batch_size": 2, "learning_rate": 1e-4}
     workspace.run("train", write(workspace, "one", models["qwen"], gradient_accumulation_steps=2, **keys))
     dataflex("train", write(workspace, "two", models["qwen"], gradient_accumulation_steps=1, **keys), **TWO)
-    one, two = ([list(line["proportions"].values()) for line in logged(workspace, name)] for name in ("one", "two"))
+    one, two = ([list(line["proportions"].values()) for line in in_force(workspace, name)] for name in ("one", "two"))
     assert np.ptp(one[-1]) > 0.01
     np.testing.assert_allclose(two, one, rtol=1e-3)
 
@@ -231,12 +226,12 @@ def test_equal_weights_are_plain_training_of_experts(workspace: Any, models: dic
         for name, more in (("plain", {}), ("equal", weighted)):
             own = {**keys, **more, "moe_aux_loss_coef": coefficient or None}
             workspace.run("train", write(workspace, f"{name}-{coefficient}", models["qwen"], **own))
-        plain, equal = (logged_losses(workspace, f"{name}-{coefficient}") for name in ("plain", "equal"))
+        plain, equal = (logged(workspace, f"{name}-{coefficient}") for name in ("plain", "equal"))
         np.testing.assert_allclose(equal, plain, rtol=2e-6)
         one, other = workspace.weights(f"plain-{coefficient}"), workspace.weights(f"equal-{coefficient}")
         for name in one:
             torch.testing.assert_close(other[name], one[name], rtol=0, atol=1e-5)
-    assert logged_losses(workspace, "equal-0.5")[0] > logged_losses(workspace, "equal-0.0")[0] + 0.1
+    assert logged(workspace, "equal-0.5")[0] > logged(workspace, "equal-0.0")[0] + 0.1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Nearest neighbours of a view against brute force: duplicates, foreign and unusable rows, ties, several stores."""
+"""Nearest neighbours of a view are those of brute force: duplicates, unusable rows, ties, several stores."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dataflex.checkpoints.pickles import SUFFIXES, frozen, read_pickle, thawed
 from dataflex.checkpoints.tree import Tensors, Unplain, from_tree, to_tree
-from dataflex.cli import main
 from dataflex.errors import MismatchError
 from dataflex.stores.record import seal, unseal
+from tests.command import run
 from tests.workspace import assert_equal_weights
 
 
@@ -169,14 +169,8 @@ def test_a_bomb_is_refused_in_every_dress_and_by_its_name(tmp_path: Path) -> Non
     assert not (tmp_path / "exploded").exists()
 
 
-def command(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(["train", str(path)])
-    return int(caught.value.code or 0), capsys.readouterr().err
-
-
 def refused(path: Path, capsys: pytest.CaptureFixture[str], *said: str) -> None:
-    code, err = command(path, capsys)
+    code, _, err = run(capsys, "train", str(path))
     last = err[err.index("dataflex: ") :]
     assert code == 3, err
     assert all(each in last for each in said), last
@@ -220,7 +214,7 @@ def test_a_kept_state_holds_no_pickle_and_no_planted_one_is_opened(
 
     intact = (kept / "scheduler.pt.json").read_bytes()
     (kept / "scheduler.pt.json").write_bytes(bomb)
-    code, err = command(second, capsys)
+    code, _, err = run(capsys, "train", str(second))
     assert code == 4
     assert "scheduler.pt.json is damaged" in err
     (kept / "scheduler.pt.json").write_bytes(intact)

@@ -1,4 +1,4 @@
-"""Components of one's own, of each kind: under a built-in's name or another, by plugin, file, module or entry point."""
+"""Components of one's own run: under a built-in's name or another, by plugin, file, module or entry point."""
 
 from __future__ import annotations
 

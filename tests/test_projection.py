@@ -1,4 +1,4 @@
-"""Projections: exact values, independence of everything but their arguments, and the error theory promises."""
+"""Projections have exact values that depend on their arguments alone, and the error that theory promises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded default: its rows are right, its files the same every time, and LLaMA-Factory reads it as meant."""
+"""The quickstart's data are right: the same files every time, and LLaMA-Factory reads them as meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random selection: a new draw at every update, by row keys, of rows with labels only."""
+"""Random selection draws anew at every update, by row keys, and only rows with labels."""
 
 from __future__ import annotations
 

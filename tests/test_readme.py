@@ -1,4 +1,4 @@
-"""What the README says can be done."""
+"""What the README says can be done: its links and commands exist, its run file and its selector run."""
 
 from __future__ import annotations
 

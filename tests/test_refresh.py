@@ -1,4 +1,4 @@
-"""Refresh policies: which rows are computed, and a rotating run against its emulation from full features."""
+"""A refresh policy computes the rows that it says; a rotating run is its emulation from full features."""
 
 from __future__ import annotations
 

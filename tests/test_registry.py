@@ -1,3 +1,5 @@
+"""A name stands for one class: a user's own before a built-in, two of one name or none an error that says where."""
+
 from __future__ import annotations
 
 import collections

@@ -1,4 +1,4 @@
-"""Rewards: what each gives, and that no response can hang, fill or outlive the run."""
+"""Each reward gives what it says, and no response can hang, fill or outlive the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that turn scores into rows."""
+"""Rules turn scores into the same rows whatever the order of the pool, and never choose what has no score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signs that a run is not what it seems: they are said where they are, and nowhere else."""
+"""Signs that a run is not what it seems are said where they are, and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Rounds divide a run as documented: their steps add up, each is of the documented kind, and they stay as they are."""
+
 from __future__ import annotations
 
 import math

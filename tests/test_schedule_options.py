@@ -1,4 +1,4 @@
-"""Options of a learning-rate schedule, tried in a short run."""
+"""Options of a learning-rate schedule are tried in a short run, however long the real one's warm-up is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dataflex select`: the chosen records, their registration, and training on them."""
+"""`dataflex select` writes the chosen records and registers them, and they can be trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precision of selections from a pool of real data whose sources are known."""
+"""LESS finds the rows of a target's source in a pool of real data whose sources are known."""
 
 from __future__ import annotations
 

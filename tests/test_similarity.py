@@ -1,4 +1,4 @@
-"""Similarities to target sets against loops in float64, and what a composition accepts."""
+"""Similarities to target sets are those of loops in float64, and a composition refuses what it cannot use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kept model states: whole or not there, checked when fetched, never outside their folder."""
+"""A kept model state is whole or not there, is checked when it is fetched, and never leaves its folder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dataflex.errors import CorruptionError, DataflexError, MismatchError
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.record import seal, unseal
 from dataflex.stores.root import StoreRoot
+from tests.mortal import Killed, Mortal
 
 LINEAGE = "0123456789abcdef" * 2
 CONTENT = {"adapter_model.safetensors": b"w" * 5000, "rng/rank 0.json": b"{}", "empty": b""}
@@ -67,40 +68,8 @@ def test_the_first_of_two_is_kept_and_the_other_leaves_nothing(tmp_path: Path, c
 
 
 def test_a_crash_leaves_nothing_visible(tmp_path: Path, checkpoint: Path) -> None:
-    class Killed(BaseException):
-        pass
-
-    class Mortal(LocalFiles):
-        left = 0
-
-        def step(self) -> None:
-            self.left -= 1
-            if self.left <= 0:
-                raise Killed
-
-        def _create(self, path: Path) -> BinaryIO:
-            self.step()
-            return super()._create(path)
-
-        def _sync(self, file: BinaryIO) -> None:
-            self.step()
-            super()._sync(file)
-
-        def _replace(self, temporary: Path, path: Path) -> None:
-            self.step()
-            super()._replace(temporary, path)
-
-        def _link(self, temporary: Path, path: Path) -> bool:
-            self.step()
-            return super()._link(temporary, path)
-
-        def _unlink(self, path: Path) -> None:
-            self.step()
-            super()._unlink(path)
-
     for n in range(1, 100):
-        files = Mortal(tmp_path / str(n))
-        files.left = n
+        files = Mortal(tmp_path / str(n), n)
         states = StoreRoot(tmp_path / str(n)).states
         try:
             StoreRoot(files).states.put(LINEAGE, checkpoint, {"step": 5})

@@ -1,4 +1,4 @@
-"""What a command leaves in its status file, and what signals do to it."""
+"""A status file says what a command did and how it ended, whatever raises or signals it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store gives back, what it refuses, and how stores are found under a root."""
+"""A store gives back what it was given, refuses what does not fit it, and is found under its root."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,8 @@ from dataflex.stores.root import StoreRoot
 from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults, problems, repaired
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 LAYOUT = Layout({"norm": "float32", "tokens": "int64"}, 48, "int8")
 RECIPE = {"r": 1}
 
@@ -38,12 +39,6 @@ def fragment(number: int) -> Values:
 
 FRAGMENTS = [fragment(0), fragment(1)]
 KEYS = np.concatenate([values.keys for values in FRAGMENTS])
-
-
-@pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is killed here, so syncing would only add the disk's time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def opened(folder: Path) -> ParquetStore:

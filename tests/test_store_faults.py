@@ -25,6 +25,8 @@ from dataflex.stores.root import StoreRoot
 from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 LAYOUT = Layout({"norm": "float32"}, 16, "float16")
 WRITES = ("_create", "_sync", "_link", "_replace", "_sync_folder")
 OPERATIONS = (*WRITES, "_unlink", "open", "names")
@@ -35,12 +37,6 @@ def fragment(number: int, seed: int = 0) -> Values:
     keys = np.array([bytes([number, i]) + b"x" * 14 for i in range(8)], "S16").view(KEY_DTYPE)
     norm, vectors = rng.random(8, np.float32), rng.standard_normal((8, 16), np.float32)
     return Values(keys, np.zeros(8, np.uint8), {"norm": norm}, vectors)
-
-
-@pytest.fixture(autouse=True)
-def _no_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel outlives every process that dies here, so syncing would only add the disk's time."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Faulty(LocalFiles):

@@ -1,11 +1,11 @@
-"""Hypothesis drives a store and a dictionary side by side: append, crash, damage, repair, read."""
+"""A store and a dictionary that Hypothesis drives side by side agree: append, crash, damage, repair, read."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from hypothesis import settings
@@ -19,47 +19,10 @@ from dataflex.stores.record import unseal
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.values import Layout, Values
 from tests.looked_at import faults, repaired
+from tests.mortal import Killed, Mortal
 
 LAYOUT = Layout({"value": "int64"}, 4, "int8")
 UNIVERSE = 12
-
-
-class Killed(BaseException):
-    """The process is gone; nothing it would still do happens."""
-
-
-class Mortal(LocalFiles):
-    """Files whose owner dies at the n-th operation and can do nothing afterwards, not even clean up."""
-
-    left = 10**9
-
-    def step(self) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            raise Killed
-
-    def _create(self, path: Path) -> BinaryIO:
-        self.step()
-        return super()._create(path)
-
-    def _sync(self, file: BinaryIO) -> None:
-        self.step()
-        file.flush()
-
-    def _link(self, temporary: Path, path: Path) -> bool:
-        self.step()
-        return super()._link(temporary, path)
-
-    def _replace(self, temporary: Path, path: Path) -> None:
-        self.step()
-        super()._replace(temporary, path)
-
-    def _sync_folder(self, folder: Path) -> None:
-        self.step()
-
-    def _unlink(self, path: Path) -> None:
-        self.step()
-        super()._unlink(path)
 
 
 def row_keys(numbers: list[int]) -> np.ndarray:

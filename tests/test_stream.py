@@ -1,4 +1,4 @@
-"""Which rows a mixture is made of, against counting by hand."""
+"""A mixture is made of the rows that counting by hand gives."""
 
 from __future__ import annotations
 

@@ -1,22 +1,23 @@
-"""What a run file names: files, folders, datasets, packages and stores."""
+"""What a run file names is looked for and named where it is missing: files, folders, datasets, packages, stores."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from dataflex.cli import main
 from dataflex.config import load, store_root
 from dataflex.config.keys import DataflexKeys
 from dataflex.config.outputs import check_store, refuse_misplaced, refuse_unwritable, why_unwritable
 from dataflex.config.problems import Origin, Problems
 from dataflex.errors import ConfigError
 from dataflex.schedule import Schedule
+from tests.command import run
 from tests.run_file import refusal, write
 
 pytestmark = pytest.mark.usefixtures("run_folder")
@@ -137,14 +138,13 @@ def test_an_output_folder_as_a_run_leaves_it_is_taken(tmp_path):
 
 
 def test_the_command_refuses_it_before_anything(capsys):
-    run = write("component_name: random")
+    path = write("component_name: random")
     for verb in ("train", "featurize"):
         Path("out/checkpoint-4").parent.mkdir(exist_ok=True)
         Path("out/checkpoint-4").touch()
-        with pytest.raises(SystemExit) as caught:
-            main([verb, str(run), "output_dir=out"])
-        assert caught.value.code == 2
-        assert "out/checkpoint-4 is no folder; expected a folder" in capsys.readouterr().err
+        code, _, err = run(capsys, verb, str(path), "output_dir=out")
+        assert code == 2
+        assert "out/checkpoint-4 is no folder; expected a folder" in err
 
 
 def test_datasets_named_twice_are_said():
@@ -216,3 +216,18 @@ def test_store_root_order(monkeypatch):
             assert store_root(store) == expected
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     assert store_root(None) == "/c/dataflex"
+
+
+def test_an_encoder_whose_package_is_not_installed(monkeypatch):
+    changes = "component_name: embedding\ndataflex: {params: {embedding_model_name_or_path: sentences}}"
+    Path("sentences").mkdir()
+    Path("sentences/modules.json").write_text("[]")
+    assert load(write(changes))
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    assert "found sentences, a sentence-transformers model; expected its package to be installed" in refusal(changes)
+
+
+@pytest.mark.parametrize("name", ["USE_RAY", "USE_MCA", "USE_KT"])
+def test_other_backends_are_refused(name, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert f"environment variable {name}: found 1; expected it to be unset" in refusal()

@@ -1,4 +1,4 @@
-"""The feature `token_loss`: a plain cross-entropy per example, whatever the batch; and how it is stored."""
+"""The feature `token_loss` is a plain cross-entropy per example, whatever the batch, and is read back as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streaming top-k against brute force over everything at once."""
+"""Streaming top-k finds what brute force over everything at once finds."""
 
 from __future__ import annotations
 

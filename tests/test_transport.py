@@ -1,4 +1,4 @@
-"""KNN-Uniform and KNN-KDE against a linear program, plain loops, and what must hold whatever the numbers."""
+"""KNN-Uniform and KNN-KDE are what a linear program and plain loops give, and stay sane whatever the numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code of a user's own component is part of what its decisions are known by."""
+"""The code of a user's component is part of what its decisions are known by."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataflex.components.user_code import code_digest, modules_digest
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.rewards import REWARDS, build_reward, reward_identity
 from dataflex.selectors.less import Less
+from tests.workspace import cut_back
 
 PACKAGE = {
     "__init__.py": "",
@@ -149,7 +150,7 @@ def test_a_change_of_code_ends_what_would_have_been_replayed(workspace: Any, kin
     out = workspace.folder / "out" / "run"
 
     def resumed() -> dict[str, Any]:
-        shutil.rmtree(out / "checkpoint-2")
+        cut_back(out, 1)
         return dict(workspace.run("train", path))
 
     workspace.run("train", path)
@@ -176,7 +177,7 @@ def test_a_changed_reward_replays_no_round(workspace: Any) -> None:
     path = workspace.write("run", component_name="nice", **keys)
     workspace.run("train", path)
     for changed in (False, True):
-        shutil.rmtree(workspace.folder / "out" / "run" / "checkpoint-2")
+        cut_back(workspace.folder / "out" / "run", 1)
         if changed:
             file.write_text(file.read_text() + "# changed\n")
         assert len(workspace.run("train", path)["updates"]) == changed
@@ -223,7 +224,6 @@ def test_the_file_that_names_a_class_enters_beside_that_which_defines_it(folder:
 def test_a_plugin_that_registers_a_built_in_enters(folder: Path, fresh: Any, registry: Any) -> None:
     name, place = list(registry.builtins.items())[-1]
     module, _, cls = place.partition(":")
-    known = dict(registry._registered)
     text = "from dataflex.components.registry import *\nfrom dataflex.rewards import REWARDS\n"
     text += f"from {module} import {cls}\n"
     text += f"{registry.kind.upper()}S.register('theirs')({cls})\n"
@@ -233,7 +233,6 @@ def test_a_plugin_that_registers_a_built_in_enters(folder: Path, fresh: Any, reg
         fresh()
         seen.append(code_digest(registry.load("theirs", [str(folder / "plug.py")])))
         seen.append(code_digest(registry.load(f"{folder / 'plug.py'}:{cls}")))
-    registry._registered = known
     assert seen[0] == seen[1] != seen[2] == seen[3]
     assert None not in seen
     assert code_digest(registry.load(name)) is None
@@ -299,6 +298,6 @@ def test_a_changed_factory_or_plugin_is_another_run(folder: Path, fresh: Any, wo
         summary = workspace.run("train", path)
         assert len(summary["updates"]) == 1, changed
         rounds.append(workspace.rounds("run")[-1])
-        shutil.rmtree(workspace.folder / "out" / "run" / "checkpoint-2")
+        cut_back(workspace.folder / "out" / "run", 1)
     assert rounds[0] != rounds[1] == rounds[2]
     assert workspace.run("train", path)["updates"] == []

@@ -1,4 +1,4 @@
-"""What the code of a user's component raises is told with its place, and never passes for a run that was done."""
+"""What a user's code raises is told with its place, and never passes for a run that was done."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.cli import main
 from dataflex.config import load
+from tests.command import run
 from tests.run_file import refusal, write
 
 
@@ -82,11 +82,10 @@ def test_a_selector_that_fails(workspace, monkeypatch, capfd, answer, code, expe
         f"class Mine:\n    def select(self, model, step_id, num_samples, **kwargs):\n        {answer}\n"
     )
     path = workspace.write("run", component_name="mine.py:Mine", dataflex=None, warmup_step=1, logging_steps=100)
-    with pytest.raises(SystemExit) as caught:
-        main(["train", str(path)])
-    said = f"\n{capfd.readouterr().err}"
+    found, _, err = run(capfd, "train", str(path))
+    said = f"\n{err}"
     said = said[said.rindex("\ndataflex: ") :]  # before it is what libraries log to a stream of an earlier test
-    assert caught.value.code == code
+    assert found == code
     assert expected in said
     assert "Traceback" not in said
     status = json.loads((workspace.folder / "out" / "run" / "status.json").read_text())

@@ -1,4 +1,4 @@
-"""A step's weighted loss without a trainer: rows that may not count, and no waiting for the device."""
+"""A step's weighted loss leaves out what may not count, and never waits for the device; without a trainer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataflex.trainers import factors
 from dataflex.trainers.factors import ByWeighter, StepCounts
-from dataflex.trainers.micro_batch import ROWS
+from dataflex.trainers.micro_batch import ROWS, MicroBatch
 from dataflex.trainers.weighing import Weighing
-from dataflex.weighters.base import Examples, Group, NativeWeighter
-from dataflex.weighters.feature import ByFeature
+from dataflex.weighters.base import Group, NativeWeighter
 from dataflex.weighters.loss import ByLoss
 from tests.weighed import adapt, by_feature
 
@@ -33,12 +33,13 @@ class Batch(dict[str, Any]):
         super().__init__({ROWS: torch.tensor(rows), "labels": labels})
 
 
-def begun(weighter: NativeWeighter, batches: Sequence[Batch], acts_from: int = 0, size: int = 3) -> Weighing:
-    """Return a weighing that is about to be told of the first micro-batch."""
-    made = Weighing([ByWeighter(weighter, size, acts_from)], (), False, acts_from)
+def begun(weighter: NativeWeighter, batches: Sequence[Batch], items: torch.Tensor | None = None) -> Weighing:
+    """Return a weighing that is about to be told of the first micro-batch; `items` are those of the batches."""
+    made = Weighing([ByWeighter(weighter, 3)])
     args = SimpleNamespace(average_tokens_across_devices=True, device=torch.device("cpu"))
     state = SimpleNamespace(global_step=0, max_steps=1)
-    items = torch.stack([(b["labels"][:, 1:] >= 0).sum() for b in batches]).sum()
+    if items is None:
+        items = torch.stack([(b["labels"][:, 1:] >= 0).sum() for b in batches]).sum()
     trainer: Any = SimpleNamespace(args=args, state=state, model_accepts_loss_kwargs=True)
     made.begin(trainer, batches, items)
     return made
@@ -59,8 +60,7 @@ def test_an_example_whose_loss_is_not_finite_weighs_nothing(reduction):
     items = (whole["labels"][:, 1:] >= 0).sum()
     found = []
     for batch in (whole, without):
-        weighing = begun(weighter, [batch])
-        weighing._items = items
+        weighing = begun(weighter, [batch], items)
         loss = loss_of(weighing, batch)
         loss.backward()
         found.append((loss.detach(), batch.logits.grad))
@@ -84,6 +84,14 @@ def test_a_micro_batch_in_which_nothing_is_usable_weighs_nothing(reduction):
     assert not batch.logits.grad.any()
 
 
+def micro_batch(rows: Sequence[int], tokens: Sequence[int] = ()) -> MicroBatch:
+    """Return what a forward pass gave: a loss of 1 on each token of a row, of which it has one by default."""
+    counts = torch.tensor(tokens or [1] * len(rows))
+    is_target = torch.arange(int(counts.max())) < counts[:, None]
+    ids = torch.tensor(list(rows))
+    return MicroBatch(ids, is_target.double(), is_target.long() - 1, None, {}, counts.sum(), 1, 1)
+
+
 class ByRow(NativeWeighter):
     """Weighs a row by its number."""
 
@@ -95,13 +103,22 @@ class ByRow(NativeWeighter):
 def test_each_rank_takes_its_own_part_of_the_weights(monkeypatch, rank):
     """Of four processes on two nodes: the part of the rank in the world, not of the one on its node."""
     factor = ByWeighter(ByRow(ByRow.Params()), 2)
-    factor._counts = StepCounts((), (), 0, 1)
-    parts = [Examples(torch.tensor([2 * r, 2 * r + 1]), torch.ones(2), torch.ones(2)) for r in range(4)]
-    everyone = torch.stack([factor._padded(part) for part in parts])
+    factor.begin([], StepCounts((), (), 0, 1))
+    parts = [micro_batch([2 * r, 2 * r + 1]) for r in range(4)]
+    sent: list[torch.Tensor] = []
+
+    def noted(mine: torch.Tensor) -> torch.Tensor:
+        sent.append(mine)
+        return mine[None]
+
+    monkeypatch.setattr(factors, "all_gather_rows", noted)
+    for part in parts:
+        factor.factors(part, 0)
+    everyone = torch.stack(sent)
     monkeypatch.setattr(factors, "all_gather_rows", lambda _: everyone)
     monkeypatch.setattr(factors, "rank", lambda: rank)
     monkeypatch.setenv("LOCAL_RANK", str(rank % 2))
-    assert factor._weights([parts[rank]]).tolist() == [2 * rank, 2 * rank + 1]
+    assert factor.factors(parts[rank], 0).tolist() == [2 * rank, 2 * rank + 1]
 
 
 class Waits(TorchDispatchMode):
@@ -131,12 +148,10 @@ class Constant(NativeWeighter):
         ByLoss(ByLoss.Params(**SHARP)),
         ByLoss(ByLoss.Params(weight_cap=1.5, range_quantiles=(0.1, 0.9), reduction="example")),
         ByLoss(ByLoss.Params(strategy="uniform")),
-        ByFeature(ByFeature.Params(path=__file__, function="rank")),
+        by_feature(np.arange(4.0), function="rank"),
     ],
 )
 def test_no_micro_batch_makes_the_host_wait(weighter):
-    if isinstance(weighter, ByFeature):
-        weighter._values = torch.arange(4.0, dtype=torch.float64)
     batches = [Batch([0, 1, 2]), Batch([3, 1])]
     weighing = begun(weighter, batches)
     with Waits() as waits:
@@ -183,10 +198,8 @@ def test_the_product_with_other_factors_keeps_their_mean():
     """Over the examples that are weighed against each other, and those alone that have a loss."""
     others = torch.tensor([2.0, 0.5, 0.5, 3.0, 9.0], dtype=torch.float64)
     factor = ByWeighter(ByList(ByList.Params()), 5, beside=lambda rows: others[rows])
-    factor._counts = StepCounts((), (), 0, 1)
-    rows = torch.arange(5)
-    tokens = torch.tensor([1, 2, 3, 4, 0])
-    found = factor._weights([Examples(rows, torch.ones(5, dtype=torch.float64), tokens)])
+    factor.begin([], StepCounts((), (), 0, 1))
+    found = factor.factors(micro_batch(range(5), (1, 2, 3, 4, 0)), 0)
     weights = ByList.given.tolist()
     expected_mean = sum(weights[:4]) / 4 * sum(others[:4].tolist()) / 4
     assert float((found * others)[:4].mean()) == pytest.approx(expected_mean)
@@ -196,10 +209,9 @@ def test_the_product_with_other_factors_keeps_their_mean():
 def test_equal_factors_beside_change_nothing():
     plain = ByWeighter(ByList(ByList.Params()), 5)
     beside = ByWeighter(ByList(ByList.Params()), 5, beside=lambda rows: torch.full((len(rows),), 0.7).double())
-    for factor in (plain, beside):
-        factor._counts = StepCounts((), (), 0, 1)
-    part = Examples(torch.arange(4), torch.ones(4, dtype=torch.float64), torch.ones(4))
-    torch.testing.assert_close(beside._weights([part]), plain._weights([part]))
     nothing = ByWeighter(ByList(ByList.Params()), 5, beside=lambda rows: torch.zeros(len(rows)).double())
-    nothing._counts = StepCounts((), (), 0, 1)
-    torch.testing.assert_close(nothing._weights([part]), plain._weights([part]))
+    for factor in (plain, beside, nothing):
+        factor.begin([], StepCounts((), (), 0, 1))
+    part = micro_batch(range(4))
+    torch.testing.assert_close(beside.factors(part, 0), plain.factors(part, 0))
+    torch.testing.assert_close(nothing.factors(part, 0), plain.factors(part, 0))

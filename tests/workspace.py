@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 NAMES = ("target_words", "target_records", "target_arithmetic")  # 8 rows each
@@ -38,13 +40,42 @@ def lines(workspace: Any, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def break_off(workspace: Any, step: int) -> None:
-    """Copy the run `whole` to `from-STEP`, without the checkpoints behind that step."""
-    out = workspace.folder / "out" / f"from-{step}"
-    shutil.copytree(workspace.folder / "out" / "whole", out)
+def in_force(workspace: Any, name: str) -> list[dict[str, Any]]:
+    """Return the lines of a mixture's log that say which shares were in force."""
+    return [line for line in lines(workspace, name) if "proportions" in line]
+
+
+def cut_back(out: Path, step: int, rounds: int | None = None) -> Path:
+    """Leave of a finished run what one that was killed behind a step has left; return its folder.
+
+    Args:
+        out: its output folder.
+        step: the last checkpoint that stays.
+        rounds: of so many the journal stays; None: all of it.
+    """
     for folder in out.glob("checkpoint-*"):
         if int(folder.name.partition("-")[2]) > step:
             shutil.rmtree(folder)
+    for path in (*out.glob("*model*.safetensors"), out / "trainer_state.json"):
+        path.unlink(missing_ok=True)
+    for path in out.glob("rounds/*.parquet"):
+        if rounds is not None and int(path.stem.partition("-")[2]) >= rounds:
+            path.unlink()
+    return out
+
+
+def note_drawn(patch: pytest.MonkeyPatch, note: Callable[[list[int]], object]) -> None:
+    """Call `note` with the rows of every micro-batch when it is asked for."""
+    from dataflex.trainers.rounds import _Batches  # a sampler that no name of the package leads to
+
+    begin = _Batches.__iter__
+
+    def noted(self: Any) -> Iterator[list[int]]:
+        for rows in begin(self):
+            note(rows)
+            yield rows
+
+    patch.setattr(_Batches, "__iter__", noted)
 
 
 def assert_equal_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
