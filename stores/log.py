@@ -101,6 +101,10 @@ class Log:
             self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].fragment, item[0])))
         return changed
 
+    def has(self, fragment: str) -> bool:
+        """Say whether a fragment is committed now; a damaged entry is none."""
+        return find_record(self.files, self.folder, fragment) is not None
+
     def find(self, entry: Entry) -> Entry | None:
         """Return the entry that storage has now for the same fragment, or None.
 

@@ -83,6 +83,10 @@ class ParquetStore:
         self._refresh()
         return sorted({entry.fragment for entry in self._log.entries.values()})
 
+    def is_committed(self, fragment_id: str) -> bool:
+        """Say whether a fragment is committed by now, asking storage for its entry alone."""
+        return self._log.has(fragment_id)
+
     def append(self, fragment_id: str, values: Values) -> bool:
         """Commit values, rounded to the storage type, entirely or not at all; durable on return.
 

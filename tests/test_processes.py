@@ -139,7 +139,7 @@ def sends(owner, name, is_time):
     setattr(owner, name, first)
 
 if where == "update":
-    sends(Work, "_fragment", lambda work: work.source._state.trainer.state.global_step == step)
+    sends(Work, "compute", lambda work: work.source._state.trainer.state.global_step == step)
 else:
     sends(DataflexTrainer, "training_step", lambda trainer: trainer.state.global_step == step)
 main()

@@ -95,7 +95,7 @@ def test_a_step_is_ended_and_saved_and_nothing_is_done_twice(workspace: Any, thr
 def test_an_update_stops_behind_a_fragment_that_is_kept(workspace: Any, through: Any, signalled: Signal) -> None:
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 16}
     path = workspace.write("run", save_strategy="no", dataflex=section)
-    signalled(Work, "_fragment", lambda work: work.source._state.trainer.state.global_step == 5)
+    signalled(Work, "compute", lambda work: work.source._state.trainer.state.global_step == 5)
     said = stopped(workspace, path)
     assert said.endswith("after step 5 of 7; the same command goes on from step 5, no step is done again")
     assert checkpoints(workspace) == ["checkpoint-5"]
@@ -199,21 +199,21 @@ def test_features_that_take_too_long_are_dropped(
     monkeypatch.setattr(stop, "PATIENCE", 0.0)
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 16}
     path = workspace.write("run", dataflex=section, warmup_step=0)
-    done: list[int] = []
-    real = Work._fragment
+    done: list[str] = []
+    real = Work.compute
 
-    def slow(self: Any, piece: slice, least: int, tally: Any) -> None:
-        done.append(piece.start)
+    def slow(self: Any, cell: Any, least: int, tally: Any) -> None:
+        done.append(cell.name)
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
-        real(self, piece, least, tally)
+        real(self, cell, least, tally)
 
-    monkeypatch.setattr(Work, "_fragment", slow)
+    monkeypatch.setattr(Work, "compute", slow)
     with pytest.raises(Interrupted, match="the same command computes the rest"), reported("featurize", None):
         workspace.run("featurize", path)
     assert len(done) == 2
-    monkeypatch.setattr(Work, "_fragment", real)
+    monkeypatch.setattr(Work, "compute", real)
     assert workspace.run("featurize", path)["computed"] == 69 - 16
 
 

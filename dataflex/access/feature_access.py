@@ -14,7 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from dataflex import distributed, stop
-from dataflex.access.fragments import NonfiniteLimit, Tally, Work
+from dataflex.access.fragments import NonfiniteLimit, Tally, Work, cells_of
+from dataflex.access.grid import Grid
 from dataflex.access.policy_source import PolicySource
 from dataflex.access.progress import Progress
 from dataflex.access.sources import EncoderSource, ModelSource, Source, Wanted
@@ -124,7 +125,8 @@ class FeatureAccess:
             specs: the features.
             rows: the rows.
             state: of the model.
-            among: the dataset that the rows are some of, for the share that may be NaN or infinite; default: `rows`.
+            among: the dataset that the rows are some of, which the grid and the share that may be NaN or infinite are
+                of; default: `rows`.
 
         Raises:
             CoverageError: rows are missing and `on_missing` is `error`.
@@ -142,7 +144,7 @@ class FeatureAccess:
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):
                 asked_here = {spec: store for spec, store in stores.items() if self._source(spec) is source}
-                self._complete(source, asked_here, rows, limit)
+                self._complete(source, asked_here, rows, among or rows, limit)
             self._judge_loss(rows, state)
         if stop.is_asked_anywhere():  # as long as this takes, everyone's fragments are committed behind it
             stop.leave(together=True)
@@ -156,7 +158,7 @@ class FeatureAccess:
         return found
 
     def _complete(
-        self, source: Source, stores: dict[FeatureSpec, ParquetStore], rows: Rows, limit: NonfiniteLimit
+        self, source: Source, stores: dict[FeatureSpec, ParquetStore], rows: Rows, among: Rows, limit: NonfiniteLimit
     ) -> None:
         """Compute what one source's features lack."""
         specs = list(stores)
@@ -169,29 +171,20 @@ class FeatureAccess:
                 f"features of {int(absent.any(axis=0).sum())} rows are missing under {self.url}; run "
                 "`dataflex featurize` with this run file, or set dataflex.on_missing: compute"
             )
-        for pattern in sorted({tuple(column) for column in absent.T if column.any()}):
-            wanted = np.flatnonzero((absent.T == pattern).all(axis=1))
-            lacking = [spec for spec, missing in zip(specs, pattern, strict=True) if missing]
-            work = Work(
-                source,
-                lacking,
-                [stores[spec] for spec in lacking],
-                rows,
-                unique[wanted],
-                first[wanted],
-                self._options.token_budget,
-                self._options.fragment_rows,
-                limit,
-            )
-            if source.is_collective:  # ranks meet in every layer: where one fails, the launcher has to end the others
+        if not absent.any():
+            return
+        grid = Grid(unique if among is rows else np.unique(source.keys(among)), self._options.fragment_rows)
+        cells = cells_of(grid, unique, first, stores, absent)
+        work = Work(source, rows, cells, self._options.token_budget, limit)
+        if source.is_collective:  # ranks meet in every layer: where one fails, the launcher has to end the others
+            work.run(self.tally, self.progress)
+            return
+        with distributed.together():
+            try:
                 work.run(self.tally, self.progress)
-                continue
-            with distributed.together():
-                try:
-                    work.run(self.tally, self.progress)
-                except DataflexError:
-                    stop.announce()  # the others need not go through all of their share first
-                    raise
+            except DataflexError:
+                stop.announce()  # the others need not go through all of their share first
+                raise
 
     def _judge_loss(self, rows: Rows, state: StateName) -> None:
         """Have the mean loss of a pass looked at. Collective.

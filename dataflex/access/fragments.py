@@ -1,29 +1,38 @@
-"""Missing rows are dealt to the ranks in fragments; each fragment is committed as soon as it is done.
+"""Cells of missing rows are taken by whoever comes next; each is committed whole, as soon as it is done.
 
-Fragments are ranges of the sorted keys that are missing, so any number of processes, together or not, may do any of
-them: a fragment that another writer has committed meanwhile is left out.
+Within a job the ranks draw numbers from the key-value store that they met at, so a slow one takes fewer. Separate
+launches that share a store go through the cells in orders of their own, look again before each, and leave alone what
+another holds a lease of (`dataflex.stores.leases`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dataflex import distributed, stop
+from dataflex.access.grid import Grid
 from dataflex.access.progress import Progress
 from dataflex.access.sources import Source
+from dataflex.draws import generator
 from dataflex.errors import DataflexError, Interrupted
 from dataflex.features.batching import count_batches
 from dataflex.features.spec import FeatureSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import Rows, Status
+from dataflex.stores.leases import Lease
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.values import Layout, Values
 
-_SMALLEST = 64  # rows; below, a fragment's files and batches cost more than what a crash would lose
+_PAUSE = 1.0
+"""Seconds until what other launches are at is looked at again."""
+_LAUNCH_SEED = int.from_bytes(os.urandom(4))
+"""Of the order in which this launch goes through the cells: another launch should be elsewhere."""
 
 
 @dataclass
@@ -62,85 +71,164 @@ class NonfiniteLimit:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """Rows of one cell of the grid that are missing from the same stores.
+
+    Attributes:
+        specs: the features that they lack.
+        stores: the store of each.
+        name: what is committed is called so, in every store; a function of the keys and the grid.
+        keys: (R,) distinct keys, sorted.
+        at: (R,) the row of each.
+    """
+
+    specs: Sequence[FeatureSpec]
+    stores: Sequence[ParquetStore]
+    name: str
+    keys: np.ndarray
+    at: np.ndarray
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether another writer has committed it meanwhile, in all of its stores."""
+        return all(store.is_committed(self.name) for store in self.stores)
+
+    @property
+    def lease(self) -> Lease:
+        """The right to compute it."""
+        files = self.stores[0].files
+        return Lease(files, [f"{store.folder}/tmp/{self.name}.lease" for store in self.stores])
+
+
+@dataclass(frozen=True)
 class Work:
-    """Features that are missing for the same rows.
+    """Features of one source that rows lack.
 
     Attributes:
         source: computes them.
-        specs: the features.
-        stores: the store of each.
         rows: the dataset.
-        keys: (R,) distinct keys, sorted.
-        at: (R,) the row of each.
+        cells: in the order of the grid, the same on every rank.
         token_budget: tokens of a batch.
-        fragment_rows: rows of a fragment, at most.
         limit: on rows that are NaN or infinite.
     """
 
     source: Source
-    specs: Sequence[FeatureSpec]
-    stores: Sequence[ParquetStore]
     rows: Rows
-    keys: np.ndarray
-    at: np.ndarray
+    cells: Sequence[Cell]
     token_budget: int
-    fragment_rows: int
     limit: NonfiniteLimit
 
     def run(self, tally: Tally, progress: Progress) -> None:
-        """Do this rank's share, or as much of it as a signal leaves time for. Collective if the source is.
+        """Do cells until there are no more, or as many as a signal leaves time for. Collective if the source is.
 
         Raises:
             DataflexError: more rows than the limit allows are not finite.
         """
-        world, rank = distributed.world(), distributed.rank()
-        size = min(self.fragment_rows, max(_SMALLEST, -(-len(self.at) // (4 * world))))
-        pieces = [slice(start, start + size) for start in range(0, len(self.at), size)]
-        lengths = self.rows.length[self.at]
-        for wave in range(0, len(pieces), world):
-            if stop.is_asked_anywhere() if self.source.is_collective else stop.is_asked():
-                return
-            dealt = pieces[wave : wave + world]
-            # Ranks that share every layer must run as many batches as the busiest of them.
-            least = max(count_batches(lengths[p], self.token_budget) for p in dealt) if self.source.is_collective else 0
-            if rank < len(dealt):
-                if not self._is_done(dealt[rank], least, tally):
-                    return
-                progress.advance(len(lengths[dealt[rank]]), int(lengths[dealt[rank]].sum()))
-            elif least:
-                self.source.compute(self.rows, self.at[:0], self.specs, least)
+        if self.source.is_collective:
+            self._run_in_waves(tally, progress)
+        else:
+            self._run_as_taken(tally, progress)
 
-    def _is_done(self, piece: slice, least: int, tally: Tally) -> bool:
-        """Do a fragment; say whether it came to its end, and was not dropped because a signal is too long ago."""
-        if self.source.is_collective:  # the others could not go on without this rank
-            self._fragment(piece, least, tally)
-            return True
+    def _run_as_taken(self, tally: Tally, progress: Progress) -> None:
+        """Take cell after cell; those that another launch is at come last."""
+        order = generator(_LAUNCH_SEED, "cells").permutation(len(self.cells))
+        others: list[Cell] = []
+        for number in distributed.tickets(len(self.cells)):
+            cell = self.cells[order[number]]
+            if stop.is_asked():
+                return
+            if not self._take(cell, tally, progress):
+                others.append(cell)
+        while others and not stop.is_asked():
+            others = [cell for cell in others if not stop.is_asked() and not self._take(cell, tally, progress)]
+            if others:
+                time.sleep(_PAUSE)
+
+    def _take(self, cell: Cell, tally: Tally, progress: Progress) -> bool:
+        """Do a cell, or find it done; say whether that is so. It is not where another launch, or a signal, is at it."""
+        lease = cell.lease
+        if not cell.is_committed:
+            if not lease.take():
+                return False
+            with lease.held():
+                # Again: the lease may have been given back only because the cell was committed.
+                if not cell.is_committed and not self._is_done(cell, tally):
+                    return False
+        else:
+            tally.reused += len(cell.at) * len(cell.specs)
+        progress.advance(len(cell.at), int(self.rows.length[cell.at].sum()))
+        return True
+
+    def _run_in_waves(self, tally: Tally, progress: Progress) -> None:
+        """Do one cell on every rank at a time: ranks that share every layer meet in each of them."""
+        world, rank = distributed.world(), distributed.rank()
+        for wave in range(0, len(self.cells), world):
+            if stop.is_asked_anywhere():
+                return
+            dealt = self.cells[wave : wave + world]
+            # Each runs as many batches as the busiest of them.
+            least = max(count_batches(self.rows.length[cell.at], self.token_budget) for cell in dealt)
+            if rank < len(dealt):
+                self.compute(dealt[rank], least, tally)
+                lengths = self.rows.length[dealt[rank].at]
+                progress.advance(len(lengths), int(lengths.sum()))
+            else:
+                self.source.compute(self.rows, self.cells[0].at[:0], self.cells[0].specs, least)
+
+    def _is_done(self, cell: Cell, tally: Tally) -> bool:
+        """Do a cell; say whether it came to its end, and was not dropped because a signal is too long ago."""
         with contextlib.suppress(Interrupted), stop.droppable():
-            self._fragment(piece, least, tally)
+            self.compute(cell, 0, tally)
             return True
         return False
 
-    def _fragment(self, piece: slice, least: int, tally: Tally) -> None:
-        keys, at = self.keys[piece], self.at[piece]
-        name = keys_digest(keys)
-        if not self.source.is_collective and all(name in store.committed_fragments() for store in self.stores):
-            tally.reused += len(at) * len(self.specs)
-            return
-        found = self.source.compute(self.rows, at, self.specs, least)
-        for store, values in zip(self.stores, found, strict=True):
-            store.append(name, Values(keys, values.status, values.scalars, values.vectors))
-            tally.bytes += len(keys) * _row_bytes(store.layout)
+    def compute(self, cell: Cell, least: int, tally: Tally) -> None:
+        """Compute a cell, in `least` batches or more, and commit it.
+
+        Raises:
+            DataflexError: more of its rows than the limit allows are not finite.
+        """
+        found = self.source.compute(self.rows, cell.at, cell.specs, least)
+        for store, values in zip(cell.stores, found, strict=True):
+            store.append(cell.name, Values(cell.keys, values.status, values.scalars, values.vectors))
+            tally.bytes += len(cell.keys) * _row_bytes(store.layout)
             for status in (Status.NO_LABELS, Status.NONFINITE):
                 if count := int((values.status == status).sum()):
                     tally.skipped[status.name.lower()] = tally.skipped.get(status.name.lower(), 0) + count
-        lengths = self.rows.length[at]
-        tally.computed += len(at) * len(self.specs)
-        tally.gradients += len(at) * any(spec.gradient is not None for spec in self.specs)
+        lengths = self.rows.length[cell.at]
+        tally.computed += len(cell.at) * len(cell.specs)
+        tally.gradients += len(cell.at) * any(spec.gradient is not None for spec in cell.specs)
         tally.tokens += int(lengths.sum())
         tally.batches += max(least, count_batches(lengths, self.token_budget))
         bad = max(int((values.status == Status.NONFINITE).sum()) for values in found)
-        # Those of one fragment alone: what is too much here is too much in the end, when all are counted.
+        # Those of one cell alone: what is too much here is too much in the end, when all are counted.
         self.limit.hold(bad)
+
+
+def cells_of(
+    grid: Grid, keys: np.ndarray, at: np.ndarray, stores: Mapping[FeatureSpec, ParquetStore], absent: np.ndarray
+) -> list[Cell]:
+    """Return what has to be computed, in the order of the grid.
+
+    A cell of which a store has no row is done whole. One of which it has some, by an earlier request for other rows,
+    is completed by the rest alone, whose batches are others than those of the whole would have been.
+
+    Args:
+        grid: of the dataset.
+        keys: (R,) keys asked for, distinct and sorted.
+        at: (R,) the row of each.
+        stores: of S features.
+        absent: (S, R) bool, what each store lacks.
+    """
+    found = []
+    for part in grid.cells(keys):
+        lacking = absent[:, part]
+        for pattern in np.unique(lacking[lacking.any(axis=1)], axis=0):  # features that lack the same rows: one pass
+            alike = [spec for spec, row in zip(stores, lacking, strict=True) if (row == pattern).all()]
+            mine = keys[part][pattern]
+            name = f"{grid.name}-{keys_digest(mine)}"
+            found.append(Cell(alike, [stores[spec] for spec in alike], name, mine, at[part][pattern]))
+    return found
 
 
 def _row_bytes(layout: Layout) -> int:

@@ -1,0 +1,91 @@
+"""Leases: who computes a fragment right now, so that another launch need not. They save work; nothing is right by them.
+
+A lease is a small file under the store's `tmp/`, created by the first who asks and renewed while its owner works. Once
+it has expired, anyone may take it. That two hold one after all, as where clocks differ, costs a fragment computed
+twice: what is committed first is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+
+from dataflex.errors import DataflexError
+from dataflex.stores.files import Files
+
+SECONDS = 60.0
+"""A lease holds so long; it is renewed three times as often. A killed owner's fragment waits for others as long."""
+
+_OWNER = uuid.uuid4().hex
+
+
+class Lease:
+    """The right to compute one fragment, for all of its stores.
+
+    Args:
+        files: the root's files.
+        paths: of the lease in each store.
+    """
+
+    def __init__(self, files: Files, paths: Sequence[str]):
+        self._files = files
+        self._paths = sorted(paths)  # in one order, so that two who want the same do not each hold a part
+
+    def take(self) -> bool:
+        """Take the lease if it is free or has expired; say whether it was."""
+        taken: list[str] = []
+        for path in self._paths:
+            if not self._take(path):
+                self._free(taken)
+                return False
+            taken.append(path)
+        return True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Renew what was taken until the end of the block, and give it back then."""
+        done = threading.Event()
+        renewing = threading.Thread(target=self._renew, args=(done,), daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            done.set()
+            renewing.join()
+            self._free(self._paths)
+
+    def _take(self, path: str) -> bool:
+        if self._files.create(path, _document()):
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            if _is_current(self._files.read(path, 1000)):
+                return False
+        self._files.remove(path)
+        return self._files.create(path, _document())
+
+    def _renew(self, done: threading.Event) -> None:
+        while not done.wait(SECONDS / 3):
+            # What cannot be renewed expires, and costs no more than a fragment computed twice.
+            with contextlib.suppress(OSError, DataflexError):
+                for path in self._paths:
+                    with self._files.output(path) as file:
+                        file.write(_document())
+
+    def _free(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            self._files.remove(path)
+
+
+def _document() -> bytes:
+    return json.dumps({"owner": _OWNER, "until": time.time() + SECONDS}).encode()
+
+
+def _is_current(data: bytes) -> bool:
+    try:
+        return float(json.loads(data)["until"]) > time.time()
+    except (ValueError, TypeError, KeyError):  # half a file, or none of ours
+        return False
