@@ -175,7 +175,7 @@ class FeatureAccess:
             return
         grid = Grid(unique if among is rows else np.unique(source.keys(among)), self._options.fragment_rows)
         cells = cells_of(grid, unique, first, stores, absent)
-        work = Work(source, rows, cells, self._options.token_budget, limit)
+        work = Work(source, rows, cells, self._options.token_budget, limit, self._options.leases)
         if source.is_collective:  # ranks meet in every layer: where one fails, the launcher has to end the others
             work.run(self.tally, self.progress)
             return

@@ -110,6 +110,7 @@ class Work:
         cells: in the order of the grid, the same on every rank.
         token_budget: tokens of a batch.
         limit: on rows that are NaN or infinite.
+        leases: whether cells that another launch is at are left to it.
     """
 
     source: Source
@@ -117,6 +118,7 @@ class Work:
     cells: Sequence[Cell]
     token_budget: int
     limit: NonfiniteLimit
+    leases: bool = True
 
     def run(self, tally: Tally, progress: Progress) -> None:
         """Do cells until there are no more, or as many as a signal leaves time for. Collective if the source is.
@@ -131,7 +133,7 @@ class Work:
 
     def _run_as_taken(self, tally: Tally, progress: Progress) -> None:
         """Take cell after cell; those that another launch is at come last."""
-        order = generator(_LAUNCH_SEED, "cells").permutation(len(self.cells))
+        order = generator(distributed.broadcast(_LAUNCH_SEED), "cells").permutation(len(self.cells))
         others: list[Cell] = []
         for number in distributed.tickets(len(self.cells)):
             cell = self.cells[order[number]]
@@ -146,16 +148,16 @@ class Work:
 
     def _take(self, cell: Cell, tally: Tally, progress: Progress) -> bool:
         """Do a cell, or find it done; say whether that is so. It is not where another launch, or a signal, is at it."""
-        lease = cell.lease
-        if not cell.is_committed:
-            if not lease.take():
-                return False
-            with lease.held():
-                # Again: the lease may have been given back only because the cell was committed.
-                if not cell.is_committed and not self._is_done(cell, tally):
+        with contextlib.ExitStack() as stack:
+            if self.leases and not cell.is_committed:
+                if not cell.lease.take():
                     return False
-        else:
-            tally.reused += len(cell.at) * len(cell.specs)
+                stack.enter_context(cell.lease.held())
+            # After the lease was got: the one before may have been given back because the cell was committed.
+            if cell.is_committed:
+                tally.reused += len(cell.at) * len(cell.specs)
+            elif not self._is_done(cell, tally):
+                return False
         progress.advance(len(cell.at), int(self.rows.length[cell.at].sum()))
         return True
 

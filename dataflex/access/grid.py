@@ -6,6 +6,7 @@ A cell's batches follow from the rows that are asked for in it, so a feature has
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,5 +46,5 @@ class Grid:
             asked: (R,) keys of the dataset, distinct and sorted.
         """
         number = np.searchsorted(self.keys.view("S16"), asked.view("S16")) // self.rows
-        starts = np.flatnonzero(np.diff(number, prepend=-1))
-        return [slice(int(a), int(b)) for a, b in zip(starts, [*starts[1:], len(asked)], strict=True)]
+        bounds = [*np.flatnonzero(np.diff(number, prepend=-1)).tolist(), len(asked)]
+        return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]

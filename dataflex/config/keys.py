@@ -158,7 +158,17 @@ class DataflexKeys(Parameters):
     token_budget: int = Field(
         8192, ge=1, description="tokens per feature batch, padding included; lower it if memory runs out"
     )
-    fragment_rows: int = Field(2048, ge=1, description="rows per commit: what a crash can cost each process")
+    fragment_rows: int = Field(
+        2048,
+        ge=1,
+        description="rows per commit, at most: what a crash can cost each process; a dataset has 128 commits at least, "
+        "of no fewer than 64 rows",
+    )
+    leases: bool = Field(
+        True,
+        description="launches that share a store tell each other which rows they are at; false: two may compute the "
+        "same, of which the first is kept",
+    )
     exclude_targets: bool = Field(
         False, description="leave training rows out that are identical to a row of a target set, as the model is fed it"
     )

@@ -1,0 +1,61 @@
+"""Leases: one launch at a fragment at a time, until it is done, or has not been heard of for a while."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from dataflex.stores import leases
+from dataflex.stores.files import LocalFiles
+from dataflex.stores.leases import Lease
+
+PATHS = ("one-0/tmp/a.lease", "two-0/tmp/a.lease")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> LocalFiles:
+    return LocalFiles(tmp_path)
+
+
+def test_the_first_who_asks_has_it_until_it_gives_it_back(files: LocalFiles) -> None:
+    first, second = Lease(files, PATHS), Lease(files, PATHS)
+    assert first.take()
+    with first.held():
+        assert not second.take()
+    assert second.take()
+    assert not first.take()
+
+
+def test_a_lease_of_two_stores_is_had_whole_or_not_at_all(files: LocalFiles) -> None:
+    assert Lease(files, PATHS[1:]).take()
+    assert not Lease(files, PATHS).take()
+    assert Lease(files, PATHS[:1]).take()  # what it had taken was given back
+
+
+@pytest.mark.parametrize("held", [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": 0}'])
+def test_one_that_has_expired_or_cannot_be_read_is_free(files: LocalFiles, held: bytes) -> None:
+    assert files.create(PATHS[0], held)
+    assert Lease(files, PATHS[:1]).take()
+    assert json.loads(files.read(PATHS[0]))["until"] > time.time()
+
+
+def test_it_is_renewed_as_long_as_it_is_held(files: LocalFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "SECONDS", 0.3)
+    lease = Lease(files, PATHS)
+    assert lease.take()
+    begun = json.loads(files.read(PATHS[1]))["until"]
+    with lease.held():
+        while json.loads(files.read(PATHS[1]))["until"] == begun:
+            time.sleep(0.01)
+    assert files.names("one-0/tmp") == files.names("two-0/tmp") == []
+
+
+def test_a_fault_inside_gives_it_back(files: LocalFiles) -> None:
+    lease = Lease(files, PATHS)
+    assert lease.take()
+    with pytest.raises(ZeroDivisionError), lease.held():
+        raise ZeroDivisionError
+    assert files.names("one-0/tmp") == []
