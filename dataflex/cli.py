@@ -152,12 +152,21 @@ def options(
 
 
 @app.command()
-def featurize(run: RunFile, overrides: Overrides = None) -> None:
-    """Compute into the stores what the run's method will ask for; interrupted, it goes on where it stopped."""
+def featurize(
+    run: RunFile,
+    overrides: Overrides = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="One of many launches: take a share of the rows, and never warm up.")
+    ] = False,
+) -> None:
+    """Compute into the stores what the run's method will ask for; interrupted, it goes on where it stopped.
+
+    Launches that share a store share the work, whatever node they are on: run the same command as often as you like.
+    """
     with _started("featurize", run, overrides) as settings:
         from dataflex.pipelines.featurize import featurize
 
-        featurize(settings)
+        featurize(settings, is_worker=worker)
 
 
 @app.command()

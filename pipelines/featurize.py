@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import Any
 
 from dataflex import distributed
 from dataflex.config.settings import Settings
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.spec import BASE, FeatureSpec
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.run import open_run
@@ -45,29 +47,37 @@ _QUIET: dict[str, Any] = {
 }  # what a run does beside changing its weights
 
 
-def featurize(settings: Settings) -> None:
+def featurize(settings: Settings, is_worker: bool = False) -> None:
     """Compute what is missing of the run's features into the stores. Call it on every rank.
+
+    Any number of launches may do so at once, on any number of nodes: they share the work. Each ends when all is there.
 
     The model state is the checkpoints that the method names, or the end of the run file's own warm-up, which is run
     once and kept. Interrupt it at will: the next call goes on where it stopped, with any number of processes.
 
+    Args:
+        settings: the validated run file.
+        is_worker: whether the warm-up, if features depend on its end, is to be another launch's.
+
     Raises:
         ConfigError: the method asks for no features, and `dataflex.features` names none.
+        CoverageError: a worker finds no kept state.
     """
     is_declared = settings.component is None or settings.component.declares_needs
     if is_declared and not settings.needs and not settings.dataflex.features:
         name = settings.component_name or "train_type: static"
         raise ConfigError(f"{name} asks for no features; name some under dataflex.features")
-    run_until_update(settings, FeaturizeDirector.verb, partial(_directed, settings))
+    run_until_update(settings, FeaturizeDirector.verb, partial(_directed, settings, is_worker))
 
 
 def run_until_update(
     settings: Settings, verb: str, directed: Callable[[DirectedTrainer, str | None], SelectingDirector]
 ) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
-    # One folder for all processes of a launch, another for every other launch at the same time.
-    launch = os.environ.get("MASTER_PORT") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else str(os.getpid())
-    scratch = Path(settings.llamafactory["output_dir"]) / f".{verb}-{launch}"
+    # One folder for all processes of a launch, another for every other launch at the same time, on whatever node.
+    names = ("MASTER_ADDR", "MASTER_PORT") if distributed.world() > 1 else ()
+    launch = [os.environ.get(name, "") for name in names] or [platform.node(), str(os.getpid())]
+    scratch = Path(settings.llamafactory["output_dir"]) / f".{verb}-{re.sub(r'[^A-Za-z0-9.-]', '_', '-'.join(launch))}"
     arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
     arguments.pop("max_steps", None)
     try:
@@ -82,8 +92,17 @@ def run_until_update(
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _directed(settings: Settings, trainer: DirectedTrainer, checkpoint: str | None) -> FeaturizeDirector:
-    return FeaturizeDirector(begin_to_update(settings, trainer, checkpoint, FeaturizeDirector.verb))
+def _directed(
+    settings: Settings, is_worker: bool, trainer: DirectedTrainer, checkpoint: str | None
+) -> FeaturizeDirector:
+    begun = begin_to_update(settings, trainer, checkpoint, FeaturizeDirector.verb)
+    if is_worker and begun.start is None and begun.run.rounds[0].kind == "warmup":
+        raise CoverageError(
+            f"--worker: found no kept state of the end of the warm-up under {begun.run.access.url}; expected one, as "
+            "every worker would train to it. Run `dataflex featurize` without --worker first: it may be stopped as "
+            "soon as it says that the state is kept"
+        )
+    return FeaturizeDirector(begun)
 
 
 def begin_to_update(

@@ -166,6 +166,11 @@ def test_extra_arguments_pass_if_llamafactory_lets_them(monkeypatch):
         ("freeze_gate: true", (), "only dynamic_mix reads freeze_gate"),
         ("", ("train_type",), "train_type is static by default, so component_name, warmup_step"),
         ("run_name: '${oc.env:USER}'", (), "run_name: '${oc.env:USER}' stays as it is"),
+        (
+            "ddp_timeout: 180000000",
+            (),
+            "ddp_timeout: 180000000 seconds are 2083 days, for which the other",
+        ),
         ("dataflex: {params: {save_interval: 3}}", (), "dataflex.params: save_interval has no effect: whatever is"),
         ("use_dft_loss: true", (), "gradients are of the plain mean cross-entropy"),
     ],

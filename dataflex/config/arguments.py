@@ -131,7 +131,7 @@ _OURS: dict[Way, str] = {
     # `components_cfg_file` and `plugins` say where parameters and code stand, which enter themselves.
     "no value": """
         components_cfg_file early_stopping_min_delta store on_missing keep_warmup features plugins token_budget
-        fragment_rows nonfinite_limit checkpoint_on_signal leases
+        fragment_rows nonfinite_limit checkpoint_on_signal leases warmup_split
     """,
 }
 ARGUMENTS: dict[str, Way] = {name: way for way, names in _LLAMAFACTORY.items() for name in names.split()}

@@ -18,6 +18,8 @@ _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu
 """Optimizers with plain moments per parameter; 8-bit ones keep quantised blocks."""
 _OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 _OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
+_LONG = 86400
+"""Seconds: whoever waits longer for another process has been forgotten."""
 _DEQUANTISED = ("mxfp4", "fp8")
 """What LLaMA-Factory turns back into half precision when it loads a model that was saved so."""
 
@@ -95,6 +97,12 @@ class Combinations:
         if not schedule.needs_rows and schedule.total() > MOST_STEPS:
             text = f"found {schedule.total()} optimizer steps in all; expected at most {MOST_STEPS}"
             self._problems.say(self._origin, "update_times", text)
+        timeout = self._values.get("ddp_timeout")
+        if isinstance(timeout, int) and timeout > _LONG:
+            self.notes.append(
+                f"ddp_timeout: {timeout} seconds are {timeout / 86400:.0f} days, for which the other processes wait "
+                "where one hangs; 1800, the default, ends the run with an error"
+            )
         if self._values.get("warmup_steps") is not None and schedule.warmup_step == 0:
             self.notes.append(
                 f"warmup_steps: {self._values['warmup_steps']} warms up the learning rate; steps on random rows before "

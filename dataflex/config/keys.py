@@ -141,6 +141,11 @@ class DataflexKeys(Parameters):
         description="train keeps the state at the end of a warm-up, its optimizer too, beside the features, for the "
         "runs that begin alike; featurize always does",
     )
+    warmup_split: Literal["any", "exact"] = Field(
+        "any",
+        description="kept states that a run takes: of any division of the global batch over processes, devices and "
+        "accumulation, which moves the masks of dropout and the last bits; or of its own alone",
+    )
     checkpoint_on_signal: bool = Field(
         True,
         description="train writes a checkpoint at the end of the step in which SIGTERM or SIGUSR1 stops it, so that no "

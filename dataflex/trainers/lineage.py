@@ -18,8 +18,23 @@ def training_arguments(trainer: DirectedTrainer) -> dict[str, Any]:
     return {"arguments": values(ways, *holders), "device": trainer.args.device.type}
 
 
-def lineage(trainer: DirectedTrainer, parent: Any, keys: np.ndarray, first: int, steps: int) -> dict[str, Any] | None:
+def split_of(trainer: DirectedTrainer) -> dict[str, int]:
+    """Return how the global batch is divided: rows of a device, accumulation, processes."""
+    args = trainer.args
+    return {
+        "per device": args.per_device_train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "processes": args.world_size,
+    }
+
+
+def lineage(
+    trainer: DirectedTrainer, parent: Any, keys: np.ndarray, first: int, steps: int, is_exact: bool = False
+) -> dict[str, Any] | None:
     """Describe the state after `steps` more steps; its digest is the lineage.
+
+    How the global batch is divided moves the last bits of a step and, with dropout, the masks: the state is one draw of
+    the same experiment. What is computed of it later is named by its weights, not by the lineage.
 
     Args:
         trainer: before it trains.
@@ -27,11 +42,11 @@ def lineage(trainer: DirectedTrainer, parent: Any, keys: np.ndarray, first: int,
         keys: (steps x global batch,) row keys in training order.
         first: steps done before.
         steps: steps to come.
+        is_exact: whether the division of the global batch is a part of the name.
 
     Returns:
         Plain data, or None where the learning rates follow from what training measures.
     """
-    args = trainer.args
     rates = trainer.learning_rates(first, steps)
     if rates is None:
         return None
@@ -39,10 +54,6 @@ def lineage(trainer: DirectedTrainer, parent: Any, keys: np.ndarray, first: int,
         "parent": parent,
         "rows": keys_digest(keys),
         "learning rates": rates,
-        "batch": {
-            "per device": args.per_device_train_batch_size,
-            "accumulation": args.gradient_accumulation_steps,
-            "processes": args.world_size,
-        },
+        "batch": split_of(trainer) if is_exact else {"global": trainer.global_batch},
         **training_arguments(trainer),
     }

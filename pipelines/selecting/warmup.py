@@ -20,10 +20,13 @@ from dataflex.pipelines.run import Run
 from dataflex.schedule import Round
 from dataflex.selectors.base import NativeSelector
 from dataflex.trainers.journal import Journal
-from dataflex.trainers.lineage import lineage
+from dataflex.trainers.lineage import lineage, split_of
 from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)
+
+_SPLIT = "divided"
+"""Where a kept state's record has the division of the global batch that made it."""
 
 
 def draw(run: Run, round: Round) -> DecidedRound:
@@ -67,7 +70,8 @@ class WarmState:
             log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
             return
         keys = run.rows.keys[draw(run, first).rows]
-        self._story = lineage(run.trainer, run.state.origin(), keys, 0, first.steps)
+        is_exact = run.settings.dataflex.warmup_split == "exact"
+        self._story = lineage(run.trainer, run.state.origin(), keys, 0, first.steps, is_exact)
         self.lineage = digest(self._story) if self._story is not None else None
 
     def start(self) -> str | None:
@@ -76,13 +80,14 @@ class WarmState:
             return None
         states = self.run.access.root.states
         self.run.access.note("state", self.lineage)
-        found = distributed.broadcast(states.find(self.lineage) is not None if distributed.is_main() else None)
-        if not found:
+        found = distributed.broadcast(states.find(self.lineage) if distributed.is_main() else None)
+        if found is None:
             if distributed.is_main():
                 self._explain(states.infos())
             return None
         folder = self._fetch(self.lineage)
-        log.info("starting from the kept state %s: %d steps of warm-up are done", self.lineage[:8], self._end)
+        by = _divided(found.get(_SPLIT))
+        log.info("starting from the kept state %s%s: %d steps of warm-up are done", self.lineage[:8], by, self._end)
         self.loaded = True
         restore_rounds(self.run, folder)
         return str(folder)
@@ -134,10 +139,19 @@ class WarmState:
             except MismatchError as error:  # an optimizer with objects in its state: such a run trains all the same
                 log.warning("the state at the end of the warm-up is not kept, so every run warms up itself: %s", error)
             else:
-                self.run.access.root.states.put(self.lineage, folder, self._story)
+                story = {**self._story, _SPLIT: split_of(self.run.trainer)}
+                self.run.access.root.states.put(self.lineage, folder, story)
                 log.info("kept the state at the end of the warm-up as %s", self.lineage[:8])
             shutil.rmtree(scratch)
         distributed.barrier()
+
+
+def _divided(split: Any) -> str:
+    """Say by how many processes a state was made; nothing of one that does not tell."""
+    if not isinstance(split, dict):
+        return ""
+    processes, rows, parts = (split.get(name) for name in ("processes", "per device", "accumulation"))
+    return f", made by {processes} process{'es' if processes != 1 else ''} of {rows} rows × {parts}"
 
 
 def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
