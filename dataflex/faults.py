@@ -38,6 +38,8 @@ _NO_SERVER = re.compile(r"\w*Connect\w*Error|\w*Timeout(Error)?")
 
 The classes have no parent in common.
 """
+_OF_GLOO = re.compile(r"gloo/transport|Connection closed by peer \[|Application timeout caused pair closure")
+"""How gloo, which has no class of errors, tells that another process has gone."""
 _OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 """How tokenizers and safetensors, written in Rust, report the errors of a disk: in exceptions that are no OSError."""
 
@@ -56,6 +58,14 @@ def told(error: BaseException) -> tuple[str, int] | None:
     if not isinstance(error, OSError) and (found := _OF_RUST.search(str(error))):
         number = int(found[1] or found[2])
         error = OSError(number, os.strerror(number))
+    if is_of_a_lost_process(error):
+        said = " ".join(str(error).split())[:200]
+        return (
+            f"another process of this run is gone: {said}\n"
+            "  what was committed and every checkpoint stay; see why it ended (memory? a node?), and run the same "
+            "command again",
+            75,
+        )
     if is_unreachable(error):
         refused = getattr(error, "errno", None)
         said = os.strerror(refused) if refused in _UNREACHABLE else " ".join(str(error).split())
@@ -103,6 +113,15 @@ def of_user_code(error: BaseException) -> str | None:
 def is_of_memory(error: BaseException) -> bool:
     """Say whether memory ran out, of this machine or of a device."""
     return isinstance(error, MemoryError) or _is_of_a_device(error)
+
+
+def is_of_a_lost_process(error: BaseException) -> bool:
+    """Say whether a collective failed because another process has ended or hangs; torch is imported then."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    is_of_group = torch.distributed.is_available() and isinstance(error, torch.distributed.DistError)
+    return is_of_group or _OF_GLOO.search(str(error)) is not None
 
 
 def is_unreachable(error: BaseException | None) -> bool:

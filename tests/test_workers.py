@@ -1,0 +1,54 @@
+"""Workers: launches without a process group that fill one store together, as a job array has them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dataflex.errors import CoverageError
+from dataflex.stores.root import StoreRoot
+from tests.processes import environment
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "cluster" / "featurize.sbatch"
+
+
+def test_a_worker_does_not_warm_up(workspace: Any) -> None:
+    from dataflex.config import load
+    from dataflex.pipelines.featurize import featurize
+
+    path = workspace.write("run")
+    with pytest.raises(CoverageError, match="--worker: found no kept state of the end of the warm-up under"):
+        featurize(load(path, []), is_worker=True)
+    workspace.run("featurize", path, "dataflex.nonfinite_limit=0.5")  # another launch has, and has computed all
+    featurize(load(path, []), is_worker=True)
+    summary = json.loads((workspace.folder / "out" / "run" / "dataflex_featurize.json").read_text("utf-8"))
+    assert (summary["computed"], summary["reused"]) == (0, 69)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.slow
+def test_the_job_array_computes_every_row_once(workspace: Any) -> None:
+    """Its body, as two tasks at once: the second waits for the first one's warm-up."""
+    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 4}
+    path = workspace.write("run", dataflex=section)
+    tasks = [
+        subprocess.Popen(
+            ["bash", str(SCRIPT), str(path), f"output_dir={workspace.folder / 'out' / str(task)}"],
+            env=environment(SLURM_ARRAY_TASK_ID=str(task), WAIT="1"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in (0, 1)
+    ]
+    said = [task.communicate()[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    done = [
+        json.loads((workspace.folder / "out" / str(task) / "dataflex_featurize.json").read_text("utf-8"))["computed"]
+        for task in (0, 1)
+    ]
+    assert sum(done) == 69
+    assert sum(store.rows for store in StoreRoot(workspace.folder / "store").stores()) == 69
