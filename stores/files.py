@@ -192,16 +192,16 @@ class LocalFiles(Files):
 
     def stored(self, folder: str) -> list[Stored]:
         """List every file below a folder, sorted by path."""
-        found = []
+        found, top = [], len(str(self.root)) + 1
         for parent, folders, names in os.walk(self.root / folder, onerror=_raise_unless_gone):
             # Documents lie three names deep at most; below that a kept state may have folders of any name.
-            depth = len(Path(parent).relative_to(self.root).parts)
+            depth = parent.count(os.sep, top) + 1 if len(parent) >= top else 0
             misplaced = [name for name in folders if name.endswith(".json") and 0 < depth < 3]
             folders[:] = [name for name in folders if name not in misplaced]
-            for path in (Path(parent, name) for name in (*names, *misplaced)):
+            for path in (os.path.join(parent, name) for name in (*names, *misplaced)):
                 with suppress(FileNotFoundError):  # removed between the listing and now
-                    about = path.lstat()
-                    found.append(Stored(path.relative_to(self.root).as_posix(), about.st_size, about.st_mtime))
+                    about = os.lstat(path)
+                    found.append(Stored(path[top:].replace(os.sep, "/"), about.st_size, about.st_mtime))
         return sorted(found, key=lambda file: file.path)
 
     def remove(self, path: str) -> None:

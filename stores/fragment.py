@@ -126,10 +126,11 @@ class Fragment:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def keys(self) -> np.ndarray:
-        """Return the row keys, (R,); vectors are not touched."""
+    def keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the row keys, (R,), and the statuses, (R,) uint8; vectors are not touched."""
         with self._reading():
-            return _array(self._file.read(["row_key"], use_threads=False).column(0), KEY_DTYPE)
+            table = self._file.read(["row_key", "status"], use_threads=False)
+            return _array(table.column("row_key"), KEY_DTYPE), table.column("status").to_numpy()
 
     def group(self, index: int, columns: Sequence[str], vectors: bool) -> Encoded:
         """Return one row group: key, status, and the scalar columns and vectors asked for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,14 +78,19 @@ class Log:
         self.damaged: dict[str, str] = {}
         """File name -> what is wrong with it."""
 
+    def take(self, entries: Mapping[str, Entry]) -> None:
+        """Take over entries that were read before, by file name; the next `refresh` drops those that are gone."""
+        self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].fragment, item[0])))
+
     def refresh(self) -> bool:
         """Read what other writers committed since; say whether anything changed. One listing, and the new entries.
 
         Damaged entries are left out and logged, once each: their rows count as missing.
         """
         names = self.files.names(self.folder)
-        entries = {name: entry for name, entry in self.entries.items() if name in set(names)}
-        self.damaged = {name: what for name, what in self.damaged.items() if name in set(names)}
+        there = set(names)
+        entries = {name: entry for name, entry in self.entries.items() if name in there}
+        self.damaged = {name: what for name, what in self.damaged.items() if name in there}
         for name in names:
             if name in entries or name in self.damaged or not name.endswith(".json"):
                 continue

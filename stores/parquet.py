@@ -13,6 +13,7 @@ R rows, D numbers per vector.
 from __future__ import annotations
 
 import hashlib
+import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.rows import KEY_DTYPE, Status
+from dataflex.stores.compacted import Held, read_compacted, write_compacted
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import serialise
@@ -30,7 +32,10 @@ from dataflex.stores.rounding import decode
 from dataflex.stores.snapshot import Snapshot
 from dataflex.stores.values import Layout, Values
 
+_logger = logging.getLogger(__name__)
 _WRITER = uuid.uuid4().hex
+_TAIL = 256
+"""Entries that are read one by one rather than compacted."""
 
 
 class ParquetStore:
@@ -53,6 +58,7 @@ class ParquetStore:
         self._log = Log(files, f"{folder}/log")
         self._snapshot: Snapshot | None = None
         self._is_stale = False
+        self._held: dict[str, Held] | None = None
 
     @property
     def path(self) -> str:
@@ -160,6 +166,8 @@ class ParquetStore:
                     f"{keys[found < 0][0].tobytes().hex()}); compute them with `dataflex featurize`"
                 )
         columns = self._columns(columns)
+        if not columns and not (vectors and self.layout.width):
+            return Values(keys, snapshot.status[found], {})
         width = self.layout.width if vectors else 0
         status = np.empty(len(keys), np.uint8)
         scalars = {name: np.empty(len(keys), self.layout.scalars[name]) for name in columns}
@@ -223,7 +231,35 @@ class ParquetStore:
         if held:
             yield Encoded.concatenate(held)
 
+    def compact(self) -> None:
+        """Put the log and the row keys into one file, if much was committed since that was done last.
+
+        One process does it for all; a root that is full or read-only costs later readers time, and no more.
+        """
+        snapshot = self._current(refresh=True)
+        held = self._held or {}
+        fresh = len(snapshot.entries) - sum(name in held for name in snapshot.entries)
+        if fresh < max(_TAIL, len(held) // 4):
+            return
+        stamps = _stamps(self.files, self.folder)
+        self._held = {
+            name: Held(entry, stamps[name], *snapshot.known(name))
+            for name, entry in snapshot.entries.items()
+            if name in stamps
+        }
+        try:
+            write_compacted(self.files, self.folder, self._held)
+        except (OSError, DataflexError) as error:
+            _logger.warning("the log of %s is not compacted: %s", self.path, error)
+
     def _refresh(self) -> None:
+        if self._held is None:  # the first look
+            self._held = read_compacted(self.files, self.folder)
+            if self._held:
+                stamps = _stamps(self.files, self.folder)
+                self._held = {name: each for name, each in self._held.items() if stamps.get(name) == each.stamp}
+                self._log.take({name: each.entry for name, each in self._held.items()})
+                self._is_stale = True
         if self._log.refresh():
             self._is_stale = True
 
@@ -233,7 +269,8 @@ class ParquetStore:
             self._refresh()
         if self._snapshot is None or self._is_stale:
             data = f"{self.folder}/data"
-            self._snapshot = Snapshot(self.files, data, self.layout, self._log.entries, self._snapshot)
+            held = self._held or {}
+            self._snapshot = Snapshot(self.files, data, self.layout, self._log.entries, held, self._snapshot)
             self._is_stale = False
         return self._snapshot
 
@@ -245,6 +282,11 @@ class ParquetStore:
                 f"{self.path} has no column {', '.join(unknown)}; it has {', '.join(self.layout.scalars)}"
             )
         return chosen
+
+
+def _stamps(files: Files, folder: str) -> dict[str, tuple[int, float]]:
+    """Return size and time of writing of each file of a log."""
+    return {file.path.rpartition("/")[2]: (file.bytes, file.modified) for file in files.stored(f"{folder}/log")}
 
 
 def _checked(keys: np.ndarray) -> np.ndarray:

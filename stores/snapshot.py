@@ -9,6 +9,7 @@ import numpy as np
 
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
+from dataflex.stores.compacted import Held
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
@@ -26,6 +27,7 @@ class Snapshot:
         folder: where the data files lie.
         layout: of the store.
         entries: log file name -> entry, in the order of the log.
+        held: log file name -> keys and statuses that are known without the data file.
         earlier: an earlier snapshot of the same store, whose row keys and checked files need not be read again.
 
     Raises:
@@ -33,18 +35,35 @@ class Snapshot:
     """
 
     def __init__(
-        self, files: Files, folder: str, layout: Layout, entries: Mapping[str, Entry], earlier: Snapshot | None = None
+        self,
+        files: Files,
+        folder: str,
+        layout: Layout,
+        entries: Mapping[str, Entry],
+        held: Mapping[str, Held],
+        earlier: Snapshot | None = None,
     ):
         self.files = files
         self.folder = folder
         self.layout = layout
         self.entries = entries
-        self._keys: dict[str, np.ndarray] = {}
-        known = {} if earlier is None else earlier._keys
+        self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        before = {} if earlier is None else earlier._known
         self._checked: set[str] = set() if earlier is None else earlier._checked
         for name, entry in entries.items():  # committed files never change, so those known are not read again
-            self._keys[name] = known[name] if name in known else self._read_keys(entry)
-        self.locations = Locations(list(self._keys.values()))
+            if name in before:
+                self._known[name] = before[name]
+            elif name in held:
+                self._known[name] = held[name].keys, held[name].status
+            else:
+                self._known[name] = self._read_keys(entry)
+        self.locations = Locations([keys for keys, _ in self._known.values()])
+        self.status = np.concatenate([np.empty(0, np.uint8), *(status for _, status in self._known.values())])
+        """(N,) status of every row of every fragment."""
+
+    def known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the row keys (R,) and statuses (R,) of the fragment of a log file."""
+        return self._known[name]
 
     def groups(self, positions: np.ndarray, columns: Sequence[str], vectors: bool) -> Iterator[tuple[slice, Encoded]]:
         """Yield the rows at sorted positions, each row group once, with the slots of `positions` that they fill.
@@ -74,12 +93,12 @@ class Snapshot:
     def _path(self, entry: Entry) -> str:
         return f"{self.folder}/{entry.data}.parquet"
 
-    def _read_keys(self, entry: Entry) -> np.ndarray:
+    def _read_keys(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
         with Fragment(self.files, self._path(entry), self.layout) as fragment:
-            keys = fragment.keys()
+            keys, status = fragment.keys()
             if len(keys) != entry.rows or keys_digest(keys) != entry.keys:
                 raise CorruptionError(f"{fragment.name} is damaged: its row keys are not those committed; {CURE}")
-            return keys
+            return keys, status
 
     def _open(self, entry: Entry) -> Fragment:
         """Open a data file for its values; its SHA-256 is checked on first use: page CRCs do not cover the footer."""

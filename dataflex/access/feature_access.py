@@ -148,6 +148,10 @@ class FeatureAccess:
             self._judge_loss(rows, state)
         if stop.is_asked_anywhere():  # as long as this takes, everyone's fragments are committed behind it
             stop.leave(together=True)
+        if distributed.is_main():  # before the others read what all have committed
+            for store in stores.values():
+                store.compact()
+        distributed.barrier()
         for spec, store in stores.items():
             keys = np.unique(self._source(spec).keys(rows))
             limit.hold(int((store.read(keys, columns=[], vectors=False).status == Status.NONFINITE).sum()))

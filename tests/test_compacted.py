@@ -1,0 +1,165 @@
+"""The compacted log: opens a store in a few requests, says what the log says, and is not believed where it is stale."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataflex.rows import KEY_DTYPE, Status
+from dataflex.stores import parquet
+from dataflex.stores.files import LocalFiles
+from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.root import StoreRoot
+from dataflex.stores.values import Layout, Values
+from tests.looked_at import problems, repaired
+
+COUNT, ROWS = 12, 5
+
+
+class Counting(LocalFiles):
+    """Counts the files that are opened and the folders that are listed."""
+
+    def __init__(self, root: Any):
+        super().__init__(root)
+        self.seen: list[str] = []
+
+    def open(self, path: str) -> Any:
+        self.seen.append(path)
+        return super().open(path)
+
+    def names(self, folder: str) -> list[str]:
+        self.seen.append(folder)
+        return super().names(folder)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_TAIL", 4)
+
+
+def keys_of(number: int) -> np.ndarray:
+    return np.frombuffer(np.random.default_rng(number).bytes(16 * ROWS), KEY_DTYPE)
+
+
+def values_of(number: int, more: float = 0.0) -> Values:
+    status = np.where(np.arange(ROWS) == number % ROWS, Status.NO_LABELS, Status.OK).astype(np.uint8)
+    return Values(keys_of(number), status, {"x": np.full(ROWS, number + more)}, np.full((ROWS, 3), number, np.float32))
+
+
+def opened(root: Path, files: Any = None) -> ParquetStore:
+    return StoreRoot(files or root).open("gradient", {"of": "it"}, Layout({"x": "float64"}, 3))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ParquetStore:
+    made = opened(tmp_path)
+    for number in range(COUNT):
+        made.append(f"f{number:02d}", values_of(number))
+    made.compact()
+    assert len(list(Path(made.path, "derived").iterdir())) == 1
+    return made
+
+
+def every_key() -> np.ndarray:
+    return np.concatenate([keys_of(number) for number in range(COUNT)])
+
+
+def test_membership_and_status_take_a_few_requests_and_no_data_file(store: ParquetStore, tmp_path: Path) -> None:
+    files = Counting(tmp_path)
+    again = opened(tmp_path, files)
+    assert again.contains(every_key()).all()
+    assert not again.contains(keys_of(COUNT)).any()
+    status = again.read(every_key(), columns=[], vectors=False).status
+    assert status.tolist() == [s for n in range(COUNT) for s in values_of(n).status]
+    assert (again.rows, again.committed_fragments()) == (COUNT * ROWS, [f"f{n:02d}" for n in range(COUNT)])
+    assert not [path for path in files.seen if "/data/" in path]
+    assert not [path for path in files.seen if path.startswith(f"{store.folder}/log/")]
+    assert len(files.seen) < 12
+    assert again.version == store.version
+    assert (again.read(every_key()).scalars["x"] == store.read(every_key()).scalars["x"]).all()
+
+
+def test_what_is_committed_since_is_read_one_by_one_until_it_is_much(store: ParquetStore, tmp_path: Path) -> None:
+    store.append("f90", values_of(90))
+    other = opened(tmp_path)
+    assert other.contains(keys_of(90)).all()
+    other.compact()  # one entry is not much
+    assert len(list(Path(store.path, "derived").iterdir())) == 1
+    for number in range(91, 97):
+        other.append(f"f{number}", values_of(number))
+    other.compact()
+    for number in range(97, 110):
+        other.append(f"f{number}", values_of(number))
+    other.compact()
+    assert len(list(Path(store.path, "derived").iterdir())) == 2  # the newest, and the one before
+    assert opened(tmp_path).contains(np.concatenate([keys_of(number) for number in range(90, 110)])).all()
+
+
+def test_an_entry_that_is_gone_or_written_anew_is_not_believed(store: ParquetStore, tmp_path: Path) -> None:
+    log = Path(store.path, "log")
+    (log / "f03.json").unlink()
+    assert not opened(tmp_path).contains(keys_of(3)).any()
+    (log / "f04.json").unlink()
+    opened(tmp_path).append("f04", values_of(4, more=0.5))
+    assert set(opened(tmp_path).read(keys_of(4)).scalars["x"]) == {0.0, 4.5}  # the row without labels has zeros
+    again = opened(tmp_path)
+    again.append("f03", values_of(3))
+    assert again.contains(every_key()).all()
+
+
+def test_a_copy_is_read_from_its_own_log(store: ParquetStore, tmp_path: Path) -> None:
+    """Its log files may have been written at any time since."""
+    other = tmp_path.with_name(f"{tmp_path.name}-copy")
+    shutil.copytree(tmp_path, other)
+    for path in other.rglob("*.json"):
+        os.utime(path, (1, 1))
+    files = Counting(other)
+    assert opened(other, files).contains(every_key()).all()
+    assert len([path for path in files.seen if "/log/" in path]) == COUNT
+
+
+@pytest.mark.parametrize("flip", [3, -3, None])
+def test_one_that_is_damaged_is_passed_over_and_repaired(
+    store: ParquetStore, tmp_path: Path, flip: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = Path(store.path, "derived").iterdir()
+    data = bytearray(path.read_bytes())
+    if flip is None:
+        data = data[: len(data) // 2]
+    else:
+        data[flip] ^= 1
+    path.write_bytes(data)
+    assert opened(tmp_path).contains(every_key()).all()
+    assert "the log is read instead" in caplog.text
+    (problem,) = problems(store)
+    assert "is damaged: it is not what its name says" in str(problem)
+    repaired(store)
+    assert not path.exists()
+    assert problems(store) == []
+
+
+def test_without_it_everything_is_there(store: ParquetStore, tmp_path: Path) -> None:
+    shutil.rmtree(Path(store.path, "derived"))
+    assert opened(tmp_path).contains(every_key()).all()
+    opened(tmp_path).compact()
+    assert len(list(Path(store.path, "derived").iterdir())) == 1
+
+
+def test_a_root_that_takes_nothing_costs_time_alone(
+    store: ParquetStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(Path(store.path, "derived"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalFiles, "_sync", full)
+    again = opened(tmp_path)
+    again.compact()
+    assert "is not compacted" in caplog.text
+    assert again.contains(every_key()).all()
