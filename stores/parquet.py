@@ -34,7 +34,7 @@ from dataflex.stores.values import Layout, Values
 
 _logger = logging.getLogger(__name__)
 _WRITER = uuid.uuid4().hex
-_TAIL = 256
+_TAIL = 32
 """Entries that are read one by one rather than compacted."""
 
 

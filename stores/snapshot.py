@@ -94,14 +94,17 @@ class Snapshot:
         return f"{self.folder}/{entry.data}.parquet"
 
     def _read_keys(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-        with Fragment(self.files, self._path(entry), self.layout) as fragment:
+        with self._open(entry) as fragment:
             keys, status = fragment.keys()
             if len(keys) != entry.rows or keys_digest(keys) != entry.keys:
                 raise CorruptionError(f"{fragment.name} is damaged: its row keys are not those committed; {CURE}")
             return keys, status
 
     def _open(self, entry: Entry) -> Fragment:
-        """Open a data file for its values; its SHA-256 is checked on first use: page CRCs do not cover the footer."""
+        """Open a data file. Its SHA-256 is checked on first use: page CRCs do not cover the footer, which Arrow trusts.
+
+        Of some footers with one wrong bit it makes wrong rows, and of some the end of the process.
+        """
         path = self._path(entry)
         if entry.data not in self._checked:
             try:

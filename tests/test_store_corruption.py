@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -111,6 +112,28 @@ def test_a_bit_that_flips_after_the_file_was_checked_is_found_too(store: Parquet
 
 def _codes(path: Path) -> bytes:
     return b"".join(row.as_py() for row in pq.read_table(path).column("vector"))
+
+
+def test_no_flipped_bit_of_a_footer_takes_the_process_down(store: ParquetStore, tmp_path: Path) -> None:
+    """Arrow ends the process at some of them, so a file is not parsed before its bytes are known to be right."""
+    path = data_file(store)
+    intact = path.read_bytes()
+    footer = len(intact) - 8 - int.from_bytes(intact[-8:-4], "little")
+    bits = np.random.default_rng(0).permutation(np.arange(8 * footer, 8 * len(intact)))[:500]
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        for bit in bits.tolist():
+            data = bytearray(intact)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            try:
+                opened(tmp_path).contains(KEYS)
+            except CorruptionError:
+                continue
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("share", [0, 1e-9, 0.5, 0.99])
