@@ -14,7 +14,7 @@ from dataflex import distributed
 
 
 class Progress:
-    """Shows the work of all ranks, judged by this rank's share: fragments are dealt evenly.
+    """Shows the work of all ranks, judged by this rank's share: the others are taken to be as fast.
 
     Rows are counted once for each set of features that is asked for together.
     """
