@@ -1,10 +1,9 @@
-"""Featurize: one pass for every feature, storage types, unusable rows, and several at once on one store."""
+"""`featurize` computes every feature in one pass, names what it cannot use, and shares a store with another."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataflex.errors import ConfigError, DataflexError
 from dataflex.rows import Status
 from dataflex.stores.root import StoreRoot
 from tests.looked_at import problems
+from tests.processes import environment
 
 ALL = [{"kind": "loss"}, {"kind": "embedding"}, {"kind": "embedding", "pooling": "position_weighted", "layer": 1}]
 
@@ -176,14 +176,12 @@ def test_two_at_once_on_one_store_both_finish(workspace: Any) -> None:
     made = workspace.run("train", workspace.write("made", component_name="random", update_times=1, dataflex=None))
     assert made["computed"] == 0
     params = {"proj_dim": 64, "checkpoints": [str(workspace.folder / "out" / "made" / "checkpoint-5")]}
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     processes = []
     for name in ("a", "b"):
         run = workspace.write(name, dataflex=section(workspace, params=params, fragment_rows=16))
         command = [sys.executable, "-m", "dataflex.cli", "featurize", str(run)]
         log = (workspace.folder / f"{name}.log").open("wb")
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        processes.append(subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT))
     for process, name in zip(processes, "ab", strict=True):
         assert process.wait(200) == 0, (workspace.folder / f"{name}.log").read_text()[-3000:]
     found = stores_by_kind(workspace)["gradient"]

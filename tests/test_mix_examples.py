@@ -1,4 +1,4 @@
-"""Every run file under examples/mixers and examples/weighters, run by the real trainer on tiny data, and resumed."""
+"""Every run file under examples/mixers and examples/weighters trains on tiny data, and resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from dataflex.components.registry import MIXERS, WEIGHTERS
 from tests.example import EXAMPLES, assert_there
+from tests.workspace import assert_equal_weights, cut_back, lines
 
 MIXED = sorted((EXAMPLES / "mixers").glob("*.yaml"))
 WEIGHTED = sorted((EXAMPLES / "weighters").glob("*.yaml"))
@@ -80,24 +81,13 @@ def small(path: Path, workspace: Any, output: str, model: Path, **params: Any) -
     return file
 
 
-def log(workspace: Any, name: str) -> list[dict[str, Any]]:
-    text = (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def assert_resumes(workspace: Any, again: Path, name: str) -> None:
     """A run that lost the checkpoints of its last third, and its end, ends with the same weights, to the bit."""
     out = workspace.folder / "out"
-    shutil.copytree(out / name, out / again.stem)
     saved = sorted(int(folder.name.partition("-")[2]) for folder in (out / name).glob("checkpoint-*"))
-    for step in saved[2 * len(saved) // 3 :]:
-        shutil.rmtree(out / again.stem / f"checkpoint-{step}")
-    for file in (out / again.stem).glob("*model*.safetensors"):
-        file.unlink()
+    cut_back(shutil.copytree(out / name, out / again.stem), saved[2 * len(saved) // 3 - 1])
     workspace.run("train", again)
-    weights, expected = workspace.weights(again.stem), workspace.weights(name)
-    assert weights.keys() == expected.keys() != set()
-    assert all(bool((weights[key] == tensor).all()) for key, tensor in expected.items())
+    assert_equal_weights(workspace.weights(again.stem), workspace.weights(name))
 
 
 def cases(paths: list[Path]) -> list[Any]:
@@ -112,26 +102,26 @@ def test_a_mixture_trains_and_resumes(path: Path, shared: Any, request: pytest.F
     assert_there(path, shared.folder / "out" / name)
     steps = summary["steps"]
     assert steps == (54 if name == "ado" else 6)
-    lines, domains = log(shared, name), written(path)["dataset"].split(",")
+    told, domains = lines(shared, name), written(path)["dataset"].split(",")
     assert sum(summary["realised_rows"].values()) == BATCH * steps
-    for line in lines:
+    for line in told:
         assert list(line["proportions"]) == domains
         assert sum(line["proportions"].values()) == pytest.approx(1, abs=1e-12)
-    shares = np.array([list(line["proportions"].values()) for line in lines])
+    shares = np.array([list(line["proportions"].values()) for line in told])
     if name in ("random", "odm", "odm_weighted", "dynamic_moe"):  # what moves, moves at every update
         assert len(np.unique(shares, axis=0)) >= 3
     elif name == "ado":
-        assert all(lines[-1]["laws"].values())
+        assert all(told[-1]["laws"].values())
         assert (shares[:50] == shares[0]).all()
         assert len(np.unique(shares[50:], axis=0)) == 4
     else:
         rows = np.array(list(summary["realised_rows"].values()))
         assert len(shares) == 1
-        assert lines[0]["unit"] == "tokens" or np.abs(rows - shares[0] * BATCH * steps).max() <= 1
+        assert told[0]["unit"] == "tokens" or np.abs(rows - shares[0] * BATCH * steps).max() <= 1
     assert_resumes(shared, small(path, shared, f"{name}-again", model), name)
-    after = log(shared, f"{name}-again")
+    after = lines(shared, f"{name}-again")
     at = next(i for i, line in enumerate(after) if "resumed" in line)
-    assert after[at + 1 :] == [line for line in lines if line["step"] >= after[at]["resumed"]]
+    assert after[at + 1 :] == [line for line in told if line["step"] >= after[at]["resumed"]]
 
 
 @pytest.mark.parametrize("path", cases(WEIGHTED))
@@ -154,13 +144,13 @@ def test_the_three_steps_of_doremi(shared: Any) -> None:
     assert_resumes(shared, small(PROXY, shared, "proxy-again", shared.tiny.model, **own), "proxy")
     found = json.loads((out / "proxy" / "mixture_proportions.json").read_text("utf-8"))
     assert found == json.loads((out / "proxy-again" / "mixture_proportions.json").read_text("utf-8"))
-    alphas = [list(line["alpha"].values()) for line in log(shared, "proxy") if line["step"]]
+    alphas = [list(line["alpha"].values()) for line in lines(shared, "proxy") if line["step"]]
     assert len(alphas) == 6
     assert np.ptp(alphas[-1]) > 0
     assert list(found["proportions"].values()) == pytest.approx(np.mean(alphas, axis=0).tolist(), abs=1e-12)
     file = str(out / "proxy" / "mixture_proportions.json")
     shared.run("train", small(TARGET, shared, "target", shared.tiny.model, proportions=file))
-    assert log(shared, "target")[0]["proportions"] == pytest.approx(found["proportions"], abs=1e-12)
+    assert lines(shared, "target")[0]["proportions"] == pytest.approx(found["proportions"], abs=1e-12)
     for path, name in ((REFERENCE, "reference"), (PROXY, "proxy"), (TARGET, "target")):
         assert_there(path, out / name)
 
@@ -181,7 +171,7 @@ def test_the_components_in_the_docs_run(page: str, name: str, shared: Any) -> No
     run.write_text(OmegaConf.to_yaml(keys), "utf-8")
     assert shared.run("train", run)["steps"] == 6
     if page == "mixing":
-        shares = [tuple(line["proportions"].values()) for line in log(shared, name)]
+        shares = [tuple(line["proportions"].values()) for line in lines(shared, name)]
         assert len(shares) == len(set(shares)) == 3
 
 

@@ -1,10 +1,10 @@
-"""Mixing and weighting on one process, on two, and on one again: the same rows, weights that differ by rounding."""
+"""Mixing and weighting on one process, on two, and on one again train the same rows; weights differ by rounding."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,22 @@ import numpy as np
 import pytest
 
 from tests import processes
+from tests.workspace import NAMES, cut_back, in_force, logged, note_drawn
 
-NAMES = ("target_words", "target_records", "target_arithmetic")
 LAUNCHED = """
 import json, os, sys
+import pytest
 from dataflex import distributed
 from dataflex.config import load
 from dataflex.pipelines.train import train
-from dataflex.trainers import rounds
+from tests.workspace import note_drawn
 
 distributed.prepare()
-begin = rounds._Batches.__iter__
 for path in sys.argv[1:]:
     settings = load(path)
     name = settings.llamafactory["output_dir"] + f"-drawn-{os.environ['RANK']}.jsonl"
-    with open(name, "a") as file:
-        def noted(self):
-            for rows in begin(self):
-                print(json.dumps(rows), file=file)
-                yield rows
-        rounds._Batches.__iter__ = noted
+    with open(name, "a") as file, pytest.MonkeyPatch.context() as patch:
+        note_drawn(patch, lambda rows: print(json.dumps(rows), file=file))
         train(settings)
 distributed.leave()
 """
@@ -81,17 +77,9 @@ def write(workspace: Any, name: str, method: str, **keys: Any) -> Path:
 
 def alone(workspace: Any, name: str, method: str) -> None:
     """Train on one process; note the rows drawn as LAUNCHED does."""
-    from dataflex.trainers.rounds import _Batches
-
-    begin, path = _Batches.__iter__, write(workspace, name, method)
+    path = write(workspace, name, method)
     with Path(f"{workspace.folder}/out/{name}-drawn-0.jsonl").open("w") as file, pytest.MonkeyPatch.context() as patch:
-
-        def noted(self: Any) -> Iterator[list[int]]:
-            for rows in begin(self):
-                print(json.dumps(rows), file=file)
-                yield rows
-
-        patch.setattr(_Batches, "__iter__", noted)
+        note_drawn(patch, lambda rows: print(json.dumps(rows), file=file))
         workspace.run("train", path)
 
 
@@ -119,18 +107,11 @@ def steps(workspace: Any, name: str, ranks: int, per_step: int) -> list[list[int
 
 def recorded(workspace: Any, name: str, key: str) -> np.ndarray:
     """Return what a run has in force for its domains at each step, (steps, domains)."""
-    text = (workspace.folder / "out" / name / "mixture.jsonl").read_text("utf-8").splitlines()
-    found = {line["step"]: list(line[key].values()) for line in map(json.loads, text) if "step" in line}
+    found = {line["step"]: list(line[key].values()) for line in in_force(workspace, name)}
     return np.array([found[step] for step in sorted(found)])
 
 
-def logged(workspace: Any, name: str, key: str) -> list[float]:
-    """Return what a run logged at each step."""
-    state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text("utf-8"))
-    return [entry[key] for entry in state["log_history"] if key in entry]
-
-
-def assert_alike(workspace: Any, method: str, name: str) -> None:
+def assert_as_one(workspace: Any, method: str, name: str) -> None:
     """Hold a run's weights, losses and shares of all steps against those of the run on one process."""
     one = f"one-{method}"
     first, second = workspace.weights(one), workspace.weights(name)
@@ -158,33 +139,24 @@ def assert_chain(workspace: Any, methods: Sequence[str]) -> None:
     files = []
     for method in methods:
         alone(workspace, f"one-{method}", method)
-        shutil.copytree(out / f"one-{method}", out / f"changed-{method}")
-        leave(out / f"changed-{method}", 2)
+        cut_back(shutil.copytree(out / f"one-{method}", out / f"changed-{method}"), 2)
         for name in (f"two-{method}", f"changed-{method}"):
             files.append(write(workspace, name, method, **TWO[method in WEIGHTERS]))
     launch(workspace, files)
     for method in methods:
         two, changed = f"two-{method}", f"changed-{method}"
-        assert_alike(workspace, method, two)
-        assert_alike(workspace, method, changed)
+        assert_as_one(workspace, method, two)
+        assert_as_one(workspace, method, changed)
         if method in RUNS:
             rows = steps(workspace, f"one-{method}", 1, 2)
             assert len(rows) == 6
             assert steps(workspace, two, 2, 1) == rows, method
             assert steps(workspace, changed, 2, 1) == rows[2:], method
-        leave(out / changed, 4)
+        cut_back(out / changed, 4)
         alone(workspace, changed, method)
-        assert_alike(workspace, method, changed)
+        assert_as_one(workspace, method, changed)
         if method in RUNS:
             assert steps(workspace, changed, 1, 2) == rows[4:], method
-
-
-def leave(folder: Path, last: int) -> None:
-    """Remove all that a run of 6 steps saved after a step."""
-    for step in range(last + 1, 7):
-        shutil.rmtree(folder / f"checkpoint-{step}")
-    for path in (folder / "adapter_model.safetensors", folder / "trainer_state.json"):
-        path.unlink()
 
 
 @pytest.mark.timeout(400)

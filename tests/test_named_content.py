@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dataflex.fingerprint import model_digest
+from tests.workspace import cut_back
 
 
 def change(folder: Path) -> None:
@@ -46,7 +47,7 @@ def test_a_changed_baseline_replays_no_round_and_a_moved_one_does(workspace: Any
     def trained(folder: Path) -> list[Any]:
         params = {"baseline": str(folder), "rule": "top_k"}
         path = workspace.write("run", component_name="delta_loss", **keys, dataflex={**section, "params": params})
-        shutil.rmtree(workspace.folder / "out" / "run" / "checkpoint-2", ignore_errors=True)
+        cut_back(workspace.folder / "out" / "run", 1)
         return list(workspace.run("train", path)["updates"])
 
     assert len(trained(baseline)) == 1

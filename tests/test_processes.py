@@ -1,4 +1,4 @@
-"""Two processes over gloo: the same features and rows as one, resumption, DeepSpeed, and being killed."""
+"""Two processes give the features and rows of one, resume, stop together, and finish what a killed one began."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from dataflex.checkpoints.marks import incomplete_reason, mark_complete
 from dataflex.config import load
@@ -23,7 +22,18 @@ from dataflex.features.adam import Moments
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
 from tests.looked_at import problems
-from tests.processes import TORCHRUN, TWO, dataflex, ended, environment, launch, launch_several, sharding
+from tests.processes import (
+    TORCHRUN,
+    TWO,
+    dataflex,
+    ended,
+    environment,
+    launch,
+    launch_several,
+    sharding,
+    signalled,
+)
+from tests.workspace import assert_equal_weights, cut_back
 
 ENDING = """
 import atexit, contextlib, os, sys
@@ -103,14 +113,10 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
     assert gloo_left(workspace.folder, "train") == []
     out = workspace.folder / "out"
     assert [len(rows) for rows in workspace.rounds("two")] == [12, 8, 8]
-    shutil.copytree(out / "two", out / "resumed")
-    for step in (5, 6, 7):
-        shutil.rmtree(out / "resumed" / f"checkpoint-{step}")
-    (out / "resumed" / "rounds" / "round-00002.parquet").unlink()
+    cut_back(shutil.copytree(out / "two", out / "resumed"), 4, rounds=2)
     dataflex("train", workspace.write("resumed", per_device_train_batch_size=1, lora_dropout=0.1), **TWO)
     assert workspace.rounds("resumed") == workspace.rounds("two")
-    before, after = workspace.weights("two"), workspace.weights("resumed")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_weights(workspace.weights("resumed"), workspace.weights("two"))
     # One process with the same global batch warms up on the same rows.
     one = workspace.run("train", workspace.write("one", per_device_train_batch_size=2, lora_dropout=0.1))
     assert workspace.rounds("one")[0] == workspace.rounds("two")[0]
@@ -125,7 +131,7 @@ def test_two_processes_train_the_same_rows_and_resume_inside_a_round(workspace: 
 STOPPED = """
 import os, signal, sys
 from dataflex.cli import main
-from dataflex.access.fragments import Work
+from dataflex.access.sources import ModelSource
 from dataflex.trainers.trainer import DataflexTrainer
 
 where, step = os.environ["STOP_AT"], int(os.environ["STOP_STEP"])
@@ -139,14 +145,20 @@ def sends(owner, name, is_time):
     setattr(owner, name, first)
 
 if where == "update":
-    sends(Work, "compute", lambda work: work.source._state.trainer.state.global_step == step)
+    trained = []
+    real = DataflexTrainer.training_step
+    def noted(self, *args, **kwargs):
+        trained.append(self.state.global_step)
+        return real(self, *args, **kwargs)
+    DataflexTrainer.training_step = noted
+    sends(ModelSource, "compute", lambda _: trained[-1:] == [step - 1])
 else:
     sends(DataflexTrainer, "training_step", lambda trainer: trainer.state.global_step == step)
 main()
 """
 
 
-def signalled(space: Any, name: str, where: str, step: int, rank: int) -> tuple[int, str]:
+def stopped(space: Any, name: str, where: str, step: int, rank: int) -> tuple[int, str]:
     """Train a run file on two processes, one of which sends a signal at a step; return exit code and output."""
     keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1}
     section = {"store": str(space.folder / f"store-{name}"), "params": {"proj_dim": 256}, "fragment_rows": 16}
@@ -161,7 +173,7 @@ def signalled(space: Any, name: str, where: str, step: int, rank: int) -> tuple[
 def through(tiny: Any, tmp_path_factory: pytest.TempPathFactory, workspace_class: Any) -> Any:
     """A run of seven steps on two processes that nothing stops."""
     space = workspace_class(tmp_path_factory.mktemp("through"), tiny)
-    code, said = signalled(space, "run", "step", -1, 0)
+    code, said = stopped(space, "run", "step", -1, 0)
     assert code == 0, said[-4000:]
     return space
 
@@ -176,7 +188,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     workspace: Any, through: Any, where: str, step: int, rank: int, saved: int, goes_on: bool
 ) -> None:
     """In the first of two micro-batches, inside an update, and by the launcher, which signals loaders' workers too."""
-    code, said = signalled(workspace, "run", where, step, rank)
+    code, said = stopped(workspace, "run", where, step, rank)
     assert code != 0, said[-4000:]
     out = workspace.folder / "out" / "run"
     status = json.loads((out / "status.json").read_text("utf-8"))
@@ -187,11 +199,10 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(
     assert "SIGKILL" not in said, said[-4000:]
     if not goes_on:  # the checkpoint is whole, and one of its kind is gone on from in another case
         return
-    code, said = signalled(workspace, "run", "step", -1, 0)
+    code, said = stopped(workspace, "run", "step", -1, 0)
     assert code == 0, said[-4000:]
     assert workspace.rounds("run") == through.rounds("run")
-    before, after = through.weights("run"), workspace.weights("run")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_weights(workspace.weights("run"), through.weights("run"))
 
 
 ALONE = """
@@ -389,21 +400,17 @@ def test_a_killed_featurize_is_finished_by_the_next(workspace: Any) -> None:
     path = workspace.write("killed", dataflex=section)
     command = [sys.executable, "-m", "dataflex.cli", "featurize", str(path)]
     begun = time.monotonic()
-    subprocess.run(command, env=environment(), capture_output=True, timeout=200, check=True)
+    launch(command)
     seconds = time.monotonic() - begun
     whole = values(workspace.folder / "store")
     shutil.rmtree(workspace.folder / "store")
     draw = random.Random(0)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1):
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            process.wait(seconds * draw.uniform(0.6, 0.98))
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-            code = process.wait()
-            status = json.loads((workspace.folder / "out" / "killed" / "status_featurize.json").read_text("utf-8"))
-            # The process may have been at its end already.
-            assert status["state"] in ("interrupted" if code == 75 else "running", "finished")
+        end = time.monotonic() + seconds * draw.uniform(0.6, 0.98)
+        code, _ = signalled(command, number, lambda end=end: time.monotonic() > end)  # type: ignore[misc]
+        status = json.loads((workspace.folder / "out" / "killed" / "status_featurize.json").read_text("utf-8"))
+        # The process may have been at its end already.
+        assert status["state"] in ("interrupted" if code == 75 else "running", "finished")
     workspace.run("featurize", path)
     again = values(workspace.folder / "store")
     assert again.keys() == whole.keys()

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.workspace import cut_back
+
 POOL, TARGETS = 61, 8  # distinct rows with labels, and target rows
 GRADIENT = {"kind": "gradient", "proj_dim": 256}
 
@@ -78,14 +80,11 @@ def test_features_of_the_base_model_are_shared_by_all_runs(workspace: Any) -> No
 @pytest.mark.timeout(300)
 def test_a_model_trained_whole_has_base_losses_after_a_resumption(workspace: Any) -> None:
     """Its base is at hand before the first step only; later the losses come from the store."""
-    import shutil
-
     whole = {"finetuning_type": "full", "learning_rate": 1e-3, "save_strategy": "steps", "update_times": 2}
     first = run(workspace, "whole", "delta_loss", {}, eval_dataset=None, **whole)
     assert first["computed"] == 3 * POOL  # at the base, and at two updates
     out = workspace.folder / "out" / "whole"
-    for step in (4, 5, 6, 7):
-        shutil.rmtree(out / f"checkpoint-{step}", ignore_errors=True)
+    cut_back(out, 3)
     rounds = workspace.rounds("whole")
     again = run(workspace, "whole", "delta_loss", {}, eval_dataset=None, **whole)
     assert again["computed"] == 0
@@ -105,9 +104,7 @@ def test_what_has_another_name_is_not_reused(workspace: Any, caplog: pytest.LogC
     def again(name: str, from_step: int | None, **changes: Any) -> tuple[Any, list[int], int]:
         """Train as the first run did but for some keys; return where it began, what it computed, rounds replayed."""
         if from_step is not None:
-            shutil.copytree(out / "first", out / name)
-            for step in range(from_step + 1, 8):
-                shutil.rmtree(out / name / f"checkpoint-{step}", ignore_errors=True)
+            cut_back(shutil.copytree(out / "first", out / name), from_step)
         caplog.clear()
         summary = workspace.run("train", workspace.write(name, **(keys | changes)))
         replayed = sum(record.getMessage().endswith("from the journal") for record in caplog.records)

@@ -1,31 +1,29 @@
-"""A training that a signal stops: where, with which checkpoint, and that it ends as the uninterrupted one."""
+"""A training that a signal stops says where, saves what it says, and ends as the uninterrupted one."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dataflex import stop
-from dataflex.access.fragments import Work
+from dataflex.access.sources import ModelSource
 from dataflex.checkpoints.marks import incomplete_reason
 from dataflex.errors import ConfigError, Interrupted
 from dataflex.status import reported
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.trainer import DataflexTrainer
+from tests import processes
+from tests.workspace import assert_equal_weights, logged
 
 Signal = Callable[[type, str, Callable[[Any], bool]], None]
 
@@ -70,9 +68,7 @@ def stopped(workspace: Any, path: Path, *overrides: str) -> str:
 
 def assert_as(through: Any, workspace: Any) -> None:
     assert workspace.rounds("run") == through.rounds("run")
-    before, after = through.weights("run"), workspace.weights("run")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_weights(workspace.weights("run"), through.weights("run"))
 
 
 def checkpoints(workspace: Any) -> list[str]:
@@ -92,10 +88,12 @@ def test_a_step_is_ended_and_saved_and_nothing_is_done_twice(workspace: Any, thr
     assert_as(through, workspace)
 
 
-def test_an_update_stops_behind_a_fragment_that_is_kept(workspace: Any, through: Any, signalled: Signal) -> None:
+def test_an_update_stops_behind_a_fragment_that_is_kept(
+    workspace: Any, through: Any, signalled: Signal, batches: list[Any]
+) -> None:
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 16}
     path = workspace.write("run", save_strategy="no", dataflex=section)
-    signalled(Work, "compute", lambda work: work.source._state.trainer.state.global_step == 5)
+    signalled(ModelSource, "compute", lambda _: len(batches) == 10)  # two to a step
     said = stopped(workspace, path)
     assert said.endswith("after step 5 of 7; the same command goes on from step 5, no step is done again")
     assert checkpoints(workspace) == ["checkpoint-5"]
@@ -154,14 +152,8 @@ def test_an_evaluation_is_ended_and_saved(workspace: Any, signalled: Signal, str
     assert "no step is done again" in stopped(workspace, path)
     workspace.run("train", path)
     assert workspace.rounds("run") == workspace.rounds("through")
-    before, after = workspace.weights("through"), workspace.weights("run")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-    def losses(name: str) -> list[float]:
-        state = json.loads((workspace.folder / "out" / name / "trainer_state.json").read_text())
-        return [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-
-    assert losses("run") == losses("through")
+    assert_equal_weights(workspace.weights("run"), workspace.weights("through"))
+    assert logged(workspace, "run", "eval_loss") == logged(workspace, "through", "eval_loss")
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -186,9 +178,7 @@ def test_every_kind_of_run_goes_on_where_it_stopped(workspace: Any, signalled: S
     signalled(owner, "training_step", lambda trainer: trainer.state.global_step == 2)
     assert "goes on from step 3, no step is done again" in stopped(workspace, path)
     workspace.run("train", path)
-    before, after = workspace.weights("through"), workspace.weights("run")
-    assert before
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_weights(workspace.weights("run"), workspace.weights("through"))
 
 
 @pytest.mark.slow
@@ -199,22 +189,22 @@ def test_features_that_take_too_long_are_dropped(
     monkeypatch.setattr(stop, "PATIENCE", 0.0)
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 16}
     path = workspace.write("run", dataflex=section, warmup_step=0)
-    done: list[str] = []
-    real = Work.compute
+    done: list[int] = []
+    real = ModelSource.compute
 
-    def slow(self: Any, cell: Any, least: int, tally: Any) -> None:
-        done.append(cell.name)
+    def slow(self: Any, rows: Any, at: Any, *args: Any) -> Any:
+        done.append(len(at))
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
-        real(self, cell, least, tally)
+        return real(self, rows, at, *args)
 
-    monkeypatch.setattr(Work, "compute", slow)
+    monkeypatch.setattr(ModelSource, "compute", slow)
     with pytest.raises(Interrupted, match="the same command computes the rest"), reported("featurize", None):
         workspace.run("featurize", path)
     assert len(done) == 2
-    monkeypatch.setattr(Work, "compute", real)
-    assert workspace.run("featurize", path)["computed"] == 69 - 16
+    monkeypatch.setattr(ModelSource, "compute", real)
+    assert workspace.run("featurize", path)["computed"] == 69 - done[0]
 
 
 def test_a_second_answer_to_signals_is_refused(workspace: Any) -> None:
@@ -227,24 +217,8 @@ def test_a_second_answer_to_signals_is_refused(workspace: Any) -> None:
 def broken_off(path: Path, is_time: Callable[[], bool]) -> str:
     """Train in a process of its own, press Ctrl-C when it is time; return what it says of it, in one line."""
     command = [sys.executable, "-m", "dataflex.cli", "-q", "train", str(path)]
-    # A shell's background jobs ignore the signal, and their children inherit that.
-    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )
-    with process, ThreadPoolExecutor(1) as reader:
-        assert process.stderr is not None
-        read = reader.submit(process.stderr.read)
-        while not is_time() and process.poll() is None:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        text = read.result()
-        assert process.wait() == 130, text
+    status, text = processes.signalled(command, signal.SIGINT, is_time)
+    assert status == 130, text
     assert "Traceback" not in text
     (said,) = [line for line in text.splitlines() if line.startswith("dataflex: Ctrl-C: stopped after step ")]
     return said
