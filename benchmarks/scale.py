@@ -101,6 +101,19 @@ def look(files: Counting, keys: np.ndarray) -> None:
     assert not store.read(keys, columns=[], vectors=False).status.any()
 
 
+def looked_at(root: str, keys: np.ndarray) -> None:
+    """Print what a store costs to open and to ask, before and after its log is compacted."""
+    files = Counting(root)
+    measured("first look, log and data files one by one", files, lambda: look(files, keys))
+    measured("compacting (that look again, and the file)", files, lambda: opened(files).compact())
+    measured("first look, compacted", files, lambda: look(files, keys))
+    store = opened(files)
+    store.contains(keys[:1])
+    measured("another look of the same process", files, lambda: store.contains(keys))
+    some = keys[np.random.default_rng(1).permutation(len(keys))[:1000]]
+    measured("1,000 rows at random", files, lambda: store.read(some))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fragments", type=int, nargs="*", default=[1000, 10_000])
@@ -118,17 +131,8 @@ def main() -> None:
     for fragments in args.fragments:
         root = tempfile.mkdtemp()
         try:
-            keys = build(root, fragments, args.rows)
             print(f"{fragments} fragments of {args.rows} rows")
-            files = Counting(root)
-            measured("first look, log and data files one by one", files, lambda: look(files, keys))
-            measured("compacting (that look again, and the file)", files, lambda: opened(files).compact())
-            measured("first look, compacted", files, lambda: look(files, keys))
-            store = opened(files)
-            store.contains(keys[:1])
-            measured("another look of the same process", files, lambda: store.contains(keys))
-            some = keys[np.random.default_rng(1).permutation(len(keys))[:1000]]
-            measured("1,000 rows at random", files, lambda: store.read(some))
+            looked_at(root, build(root, fragments, args.rows))
         finally:
             shutil.rmtree(root)
 

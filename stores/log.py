@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,12 +82,15 @@ class Log:
         """Take over entries that were read before, by file name; the next `refresh` drops those that are gone."""
         self.entries = dict(sorted(entries.items(), key=lambda item: (item[1].fragment, item[0])))
 
-    def refresh(self) -> bool:
+    def refresh(self, names: Iterable[str] | None = None) -> bool:
         """Read what other writers committed since; say whether anything changed. One listing, and the new entries.
 
         Damaged entries are left out and logged, once each: their rows count as missing.
+
+        Args:
+            names: of the log files, where they were just listed.
         """
-        names = self.files.names(self.folder)
+        names = sorted(self.files.names(self.folder) if names is None else names)
         there = set(names)
         entries = {name: entry for name, entry in self.entries.items() if name in there}
         self.damaged = {name: what for name, what in self.damaged.items() if name in there}

@@ -253,14 +253,15 @@ class ParquetStore:
             _logger.warning("the log of %s is not compacted: %s", self.path, error)
 
     def _refresh(self) -> None:
+        listed = None
         if self._held is None:  # the first look
             self._held = read_compacted(self.files, self.folder)
             if self._held:
-                stamps = _stamps(self.files, self.folder)
+                listed = stamps = _stamps(self.files, self.folder)
                 self._held = {name: each for name, each in self._held.items() if stamps.get(name) == each.stamp}
                 self._log.take({name: each.entry for name, each in self._held.items()})
                 self._is_stale = True
-        if self._log.refresh():
+        if self._log.refresh(listed):
             self._is_stale = True
 
     def _current(self, refresh: bool) -> Snapshot:
@@ -286,7 +287,8 @@ class ParquetStore:
 
 def _stamps(files: Files, folder: str) -> dict[str, tuple[int, float]]:
     """Return size and time of writing of each file of a log."""
-    return {file.path.rpartition("/")[2]: (file.bytes, file.modified) for file in files.stored(f"{folder}/log")}
+    found = {file.path.removeprefix(f"{folder}/log/"): file for file in files.stored(f"{folder}/log")}
+    return {name: (file.bytes, file.modified) for name, file in found.items() if "/" not in name}
 
 
 def _checked(keys: np.ndarray) -> np.ndarray:
