@@ -68,7 +68,7 @@ def synthetic(count: int) -> Rows:
     keys = np.frombuffer(hashlib.shake_256(b"rows").digest(16 * count), "V16")
     ones = np.ones(count, np.int32)
     return Rows(
-        examples=[],  # type: ignore[arg-type]
+        examples=[],
         keys=keys,
         dataset=np.zeros(count, np.int32),
         index=np.arange(count),
