@@ -1,26 +1,25 @@
 """Leases: who computes a fragment right now, so that another launch need not. They save work; nothing is right by them.
 
 A lease is a small file under the store's `tmp/`, created by the first who asks and renewed while its owner works. Once
-it has expired, anyone may take it. That two hold one after all, as where clocks differ, costs a fragment computed
-twice: what is committed first is kept.
+it has expired, or its owner was a process of this machine that is gone, anyone may take it. That two hold one after
+all, as where clocks differ, costs a fragment computed twice: what is committed first is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import platform
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 
 from dataflex.errors import DataflexError
 from dataflex.stores.files import Files
 
 SECONDS = 60.0
-"""A lease holds so long; it is renewed three times as often. A killed owner's fragment waits for others as long."""
-
-_OWNER = uuid.uuid4().hex
+"""A lease holds so long; it is renewed three times as often. What another machine was at when it died waits as long."""
 
 
 class Lease:
@@ -81,11 +80,24 @@ class Lease:
 
 
 def _document() -> bytes:
-    return json.dumps({"owner": _OWNER, "until": time.time() + SECONDS}).encode()
+    return json.dumps({"host": platform.node(), "pid": os.getpid(), "until": time.time() + SECONDS}).encode()
 
 
 def _is_current(data: bytes) -> bool:
     try:
-        return float(json.loads(data)["until"]) > time.time()
+        held = json.loads(data)
+        until, host, pid = float(held["until"]), str(held["host"]), int(held["pid"])
     except (ValueError, TypeError, KeyError):  # half a file, or none of ours
         return False
+    return until > time.time() and (host != platform.node() or _is_alive(pid))
+
+
+def _is_alive(pid: int) -> bool:
+    """Say whether there is a process of this number here; one of another user's counts."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,11 +40,26 @@ def test_a_lease_of_two_stores_is_had_whole_or_not_at_all(files: LocalFiles) -> 
     assert Lease(files, PATHS[:1]).take()  # what it had taken was given back
 
 
-@pytest.mark.parametrize("held", [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": 0}'])
-def test_one_that_has_expired_or_cannot_be_read_is_free(files: LocalFiles, held: bytes) -> None:
+GONE = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout
+
+
+def document(**changes: Any) -> bytes:
+    return json.dumps({"host": platform.node(), "pid": os.getpid(), "until": time.time() + 60} | changes).encode()
+
+
+@pytest.mark.parametrize(
+    "held",
+    [b"", b"{", b"[]", document(until="soon"), document(until=0), document(pid=int(GONE)), document(pid="x"), b"3"],
+)
+def test_one_that_has_expired_or_cannot_be_read_or_whose_owner_is_gone_is_free(files: LocalFiles, held: bytes) -> None:
     assert files.create(PATHS[0], held)
     assert Lease(files, PATHS[:1]).take()
     assert json.loads(files.read(PATHS[0]))["until"] > time.time()
+
+
+def test_one_of_another_machine_is_left_alone(files: LocalFiles) -> None:
+    assert files.create(PATHS[0], document(host="elsewhere", pid=int(GONE)))
+    assert not Lease(files, PATHS[:1]).take()
 
 
 def test_it_is_renewed_as_long_as_it_is_held(files: LocalFiles, monkeypatch: pytest.MonkeyPatch) -> None:

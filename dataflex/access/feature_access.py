@@ -148,7 +148,7 @@ class FeatureAccess:
             self._judge_loss(rows, state)
         if stop.is_asked_anywhere():  # as long as this takes, everyone's fragments are committed behind it
             stop.leave(together=True)
-        if distributed.is_main():  # before the others read what all have committed
+        if distributed.is_main() and self._options.on_missing == "compute":  # before the others read what all committed
             for store in stores.values():
                 store.compact()
         distributed.barrier()
