@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 
 from dataflex.stores import leases
-from dataflex.stores.files import LocalFiles
+from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.leases import Lease
+from dataflex.stores.remote_files import RemoteFiles
 
 PATHS = ("one-0/tmp/a.lease", "two-0/tmp/a.lease")
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> LocalFiles:
-    return LocalFiles(tmp_path)
+@pytest.fixture(params=["file system", "object store"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Files:
+    return LocalFiles(tmp_path) if request.param == "file system" else RemoteFiles(f"memory://{tmp_path.name}")
 
 
-def test_the_first_who_asks_has_it_until_it_gives_it_back(files: LocalFiles) -> None:
+def test_the_first_who_asks_has_it_until_it_gives_it_back(files: Files) -> None:
     first, second = Lease(files, PATHS), Lease(files, PATHS)
     assert first.take()
     with first.held():
@@ -34,7 +35,7 @@ def test_the_first_who_asks_has_it_until_it_gives_it_back(files: LocalFiles) -> 
     assert not first.take()
 
 
-def test_a_lease_of_two_stores_is_had_whole_or_not_at_all(files: LocalFiles) -> None:
+def test_a_lease_of_two_stores_is_had_whole_or_not_at_all(files: Files) -> None:
     assert Lease(files, PATHS[1:]).take()
     assert not Lease(files, PATHS).take()
     assert Lease(files, PATHS[:1]).take()  # what it had taken was given back
@@ -51,18 +52,18 @@ def document(**changes: Any) -> bytes:
     "held",
     [b"", b"{", b"[]", document(until="soon"), document(until=0), document(pid=int(GONE)), document(pid="x"), b"3"],
 )
-def test_one_that_has_expired_or_cannot_be_read_or_whose_owner_is_gone_is_free(files: LocalFiles, held: bytes) -> None:
+def test_one_that_has_expired_or_cannot_be_read_or_whose_owner_is_gone_is_free(files: Files, held: bytes) -> None:
     assert files.create(PATHS[0], held)
     assert Lease(files, PATHS[:1]).take()
     assert json.loads(files.read(PATHS[0]))["until"] > time.time()
 
 
-def test_one_of_another_machine_is_left_alone(files: LocalFiles) -> None:
+def test_one_of_another_machine_is_left_alone(files: Files) -> None:
     assert files.create(PATHS[0], document(host="elsewhere", pid=int(GONE)))
     assert not Lease(files, PATHS[:1]).take()
 
 
-def test_it_is_renewed_as_long_as_it_is_held(files: LocalFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_renewed_as_long_as_it_is_held(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "SECONDS", 0.3)
     lease = Lease(files, PATHS)
     assert lease.take()
@@ -73,7 +74,7 @@ def test_it_is_renewed_as_long_as_it_is_held(files: LocalFiles, monkeypatch: pyt
     assert files.names("one-0/tmp") == files.names("two-0/tmp") == []
 
 
-def test_a_fault_inside_gives_it_back(files: LocalFiles) -> None:
+def test_a_fault_inside_gives_it_back(files: Files) -> None:
     lease = Lease(files, PATHS)
     assert lease.take()
     with pytest.raises(ZeroDivisionError), lease.held():
