@@ -16,7 +16,7 @@ from dataflex.components.params import ExistingFile
 from dataflex.distributed import is_main
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.need import Need, View
-from dataflex.features.spec import BASE, FeatureSpec, LossSpec
+from dataflex.features.spec import BASE, FeatureSpec
 from dataflex.rows import KEY_DTYPE, Rows, Status
 from dataflex.weighters.base import Group, NativeWeighter, WeighterParams
 from dataflex.weighters.relative import mean_one, softmax
@@ -66,7 +66,8 @@ class ByFeature(NativeWeighter):
         @model_validator(mode="after")
         def _fits(self) -> ByFeature.Params:
             kind = self.feature.kind if self.feature else None
-            plain_loss = isinstance(self.feature, LossSpec) and self.feature.given == "prompt"
+            found = self.feature
+            plain_loss = found is not None and found.kind == "loss" and found.given == "prompt"
             wrong = {
                 "one of feature and path": (self.feature is None) == (self.path is None),
                 "no state without feature": self.feature is None and self.state != BASE,
