@@ -38,8 +38,13 @@ _NO_SERVER = re.compile(r"\w*Connect\w*Error|\w*Timeout(Error)?")
 
 The classes have no parent in common.
 """
-_OF_GLOO = re.compile(r"gloo/transport|Connection closed by peer \[|Application timeout caused pair closure")
-"""How gloo, which has no class of errors, tells that another process has gone."""
+_LOST = re.compile(
+    r"gloo/transport.*(closed by peer|reset by peer|Timed out|timed out|Broken pipe)|Connection closed by peer \["
+    r"|Application timeout caused pair closure|remote process exited|Watchdog caught collective operation timeout"
+    r"|recvValue failed|sendBytes failed|(wait|store->get).* timeout|Broken pipe",
+    re.DOTALL,
+)
+"""How gloo, NCCL and the store that processes meet at tell that another has gone; they share no class for it."""
 _OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")
 """How tokenizers and safetensors, written in Rust, report the errors of a disk: in exceptions that are no OSError."""
 
@@ -116,12 +121,8 @@ def is_of_memory(error: BaseException) -> bool:
 
 
 def is_of_a_lost_process(error: BaseException) -> bool:
-    """Say whether a collective failed because another process has ended or hangs; torch is imported then."""
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(error, RuntimeError):
-        return False
-    is_of_group = torch.distributed.is_available() and isinstance(error, torch.distributed.DistError)
-    return is_of_group or _OF_GLOO.search(str(error)) is not None
+    """Say whether a collective failed because another process has ended or does not come."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def is_unreachable(error: BaseException | None) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dataflex import distributed, stop
 from dataflex.errors import ConfigError, DataflexError, Interrupted
-from dataflex.faults import told
+from dataflex.faults import is_of_a_lost_process, told
 from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ class Report:
 
     def write(self, state: str, exit_code: int | None = None, message: str | None = None) -> None:
         """Write the state. A disk that is full by now is only logged: the command's own end counts more."""
-        if distributed.is_main() and self._is("failed"):  # asked on disk: the other rank's word is nowhere else
+        if (
+            distributed.is_main() and distributed.world() > 1 and self._is("failed")
+        ):  # asked on disk: the other rank's word is nowhere else
             return  # by another rank, and this one was ended for it
         try:
             self._put(state, exit_code, message)
@@ -74,6 +76,8 @@ class Report:
         """Write the error that ends the command; another rank than 0 writes it only if rank 0 does not meet it too."""
         if not distributed.is_main() and isinstance(error, DataflexError) and error.everywhere:
             return
+        if is_of_a_lost_process(error) and (self._is("failed") or self._is("interrupted")):
+            return  # the one that is gone has said why
         if isinstance(error, DataflexError):
             self.write("failed", error.exit_code, str(error))
         else:

@@ -61,7 +61,7 @@ def featurize(settings: Settings, is_worker: bool = False) -> None:
 
     Raises:
         ConfigError: the method asks for no features, and `dataflex.features` names none.
-        CoverageError: a worker finds no kept state.
+        CoverageError: a worker finds no kept state; ConfigError: there can be none.
     """
     is_declared = settings.component is None or settings.component.declares_needs
     if is_declared and not settings.needs and not settings.dataflex.features:
@@ -96,7 +96,13 @@ def _directed(
     settings: Settings, is_worker: bool, trainer: DirectedTrainer, checkpoint: str | None
 ) -> FeaturizeDirector:
     begun = begin_to_update(settings, trainer, checkpoint, FeaturizeDirector.verb)
-    if is_worker and begun.start is None and begun.run.rounds[0].kind == "warmup":
+    waits = is_worker and begun.start is None and begun.run.rounds[0].kind == "warmup"
+    if waits and begun.warm.lineage is None:
+        raise ConfigError(
+            "--worker: features depend on the end of a warm-up whose state cannot be kept, under DeepSpeed or a "
+            "schedule of learning rates that follows losses; run `dataflex featurize` without --worker"
+        )
+    if waits:
         raise CoverageError(
             f"--worker: found no kept state of the end of the warm-up under {begun.run.access.url}; expected one, as "
             "every worker would train to it. Run `dataflex featurize` without --worker first: it may be stopped as "

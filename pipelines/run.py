@@ -60,7 +60,7 @@ class Run:
         weighter: the one beside a mixer, or None.
         identity: digest of everything a decision depends on but the model: a round is replayed only under its own.
         about: what `identity` is the digest of, in clear.
-        begun: when it was put together, in seconds of `time.monotonic`.
+        since: when it was put together, in seconds of `time.monotonic`.
     """
 
     settings: Settings
@@ -76,7 +76,7 @@ class Run:
     weighter: NativeWeighter | None
     identity: str
     about: Mapping[str, Any]
-    begun: float
+    since: float
 
     @property
     def methods(self) -> Sequence[Method]:
@@ -176,7 +176,7 @@ def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Se
         CorruptionError: a checkpoint that features are asked of is damaged.
         MismatchError: it was trained on another base.
     """
-    begun, found = time.monotonic(), trainer.row_sets
+    since, found = time.monotonic(), trainer.row_sets
     eligible = np.flatnonzero(found.train.supervised > 0)
     _report(found.train, found.targets, len(eligible))
     state = ModelState(trainer)
@@ -203,7 +203,7 @@ def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Se
         weighter=weighter,
         identity=named,
         about=identity,
-        begun=begun,
+        since=since,
     )
     specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
     if specs:

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 def write_summary(path: Path, verb: str, run: Run, about: dict[str, Any]) -> None:
     """Join the tallies of all ranks, write them on rank 0, and log one line. Collective."""
-    seconds = time.monotonic() - run.begun
+    seconds = time.monotonic() - run.since
     tallies = distributed.gather(run.access.tally)
     skipped: dict[str, int] = {}
     for tally in tallies:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -84,14 +84,41 @@ def write_compacted(files: Files, folder: str, held: Mapping[str, Held]) -> None
     path = f"{folder}/derived/log-{len(keys)}-{hashlib.sha256(data).hexdigest()}.parquet"
     with files.output(path) as file:
         file.write(data)
-    for name in _names(files, folder)[_KEPT:]:
-        files.remove(f"{folder}/derived/{name}")
+    others = [f"{folder}/derived/{name}" for name in _names(files, folder)]
+    for other in [other for other in others if other != path][_KEPT - 1 :]:
+        files.remove(other)
 
 
-def damaged(files: Files, folder: str) -> list[str]:
-    """Return the paths of those files whose content is not what their names say."""
-    paths = {f"{folder}/derived/{name}": name.rpartition("-")[2] for name in _names(files, folder)}
-    return [path for path, expected in paths.items() if f"{files.sha256(path)}.parquet" != expected]
+def faulty(files: Files, folder: str, entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Yield the paths of those files that are not what their names say, or that say another thing than the log.
+
+    Args:
+        files: the root's files.
+        folder: the store's.
+        entries: those of the log, by file name.
+    """
+    stamps = stamps_of(files, folder)
+    for name in _names(files, folder):
+        path = f"{folder}/derived/{name}"
+        try:
+            data = files.read(path)
+            is_right = hashlib.sha256(data).hexdigest() == name.rpartition("-")[2].removesuffix(".parquet")
+            said = (
+                {log: each for log, each in _parsed(data).items() if stamps.get(log) == each.stamp} if is_right else {}
+            )
+        except FileNotFoundError:  # replaced between the listing and now
+            continue
+        except (pa.ArrowException, ValueError, TypeError, KeyError, DataflexError):
+            is_right, said = False, {}
+        believed = {log: each for log, each in said.items() if stamps.get(log) == each.stamp}
+        if not is_right or any(entries.get(log) != each.entry for log, each in believed.items()):
+            yield path
+
+
+def stamps_of(files: Files, folder: str) -> dict[str, tuple[int, float]]:
+    """Return size and time of writing of each file of a store's log, by name."""
+    found = {file.path.removeprefix(f"{folder}/log/"): file for file in files.stored(f"{folder}/log")}
+    return {name: (file.bytes, file.modified) for name, file in found.items() if "/" not in name}
 
 
 def _names(files: Files, folder: str) -> list[str]:

@@ -35,13 +35,14 @@ class Lease:
         self._paths = sorted(paths)  # in one order, so that two who want the same do not each hold a part
 
     def take(self) -> bool:
-        """Take the lease if it is free or has expired; say whether it was."""
+        """Take the lease if it is free or has expired; say so. One that cannot be looked at is no obstacle."""
         taken: list[str] = []
-        for path in self._paths:
-            if not self._take(path):
-                self._free(taken)
-                return False
-            taken.append(path)
+        with contextlib.suppress(OSError, DataflexError):
+            for path in self._paths:
+                if not self._take(path):
+                    self._free(taken)
+                    return False
+                taken.append(path)
         return True
 
     @contextlib.contextmanager
@@ -76,7 +77,8 @@ class Lease:
 
     def _free(self, paths: Sequence[str]) -> None:
         for path in paths:
-            self._files.remove(path)
+            with contextlib.suppress(OSError, DataflexError):  # it expires
+                self._files.remove(path)
 
 
 def _document() -> bytes:
@@ -89,7 +91,9 @@ def _is_current(data: bytes) -> bool:
         until, host, pid = float(held["until"]), str(held["host"]), int(held["pid"])
     except (ValueError, TypeError, KeyError):  # half a file, or none of ours
         return False
-    return until > time.time() and (host != platform.node() or _is_alive(pid))
+    # One that is far ahead is of a clock that is wrong, or of nobody who renews it.
+    is_now = 0 < until - time.time() <= 2 * SECONDS
+    return is_now and (host != platform.node() or _is_alive(pid))
 
 
 def _is_alive(pid: int) -> bool:

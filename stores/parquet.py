@@ -23,7 +23,7 @@ import numpy as np
 from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.compacted import Held, read_compacted, write_compacted
+from dataflex.stores.compacted import Held, read_compacted, stamps_of, write_compacted
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import serialise
@@ -231,33 +231,42 @@ class ParquetStore:
         if held:
             yield Encoded.concatenate(held)
 
-    def compact(self) -> None:
-        """Put the log and the row keys into one file, if much was committed since that was done last.
+    def compact(self) -> bool:
+        """Put the log and the row keys into one file, if much was committed since the last time; say whether it was.
 
         One process does it for all; a root that is full or read-only costs later readers time, and no more.
         """
         snapshot = self._current(refresh=True)
-        held = self._held or {}
-        fresh = len(snapshot.entries) - sum(name in held for name in snapshot.entries)
-        if fresh < max(_TAIL, len(held) // 4):
-            return
-        stamps = _stamps(self.files, self.folder)
-        self._held = {
-            name: Held(entry, stamps[name], *snapshot.known(name))
-            for name, entry in snapshot.entries.items()
-            if name in stamps
-        }
+        before = self._held or {}
+        fresh = len(snapshot.entries) - sum(name in before for name in snapshot.entries)
+        if fresh < max(_TAIL, len(before) // 4):
+            return False
         try:
-            write_compacted(self.files, self.folder, self._held)
+            stamps, data = stamps_of(self.files, self.folder), set(self.files.names(f"{self.folder}/data"))
+            # An entry that was read a while ago may have been removed with its data file, and another put in its place.
+            held = {
+                name: Held(entry, stamps[name], *snapshot.known(name))
+                for name, entry in snapshot.entries.items()
+                if name in stamps and f"{entry.data}.parquet" in data
+            }
+            if held:
+                write_compacted(self.files, self.folder, held)
         except (OSError, DataflexError) as error:
             _logger.warning("the log of %s is not compacted: %s", self.path, error)
+            return False
+        self._held = held
+        return True
+
+    def look_anew(self) -> None:
+        """Read at the next look what another process has compacted meanwhile."""
+        self._held = None
 
     def _refresh(self) -> None:
         listed = None
         if self._held is None:  # the first look
             self._held = read_compacted(self.files, self.folder)
             if self._held:
-                listed = stamps = _stamps(self.files, self.folder)
+                listed = stamps = stamps_of(self.files, self.folder)
                 self._held = {name: each for name, each in self._held.items() if stamps.get(name) == each.stamp}
                 self._log.take({name: each.entry for name, each in self._held.items()})
                 self._is_stale = True
@@ -283,12 +292,6 @@ class ParquetStore:
                 f"{self.path} has no column {', '.join(unknown)}; it has {', '.join(self.layout.scalars)}"
             )
         return chosen
-
-
-def _stamps(files: Files, folder: str) -> dict[str, tuple[int, float]]:
-    """Return size and time of writing of each file of a log."""
-    found = {file.path.removeprefix(f"{folder}/log/"): file for file in files.stored(f"{folder}/log")}
-    return {name: (file.bytes, file.modified) for name, file in found.items() if "/" not in name}
 
 
 def _checked(keys: np.ndarray) -> np.ndarray:

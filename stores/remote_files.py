@@ -56,6 +56,8 @@ class RemoteFiles(Files):
     def open(self, path: str) -> pa.NativeFile:
         """Open a file for random access."""
         with self._told():
+            # A listing that was kept does not know what others have written since.
+            self.fs.invalidate_cache(f"{self._root}/{path}")
             return pa.PythonFile(self.fs.open(f"{self._root}/{path}", "rb"), mode="r")
 
     def names(self, folder: str) -> list[str]:

@@ -51,9 +51,9 @@ class Snapshot:
         before = {} if earlier is None else earlier._known
         self._checked: set[str] = set() if earlier is None else earlier._checked
         for name, entry in entries.items():  # committed files never change, so those known are not read again
-            if name in before:
+            if name in before and earlier is not None and earlier.entries[name] == entry:
                 self._known[name] = before[name]
-            elif name in held:
+            elif name in held and held[name].entry == entry:
                 self._known[name] = held[name].keys, held[name].status
             else:
                 self._known[name] = self._read_keys(entry)

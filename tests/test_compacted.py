@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores import parquet
+from dataflex.stores.compacted import read_compacted, write_compacted
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
@@ -112,6 +115,46 @@ def test_an_entry_that_is_gone_or_written_anew_is_not_believed(store: ParquetSto
     assert again.contains(every_key()).all()
 
 
+def test_what_was_removed_and_written_anew_meanwhile_is_not_compacted_as_it_was(
+    store: ParquetStore, tmp_path: Path
+) -> None:
+    """As `store repair` in one process and `featurize` in another do while a third has the store open."""
+    shutil.rmtree(Path(store.path, "derived"))
+    old = opened(tmp_path)
+    assert old.contains(every_key()).all()
+    entry = Path(store.path, "log", "f03.json")
+    Path(store.path, "data", f"{json.loads(entry.read_text('utf-8'))['data']}.parquet").unlink()
+    entry.unlink()
+    opened(tmp_path).append("f03", values_of(3, more=0.5))
+    old.compact()
+    assert set(opened(tmp_path).read(keys_of(3)).scalars["x"]) == {0.0, 3.5}
+    assert problems(store) == []
+
+
+def test_one_that_says_another_thing_than_the_log_is_damage(store: ParquetStore, tmp_path: Path) -> None:
+    held = read_compacted(store.files, store.folder)
+    held["f03.json"] = replace(held["f03.json"], entry=replace(held["f03.json"].entry, data="0" * 64))
+    write_compacted(store.files, store.folder, held)
+    (problem,) = problems(store)
+    assert "it is not what its name or the log says" in str(problem)
+    repaired(store)
+    assert problems(store) == []
+
+
+def test_another_process_reads_what_was_compacted_meanwhile(tmp_path: Path) -> None:
+    files = Counting(tmp_path)
+    late = opened(tmp_path, files)
+    assert not late.contains(keys_of(0)).any()
+    made = opened(tmp_path)
+    for number in range(COUNT):
+        made.append(f"f{number:02d}", values_of(number))
+    assert made.compact()
+    late.look_anew()
+    files.seen.clear()
+    assert late.contains(every_key()).all()
+    assert not [path for path in files.seen if "/data/" in path]
+
+
 def test_a_copy_is_read_from_its_own_log(store: ParquetStore, tmp_path: Path) -> None:
     """Its log files may have been written at any time since."""
     other = tmp_path.with_name(f"{tmp_path.name}-copy")
@@ -137,7 +180,7 @@ def test_one_that_is_damaged_is_passed_over_and_repaired(
     assert opened(tmp_path).contains(every_key()).all()
     assert "the log is read instead" in caplog.text
     (problem,) = problems(store)
-    assert "is damaged: it is not what its name says" in str(problem)
+    assert "is damaged: it is not what its name or the log says" in str(problem)
     repaired(store)
     assert not path.exists()
     assert problems(store) == []

@@ -171,7 +171,7 @@ def test_extra_arguments_pass_if_llamafactory_lets_them(monkeypatch):
             (),
             "ddp_timeout: 180000000 seconds are 2083 days, for which the other",
         ),
-        ("dataflex: {params: {save_interval: 3}}", (), "dataflex.params: save_interval has no effect: whatever is"),
+        ("dataflex: {params: {save_interval: 3}}", (), "less: save_interval has no effect: whatever is"),
         ("use_dft_loss: true", (), "gradients are of the plain mean cross-entropy"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.launches import Sleeping, fill, synthetic
 from dataflex import distributed
-from dataflex.access.fragments import NonfiniteLimit, Tally, Work, cells_of
+from dataflex.access.fragments import NonfiniteLimit, Tally, Work, cells_of, waves
 from dataflex.access.grid import SMALLEST, Grid
 from dataflex.access.progress import Progress
 from dataflex.features.spec import EmbeddingSpec, LossSpec
@@ -80,6 +80,23 @@ def test_features_that_lack_the_same_rows_of_a_cell_are_computed_together(store:
     absent[1, :64] = False  # the first cell's embeddings are there
     first, last = cells_of(Grid(keys, 64), keys, at, {spec: store, other: second}, absent)
     assert (first.specs, last.specs) == ([spec], [spec, other])
+
+
+def test_ranks_that_meet_in_every_layer_compute_the_same_features_at_a_time(
+    store: ParquetStore, tmp_path: Path
+) -> None:
+    """Where one feature lacks other rows of a cell than another, the cell is done in two passes."""
+    keys, at = keys_of(256), np.arange(256)
+    spec, other = LossSpec(), EmbeddingSpec()
+    second = StoreRoot(tmp_path / "root").open("embedding", {"synthetic": True}, Layout({}, 4))
+    absent = np.ones((2, 256), bool)
+    absent[0, ::2] = False
+    cells = cells_of(Grid(keys, 64), keys, at, {spec: store, other: second}, absent)
+    assert [tuple(cell.specs) for cell in cells] == [(spec,), (other,)] * 4
+    for world in (1, 2, 3):
+        found = list(waves(cells, world))
+        assert all(len({tuple(cell.specs) for cell in wave}) == 1 and len(wave) <= world for wave in found)
+        assert sorted(cell.name for wave in found for cell in wave) == sorted(cell.name for cell in cells)
 
 
 def test_what_another_launch_commits_meanwhile_is_not_computed(store: ParquetStore, tmp_path: Path) -> None:

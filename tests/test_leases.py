@@ -50,7 +50,17 @@ def document(**changes: Any) -> bytes:
 
 @pytest.mark.parametrize(
     "held",
-    [b"", b"{", b"[]", document(until="soon"), document(until=0), document(pid=int(GONE)), document(pid="x"), b"3"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        document(until="soon"),
+        document(until=0),
+        document(pid=int(GONE)),
+        document(pid="x"),
+        b"3",
+        document(host="elsewhere", until=time.time() + 3e7),
+    ],
 )
 def test_one_that_has_expired_or_cannot_be_read_or_whose_owner_is_gone_is_free(files: Files, held: bytes) -> None:
     assert files.create(PATHS[0], held)
@@ -72,6 +82,18 @@ def test_it_is_renewed_as_long_as_it_is_held(files: Files, monkeypatch: pytest.M
         while json.loads(files.read(PATHS[1]))["until"] == begun:
             time.sleep(0.01)
     assert files.names("one-0/tmp") == files.names("two-0/tmp") == []
+
+
+def test_one_that_cannot_be_looked_at_is_no_obstacle(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "create", refused)
+    monkeypatch.setattr(files, "remove", refused)
+    lease = Lease(files, PATHS)
+    assert lease.take()
+    with lease.held():
+        pass
 
 
 def test_a_fault_inside_gives_it_back(files: Files) -> None:

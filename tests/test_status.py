@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dataflex import stop
-from dataflex.errors import Cancelled, ConfigError, CoverageError, DataflexError, Interrupted
+from dataflex.errors import Cancelled, ConfigError, CorruptionError, CoverageError, DataflexError, Interrupted
 from dataflex.faults import told
 from dataflex.status import reported, training_begins
 
@@ -58,6 +58,7 @@ def test_the_text_that_is_printed_is_kept(tmp_path: Path) -> None:
 
 def test_a_rank_that_fails_alone_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher ends the others, which would say that a signal did."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with contextlib.suppress(Cancelled), reported("train", tmp_path):
         monkeypatch.setenv("RANK", "1")
         with contextlib.suppress(CoverageError), reported("train", tmp_path):
@@ -67,6 +68,24 @@ def test_a_rank_that_fails_alone_is_heard(tmp_path: Path, monkeypatch: pytest.Mo
         raise Cancelled("a signal came")
     assert status(tmp_path) == ("failed", 6)
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_who_lost_another_process_does_not_overwrite_why_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    with contextlib.suppress(CorruptionError), reported("train", tmp_path):
+        raise CorruptionError("a bit has flipped")
+    before = (tmp_path / "status.json").read_text()
+    monkeypatch.setenv("RANK", "1")
+    with contextlib.suppress(RuntimeError), reported("train", tmp_path):
+        raise lost
+    assert (tmp_path / "status.json").read_text() == before
+    (tmp_path / "status.json").unlink()
+    with contextlib.suppress(RuntimeError), reported("train", tmp_path):
+        raise lost
+    assert status(tmp_path) == ("failed", 75)
 
 
 def test_what_every_rank_meets_is_rank_0s_to_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def test_the_job_array_computes_every_row_once(workspace: Any) -> None:
     tasks = [
         subprocess.Popen(
             ["bash", str(SCRIPT), str(path), f"output_dir={workspace.folder / 'out' / str(task)}"],
-            env=environment(SLURM_ARRAY_TASK_ID=str(task), WAIT="1"),
+            env=environment(SLURM_ARRAY_TASK_ID=str(task), WAIT="1", STEP=""),
             stderr=subprocess.PIPE,
             text=True,
         )

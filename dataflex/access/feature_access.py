@@ -146,12 +146,9 @@ class FeatureAccess:
                 asked_here = {spec: store for spec, store in stores.items() if self._source(spec) is source}
                 self._complete(source, asked_here, rows, among or rows, limit)
             self._judge_loss(rows, state)
+            self._compact(list(stores.values()))
         if stop.is_asked_anywhere():  # as long as this takes, everyone's fragments are committed behind it
             stop.leave(together=True)
-        if distributed.is_main() and self._options.on_missing == "compute":  # before the others read what all committed
-            for store in stores.values():
-                store.compact()
-        distributed.barrier()
         for spec, store in stores.items():
             keys = np.unique(self._source(spec).keys(rows))
             limit.hold(int((store.read(keys, columns=[], vectors=False).status == Status.NONFINITE).sum()))
@@ -160,6 +157,16 @@ class FeatureAccess:
         if state is not None:
             self._complete_at[asked] = found
         return found
+
+    def _compact(self, stores: Sequence[ParquetStore]) -> None:
+        """Have rank 0 read what all have committed, and put it into one file for the others. Collective."""
+        done: list[bool] = []
+        with distributed.together():
+            if distributed.is_main() and self._options.on_missing == "compute":
+                done = [store.compact() for store in stores]
+        for store, is_anew in zip(stores, distributed.broadcast(done), strict=False):
+            if is_anew and not distributed.is_main():
+                store.look_anew()
 
     def _complete(
         self, source: Source, stores: dict[FeatureSpec, ParquetStore], rows: Rows, among: Rows, limit: NonfiniteLimit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,8 @@ from dataflex.stores.values import Layout, Values
 
 _PAUSE = 1.0
 """Seconds until what other launches are at is looked at again."""
+_PATIENCE = 600.0
+"""Seconds for which a launch waits for others, in the end: one that hangs renews its lease all the same."""
 _LAUNCH_SEED = int.from_bytes(os.urandom(4))
 """Of the order in which this launch goes through the cells: another launch should be elsewhere."""
 
@@ -141,15 +143,24 @@ class Work:
                 return
             if not self._take(cell, tally, progress):
                 others.append(cell)
+        until = time.monotonic() + _PATIENCE
         while others and not stop.is_asked():
-            others = [cell for cell in others if not stop.is_asked() and not self._take(cell, tally, progress)]
+            heeds = time.monotonic() < until
+            others = [cell for cell in others if not stop.is_asked() and not self._take(cell, tally, progress, heeds)]
             if others:
                 time.sleep(_PAUSE)
 
-    def _take(self, cell: Cell, tally: Tally, progress: Progress) -> bool:
-        """Do a cell, or find it done; say whether that is so. It is not where another launch, or a signal, is at it."""
+    def _take(self, cell: Cell, tally: Tally, progress: Progress, heeds: bool = True) -> bool:
+        """Do a cell, or find it done; say whether that is so. It is not where another launch, or a signal, is at it.
+
+        Args:
+            cell: the cell.
+            tally: what is counted.
+            progress: what is shown.
+            heeds: whether another launch's lease is respected.
+        """
         with contextlib.ExitStack() as stack:
-            if self.leases and not cell.is_committed:
+            if self.leases and heeds and not cell.is_committed:
                 if not cell.lease.take():
                     return False
                 stack.enter_context(cell.lease.held())
@@ -164,18 +175,17 @@ class Work:
     def _run_in_waves(self, tally: Tally, progress: Progress) -> None:
         """Do one cell on every rank at a time: ranks that share every layer meet in each of them."""
         world, rank = distributed.world(), distributed.rank()
-        for wave in range(0, len(self.cells), world):
+        for wave in waves(self.cells, world):
             if stop.is_asked_anywhere():
                 return
-            dealt = self.cells[wave : wave + world]
             # Each runs as many batches as the busiest of them.
-            least = max(count_batches(self.rows.length[cell.at], self.token_budget) for cell in dealt)
-            if rank < len(dealt):
-                self.compute(dealt[rank], least, tally)
-                lengths = self.rows.length[dealt[rank].at]
+            least = max(count_batches(self.rows.length[cell.at], self.token_budget) for cell in wave)
+            if rank < len(wave):
+                self.compute(wave[rank], least, tally)
+                lengths = self.rows.length[wave[rank].at]
                 progress.advance(len(lengths), int(lengths.sum()))
             else:
-                self.source.compute(self.rows, self.cells[0].at[:0], self.cells[0].specs, least)
+                self.source.compute(self.rows, wave[0].at[:0], wave[0].specs, least)
 
     def _is_done(self, cell: Cell, tally: Tally) -> bool:
         """Do a cell; say whether it came to its end, and was not dropped because a signal is too long ago."""
@@ -205,6 +215,13 @@ class Work:
         bad = max(int((values.status == Status.NONFINITE).sum()) for values in found)
         # Those of one cell alone: what is too much here is too much in the end, when all are counted.
         self.limit.hold(bad)
+
+
+def waves(cells: Sequence[Cell], world: int) -> Iterator[Sequence[Cell]]:
+    """Yield up to `world` cells at a time, of the same features: a pass for others has other collectives."""
+    for specs in dict.fromkeys(tuple(cell.specs) for cell in cells):
+        alike = [cell for cell in cells if tuple(cell.specs) == specs]
+        yield from (alike[start : start + world] for start in range(0, len(alike), world))
 
 
 def cells_of(

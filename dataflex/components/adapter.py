@@ -28,8 +28,9 @@ def adapted(cls: type[Any], base: type[Any], classic: type[Any] | None = None, *
     params = getattr(cls, "Params", BaseModel)
     if not isinstance(params, type) or not issubclass(params, BaseModel):
         raise ConfigError(
-            f"found Params = {params!r} in {cls.__qualname__}; expected a subclass of Parameters "
-            "(`from dataflex.selectors import Parameters`). Without it the constructor's arguments are the parameters"
+            f"found Params = {params!r} in {cls.__qualname__}; expected a subclass of Parameters (of a weighter: "
+            "WeighterParams), from dataflex.selectors, mixers, rewards or weighters. Without it the constructor's "
+            "arguments are the parameters"
         )
     if issubclass(cls, base):
         return cls

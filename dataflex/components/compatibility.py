@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 
 _REASONS = {
     "assignment_chunk_size": "FAISS assigns all rows in one search",
-    "cache_dir": "random draws are not kept: they are a function of the seed",
+    "cache_dir": "a method that asks for no features keeps nothing",
     "clustering_batch_size": "batches are filled by tokens (dataflex.token_budget)",
     "embedding_model_dtype": "an encoder is loaded as Transformers loads it by default",
     "save_interval": "whatever is computed is kept by fragments (dataflex.fragment_rows)",

@@ -18,8 +18,7 @@ _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu
 """Optimizers with plain moments per parameter; 8-bit ones keep quantised blocks."""
 _OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 _OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
-_LONG = 86400
-"""Seconds: whoever waits longer for another process has been forgotten."""
+_DAY = 86400  # seconds; longer time-outs are pointed out
 _DEQUANTISED = ("mxfp4", "fp8")
 """What LLaMA-Factory turns back into half precision when it loads a model that was saved so."""
 
@@ -87,6 +86,15 @@ class Combinations:
                 why = "Ray workers and other backends would train without the method"
                 self._problems.say(self._origin, f"environment variable {name}", text, why)
 
+    def note_timeout(self) -> None:
+        """Point out a time-out of collectives after which nobody waits any more."""
+        timeout = self._values.get("ddp_timeout")
+        if isinstance(timeout, int) and timeout > _DAY:
+            self.notes.append(
+                f"ddp_timeout: {timeout} seconds are {timeout / _DAY:.0f} days, for which the other processes wait "
+                "where one hangs; 1800, the default, ends the run with an error"
+            )
+
     def check_schedule(self, schedule: Schedule, train_type: str) -> None:
         """Refuse a second source of the number of steps that says otherwise, and more steps than a run can have."""
         steps = self._values.get("max_steps")
@@ -97,12 +105,6 @@ class Combinations:
         if not schedule.needs_rows and schedule.total() > MOST_STEPS:
             text = f"found {schedule.total()} optimizer steps in all; expected at most {MOST_STEPS}"
             self._problems.say(self._origin, "update_times", text)
-        timeout = self._values.get("ddp_timeout")
-        if isinstance(timeout, int) and timeout > _LONG:
-            self.notes.append(
-                f"ddp_timeout: {timeout} seconds are {timeout / 86400:.0f} days, for which the other processes wait "
-                "where one hangs; 1800, the default, ends the run with an error"
-            )
         if self._values.get("warmup_steps") is not None and schedule.warmup_step == 0:
             self.notes.append(
                 f"warmup_steps: {self._values['warmup_steps']} warms up the learning rate; steps on random rows before "

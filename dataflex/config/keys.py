@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from dataflex.components.params import Parameters
 from dataflex.features.spec import FeatureSpec
 from dataflex.schedule import MOST_STEPS, Schedule
+from dataflex.selectors.base import RefreshPolicy
 
 
 class FlatKeys(Parameters):
@@ -74,7 +75,7 @@ MIX_ONLY = ("static_mix", "mixture_sample_rule", "init_mixture_proportions", "mi
 class Refresh(Parameters):
     """What is computed anew at an update, where the model has changed since the last one."""
 
-    policy: Literal["full", "rotating", "static"] = Field(
+    policy: RefreshPolicy = Field(
         "full", description="full: every row; rotating: a share of the pool, the age of the rest known; static: nothing"
     )
     refresh_fraction: float = Field(0.1, gt=0, le=1, description="rotating: share of the pool computed at each update")

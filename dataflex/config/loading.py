@@ -220,7 +220,7 @@ class _Loading:
             if made is not None and (said := asked.registry.override(asked.name, made.cls)):
                 self.notes.append(said)
             if made is not None:
-                self.notes += [f"{asked.params_at}: {said}" for said in without_effect(made.params)]
+                self.notes += [f"{asked.name}: {said}" for said in without_effect(made.params)]
             return made
 
         kinds: dict[str, Registry[Any]]
@@ -275,6 +275,7 @@ class _Loading:
             expected = f"{' or '.join(policies_taken)} with these parameters"
             why = "What the method compares must be of one state of the model"
             self.problems.add(self.origin, "dataflex.refresh.policy", expected, section.refresh.policy, why=why)
+        check.note_timeout()
         if not is_dynamic and not specs:  # plain LLaMA-Factory, which checks what it reads itself
             if not llamafactory.get("model_name_or_path"):
                 self.problems.add(self.origin, "model_name_or_path", "a model folder, or a name on the Hub")

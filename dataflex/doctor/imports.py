@@ -52,7 +52,7 @@ def optional(also: Collection[str] = ()) -> dict[str, str]:
 
 def imports(modules: Mapping[str, str], critical: Collection[str]) -> Iterator[Finding]:
     """Yield a finding for each module, in their order; one that does not import is an error if it is critical."""
-    # Few at a time: with seven on the cores some took 300 s, and a slow one must not be taken for one that hangs.
+    # Few at a time: of seven at once on two cores some took 300 s, and a slow one must not be taken for one that hangs.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for (module, distribution), fault in zip(modules.items(), pool.map(_fault, modules), strict=True):
             version = version_of(distribution) or "no version"

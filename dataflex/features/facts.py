@@ -60,6 +60,11 @@ class Feature(Parameters):
         """Scalar columns, each with its NumPy type."""
         return {"norm": "float32"}
 
+    @property
+    def number(self) -> str | None:
+        """The scalar column that stands for a row by default; None: none does alone."""
+        return "norm"
+
     def width(self, sizes: Sizes) -> int:
         """Return the width of a vector, 0 for a feature without vectors."""
         return 0

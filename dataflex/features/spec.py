@@ -63,6 +63,11 @@ class LossSpec(Feature):
     )
 
     @property
+    def number(self) -> str | None:
+        """None: a loss is read per token, of both its columns."""
+        return None
+
+    @property
     def scalars(self) -> Mapping[str, str]:
         """The sum and its tokens."""
         return _LOSS_SCALARS
@@ -89,6 +94,11 @@ class TokenLossSpec(Feature):
 
     kind: Literal["token_loss"] = "token_loss"
     is_by_token: ClassVar[bool] = True
+
+    @property
+    def number(self) -> str | None:
+        """None: there are as many as tokens."""
+        return None
 
     @property
     def scalars(self) -> Mapping[str, str]:
@@ -270,6 +280,11 @@ class PolicyGradientSpec(Feature):
             if self.generator.type != "model":
                 raise ValueError("on_policy: sampled beside another model's responses, which are off-policy")
         return self
+
+    @property
+    def number(self) -> str | None:
+        """The mean reward."""
+        return "reward"
 
     @property
     def scalars(self) -> Mapping[str, str]:

@@ -11,7 +11,7 @@ from dataflex.config.arguments import values
 from dataflex.errors import MismatchError
 from dataflex.fingerprint import model_digest, plain, source_digests
 from dataflex.folders import model_folder
-from dataflex.live.trainer import LiveTrainer
+from dataflex.live.live_trainer import LiveTrainer
 from dataflex.source import named_classes
 
 _NO_VALUE = ("_name_or_path", "transformers_version", "use_cache", "auto_map")

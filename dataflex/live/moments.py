@@ -10,8 +10,8 @@ import torch
 from dataflex.checkpoints.pickles import read_pickle
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.adam import Moments, Scalars, relative_rates
+from dataflex.live.live_trainer import LiveTrainer
 from dataflex.live.sharding import Sharding
-from dataflex.live.trainer import LiveTrainer
 
 MOMENTS_FILE = "dataflex/moments.safetensors"
 """Where our checkpoints keep them, relative to the checkpoint."""
@@ -30,7 +30,7 @@ def live_moments(trainer: LiveTrainer, sharding: Sharding, named: Named) -> Mome
     Raises:
         MismatchError, DataflexError: the optimizer keeps no Adam moments.
     """
-    if not sharding.has_plain_optimizer:
+    if not sharding.is_plain:
         return _from_deepspeed(trainer, named)
     if trainer.state.global_step == 0:
         return _before_any_step(trainer.optimizer, named)
@@ -54,7 +54,7 @@ def checkpoint_moments(folder: Path, trainer: LiveTrainer, sharding: Sharding, n
             f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam needs the optimizer state. "
             "Train with save_only_model: false, or use gradient_type: sgd"
         )
-    if not sharding.has_plain_optimizer:
+    if not sharding.is_plain:
         raise ConfigError(f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed")
     names = {id(p): name for name, p in named}
     ordered = {names[id(p)]: tuple(p.shape) for group in trainer.optimizer.param_groups for p in group["params"]}

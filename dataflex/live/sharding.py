@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex.errors import ConfigError
-from dataflex.live.trainer import LiveTrainer
+from dataflex.live.live_trainer import LiveTrainer
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,8 @@ class Sharding:
         return self.kind != "parameters"
 
     @property
-    def has_plain_checkpoints(self) -> bool:
-        """Whether checkpoints are those of Transformers, of which a store can keep the state."""
-        return self.kind == "none"
-
-    @property
-    def has_plain_optimizer(self) -> bool:
-        """Whether each process has the optimizer's whole state, by the parameters that the model has too."""
+    def is_plain(self) -> bool:
+        """Whether each process has the optimizer's whole state, and checkpoints are those of Transformers."""
         return self.kind == "none"
 
     @contextlib.contextmanager

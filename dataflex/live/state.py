@@ -21,9 +21,9 @@ from dataflex.fingerprint import model_digest, plain, tensors_digest
 from dataflex.folders import folder_digest, model_folder
 from dataflex.live import frozen, weights
 from dataflex.live.base_model import base_identity, reference_identity
+from dataflex.live.live_trainer import LiveTrainer
 from dataflex.live.moments import checkpoint_moments, live_moments
 from dataflex.live.sharding import Sharding
-from dataflex.live.trainer import LiveTrainer
 
 log = logging.getLogger(__name__)
 

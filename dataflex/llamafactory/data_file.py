@@ -125,7 +125,7 @@ def _of_parquet(path: Path) -> str | None:
     if not is_read:
         return (
             "found metadata called 'huggingface' that the datasets library did not write; expected no such metadata. "
-            "Write the table again without them (pyarrow's table.replace_schema_metadata(None))"
+            "Write the table again without it (pyarrow's table.replace_schema_metadata(None))"
         )
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataflex.components.params import Parameters
 from dataflex.components.registry import register_mixer
-from dataflex.mixers.base import MixContext, NativeMixer, normalised
+from dataflex.mixers.base import MixContext, NativeMixer, RoutedRows, normalised
 from dataflex.mixers.classic import Mixer
 
-__all__ = ["MixContext", "Mixer", "NativeMixer", "Parameters", "normalised", "register_mixer"]
+__all__ = ["MixContext", "Mixer", "NativeMixer", "Parameters", "RoutedRows", "normalised", "register_mixer"]

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
+from dataflex.components.params import Parameters
 from dataflex.draws import generator
 from dataflex.errors import DataflexError
 from dataflex.method import Method, default
@@ -19,6 +21,14 @@ from dataflex.method import Method, default
 LossForm = Literal["domain_mean", "token"]
 LAST_BATCH = "last micro-batch"
 """The signal that mixers of the classic interface are handed."""
+
+
+class RoutedRows(Parameters):
+    """Parameters of a mixer that asks for the signal `expert_loads`: which rows are sent through the router."""
+
+    collect_steps: int = Field(10, ge=1, description="evaluation batches of each domain per update, at most")
+    eval_samples: int = Field(1000, ge=1, description="rows of each domain that are evaluated, at most")
+    eval_batch_size: int = Field(32, ge=1, description="rows of an evaluation batch")
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from dataflex.components.params import Parameters
 from dataflex.errors import ConfigError, DataflexError
-from dataflex.mixers.base import MixContext, NativeMixer, normalised
-
-
-class RoutedRows(Parameters):
-    """Parameters of a mixer that asks for the signal `expert_loads`: which rows are sent through the router."""
-
-    collect_steps: int = Field(10, ge=1, description="evaluation batches of each domain per update, at most")
-    eval_samples: int = Field(1000, ge=1, description="rows of each domain that are evaluated, at most")
-    eval_batch_size: int = Field(32, ge=1, description="rows of an evaluation batch")
+from dataflex.mixers.base import MixContext, NativeMixer, RoutedRows, normalised
 
 
 class DynamicMoe(NativeMixer):

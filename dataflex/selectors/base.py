@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -19,7 +19,8 @@ from dataflex.method import Method, default
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 
-REFRESHES = ("full", "rotating", "static")
+RefreshPolicy = Literal["full", "rotating", "static"]
+REFRESHES: tuple[str, ...] = get_args(RefreshPolicy)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.spec import FeatureSpec
 from dataflex.rows import Status
-from dataflex.selectors.base import Beginning, Context, NativeSelector, Need, Selection, View
+from dataflex.selectors.base import REFRESHES, Beginning, Context, NativeSelector, Need, Selection, View
 from dataflex.selectors.parts.choice import NEIGHBOURLY, Choice, RoundRobin, TopK
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.numbers import DeltaLoss, InstructionDifficulty, Loss
@@ -104,7 +104,8 @@ class Composed(NativeSelector):
     def refreshes(self) -> tuple[str, ...]:
         """The refresh policies that it works under: neighbours are searched among vectors as they were computed."""
         is_live = any(need.state is None for need in self.needs())
-        return ("full", "static") if self.parts.looks_around and is_live else ("full", "rotating", "static")
+        taken_back = "rotating" if self.parts.looks_around and is_live else None
+        return tuple(policy for policy in REFRESHES if policy != taken_back)
 
     @property
     def chooses_distinct(self) -> bool:

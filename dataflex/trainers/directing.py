@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dataflex.live.trainer import LiveTrainer
+from dataflex.live.live_trainer import LiveTrainer
 from dataflex.rows import RowSets
 from dataflex.schedule import Round, Schedule
 from dataflex.trainers.rounds import DecidedRound

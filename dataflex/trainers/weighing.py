@@ -19,7 +19,7 @@ from dataflex.distributed import world
 from dataflex.features.cross_entropy import token_losses
 from dataflex.features.inference import evaluation
 from dataflex.fingerprint import IGNORE_INDEX
-from dataflex.live.trainer import LiveTrainer
+from dataflex.live.live_trainer import LiveTrainer
 from dataflex.trainers.factors import Factor, StepCounts
 from dataflex.trainers.micro_batch import ROWS, MicroBatch, capturing
 from dataflex.trainers.observer import Observer

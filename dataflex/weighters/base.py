@@ -112,7 +112,7 @@ class NativeWeighter(Method):
     def due(self, step: int) -> bool:
         """Say whether the target rows have to be embedded anew, after `step` optimizer steps and before the next one.
 
-        Asked of weighters that `needs_targets`; one that returns True overrides `set_anchors` too.
+        Asked of weighters with `needs_targets`; one that returns True overrides `set_anchors` too.
         """
         return False
 

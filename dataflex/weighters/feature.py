@@ -27,9 +27,6 @@ if TYPE_CHECKING:  # a run file is checked without torch
 log = logging.getLogger(__name__)
 
 
-_SCALAR = {"embedding": "norm", "gradient": "norm", "policy_gradient": "reward"}
-
-
 class ByFeature(NativeWeighter):
     """Weighs by a function of each row's number; a row without one has weight 0.
 
@@ -73,6 +70,10 @@ class ByFeature(NativeWeighter):
                 "no state without feature": self.feature is None and self.state != BASE,
                 "no column with feature: {kind: loss}, of which the loss per token is read": kind == "loss"
                 and self.column is not None,
+                "column with this feature, of which no number stands for a row": found is not None
+                and found.kind != "loss"
+                and found.number is None
+                and self.column is None,
                 "feature: {kind: loss} or path with excess": self.excess
                 and self.feature is not None
                 and not plain_loss,
@@ -112,7 +113,7 @@ class ByFeature(NativeWeighter):
             found = _from_file(self.params.path, self.params.column or "score", rows)
         else:
             need = self.needs()[0]
-            found = _from_view(values[need], need.spec.kind, self.params.column)
+            found = _from_view(values[need], need.spec, self.params.column)
         place = self.params.path or f"feature {self.params.feature.kind if self.params.feature else ''}"
         lacking = int(np.isnan(found).sum())
         if lacking == len(found):
@@ -159,10 +160,10 @@ def _ranks(scores: Tensor) -> Tensor:
     return below + (equal + 1).double() / 2
 
 
-def _from_view(view: View, kind: str, column: str | None) -> np.ndarray:
+def _from_view(view: View, spec: FeatureSpec, column: str | None) -> np.ndarray:
     usable = view.status == Status.OK
-    if kind != "loss":
-        found = view.scalar(column or _SCALAR[kind]).astype(np.float64)
+    if spec.kind != "loss":
+        found = view.scalar(str(column or spec.number)).astype(np.float64)
         return np.where(usable & np.isfinite(found), found, np.nan)
     total, tokens = view.scalar("loss_sum").astype(np.float64), view.scalar("tokens")
     usable = usable & (tokens > 0) & np.isfinite(total)

@@ -15,8 +15,7 @@ from dataflex.errors import ConfigError
 from dataflex.features.batching import collate
 from dataflex.features.inference import evaluation
 from dataflex.features.spec import BASE, LossSpec
-from dataflex.mixers.base import LAST_BATCH, NativeMixer
-from dataflex.mixers.dynamic_moe import RoutedRows
+from dataflex.mixers.base import LAST_BATCH, NativeMixer, RoutedRows
 from dataflex.pipelines.run import Run
 from dataflex.rows import Status
 
@@ -51,7 +50,7 @@ def _routed(mixer: NativeMixer) -> RoutedRows:
     if not isinstance(mixer.params, RoutedRows):
         raise ConfigError(
             f"expert_loads: found the parameters {type(mixer.params).__qualname__} of {type(mixer).__qualname__}; "
-            "expected a subclass of dataflex.mixers.dynamic_moe.RoutedRows, which say what is sent through the router"
+            "expected a subclass of dataflex.mixers.RoutedRows, which says what is sent through the router"
         )
     return mixer.params
 

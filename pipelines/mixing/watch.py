@@ -48,19 +48,20 @@ class Watch:
         for domain, rows in enumerate(members):
             number[rows] = domain
         reference = reference_losses(run, mixer)
+        looks_ahead = mixer.looks_ahead and mixer.loss_form is not None
         self._observer = Observer(number, len(members), run.trainer.args.device, reference)
         self.domains: Tensor = self._observer.domains
         factors: list[Factor] = []
         beside: Callable[[Tensor], Tensor] | None = None
         if mixer.loss_form is not None:
-            before = self._ahead if mixer.looks_ahead else None
+            before = self._ahead if looks_ahead else None
             by_domain = ByDomain(self.domains, mixer.loss_weights, mixer.loss_form, before)
             factors.append(by_domain)
             beside = by_domain.of
         if run.weighter is not None:
             factors.append(weighter_factor(run, run.weighter, acts_from, beside))
         # Where a step's losses are seen before it is trained on, they are not seen again.
-        self._is_watching = mixer.watches and not mixer.looks_ahead
+        self._is_watching = mixer.watches and not looks_ahead
         self.weighing: Weighing | None = None
         if mixer.watches or factors:
             observers = [self._observer] if self._is_watching else []

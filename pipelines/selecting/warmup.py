@@ -66,7 +66,7 @@ class WarmState:
         self._end = first.steps
         if first.kind != "warmup" or not run.live_needs or is_resumed:
             return  # what came before a checkpoint may have been trained otherwise
-        if not run.state.sharding.has_plain_checkpoints:
+        if not run.state.sharding.is_plain:
             log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
             return
         keys = run.rows.keys[draw(run, first).rows]
@@ -140,8 +140,11 @@ class WarmState:
                 log.warning("the state at the end of the warm-up is not kept, so every run warms up itself: %s", error)
             else:
                 story = {**self._story, _SPLIT: split_of(self.run.trainer)}
-                self.run.access.root.states.put(self.lineage, folder, story)
-                log.info("kept the state at the end of the warm-up as %s", self.lineage[:8])
+                is_ours = self.run.access.root.states.put(self.lineage, folder, story)
+                said = (
+                    "kept the state at the end of the warm-up as %s" if is_ours else "another launch has kept %s first"
+                )
+                log.info(said, self.lineage[:8])
             shutil.rmtree(scratch)
         distributed.barrier()
 

@@ -1,4 +1,4 @@
-"""Check of everything under a root, byte by byte: stores, kept states, records of runs, and files that are neither."""
+"""Check of everything under a root, byte by byte: stores, kept states, records of runs, and files of no kind."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import numpy as np
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import Status
-from dataflex.stores.compacted import damaged
+from dataflex.stores.compacted import faulty
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
 from dataflex.stores.log import Entry, Log
@@ -42,8 +42,8 @@ def log_and_data(files: Files, folder: str, log: Log, layout: Layout | None) -> 
         if name not in log.entries and name not in log.damaged:
             path = f"{folder}/log/{name}"
             yield Problem(path, f"{files.name(path)} is no log entry; it is never opened", harmless=True)
-    for path in damaged(files, folder):
-        yield Problem(path, f"{files.name(path)} is damaged: it is not what its name says", remove=(path,))
+    for path in faulty(files, folder, log.entries):
+        yield Problem(path, f"{files.name(path)} is damaged: it is not what its name or the log says", remove=(path,))
     users: dict[str, list[str]] = {}
     for name, entry in log.entries.items():
         users.setdefault(f"{entry.data}.parquet", []).append(name)

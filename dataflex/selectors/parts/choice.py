@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from dataflex import distributed
 from dataflex.errors import CoverageError
 from dataflex.selectors.base import Beginning, Selection
 from dataflex.selectors.parts.interleave import interleaved
@@ -167,7 +168,7 @@ class Bands(Draw):
         return self
 
     def logits(self, judged: Judgement) -> np.ndarray:
-        """Return the bands' weights."""
+        """Return the logarithms of the bands' weights."""
         return band_logits(judged.scores, self.quantiles, self.focus, self.focus_weight, self.temperature)
 
 
@@ -198,13 +199,13 @@ class Window(Draw):
     outside: float = Field(0.025, ge=0, description="weight of a row outside; 1 inside")
 
     def logits(self, judged: Judgement) -> np.ndarray:
-        """Return the window's weights."""
+        """Return the logarithms of the window's weights."""
         context = judged.context
         steps = context.updates - 1
         progress = (context.round.update - 1) / steps if steps > 0 else 0.0
         ranks = ranking(judged.scores, context.rows.keys)
         weights = window_weights(judged.scores, ranks, self.size, min(1.0, max(0.0, progress)), self.outside)
-        if len(ranks) and not (weights == 1).any() and self.outside != 1:
+        if len(ranks) and not (weights == 1).any() and 0 < self.outside != 1 and distributed.is_main():
             log.warning(
                 "update %d: no row lies in the window, so all are drawn alike: it is %.1f rows wide, and %d of %d "
                 "rows have a score of 0 or more, behind which it ends",
