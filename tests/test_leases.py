@@ -41,35 +41,29 @@ def test_a_lease_of_two_stores_is_had_whole_or_not_at_all(files: Files) -> None:
     assert Lease(files, PATHS[:1]).take()  # what it had taken was given back
 
 
-GONE = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout
-
-
 def document(**changes: Any) -> bytes:
     return json.dumps({"host": platform.node(), "pid": os.getpid(), "until": time.time() + 60} | changes).encode()
 
 
-@pytest.mark.parametrize(
-    "held",
-    [
-        b"",
-        b"{",
-        b"[]",
-        document(until="soon"),
-        document(until=0),
-        document(pid=int(GONE)),
-        document(pid="x"),
-        b"3",
-        document(host="elsewhere", until=time.time() + 3e7),
-    ],
-)
-def test_one_that_has_expired_or_cannot_be_read_or_whose_owner_is_gone_is_free(files: Files, held: bytes) -> None:
-    assert files.create(PATHS[0], held)
-    assert Lease(files, PATHS[:1]).take()
-    assert json.loads(files.read(PATHS[0]))["until"] > time.time()
+@pytest.fixture(scope="module")
+def gone() -> int:
+    """The number of a process that has ended."""
+    code = "import os; print(os.getpid())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
 
 
-def test_one_of_another_machine_is_left_alone(files: Files) -> None:
-    assert files.create(PATHS[0], document(host="elsewhere", pid=int(GONE)))
+def test_one_that_has_expired_or_cannot_be_read_or_whose_owner_is_gone_is_free(files: Files, gone: int) -> None:
+    far = document(host="elsewhere", until=time.time() + 3e7)  # of a clock that is wrong
+    unread = (b"", b"{", b"[]", b"3", document(until="soon"), document(pid="x"))
+    for held in (*unread, document(until=0), document(pid=gone), far):
+        files.remove(PATHS[0])
+        assert files.create(PATHS[0], held)
+        assert Lease(files, PATHS[:1]).take(), held
+        assert json.loads(files.read(PATHS[0]))["until"] > time.time()
+
+
+def test_one_of_another_machine_is_left_alone(files: Files, gone: int) -> None:
+    assert files.create(PATHS[0], document(host="elsewhere", pid=gone))
     assert not Lease(files, PATHS[:1]).take()
 
 
