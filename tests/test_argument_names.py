@@ -51,13 +51,13 @@ class Opened:
     trainer: Any
 
     def names(self) -> tuple[str, str, str]:
-        """Return the names of a loss at this state, of the warm-up's end, and of the run."""
+        """Return the names of a loss at this state, of the warm-up's exact end, and of the run."""
         from dataflex.features.spec import LossSpec
         from dataflex.pipelines.run import open_run
         from dataflex.trainers.lineage import lineage
 
         run = open_run(self.settings, self.trainer, "train", self.trainer.rounds)
-        story = lineage(self.trainer, run.state.origin(), run.rows.keys[:12], 0, 3)
+        story = lineage(self.trainer, run.state.origin(), run.rows.keys[:12], 0, 3, is_exact=True)
         return digest(run.state.recipe(LossSpec())), digest(story), run.identity
 
 

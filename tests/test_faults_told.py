@@ -100,7 +100,7 @@ def test_ctrl_c_before_anything_is_begun(capsys, monkeypatch, verb):
     for name, value in LAUNCHED.items():  # so that it launches nothing
         monkeypatch.setenv(name, value)
 
-    def interrupted(settings: Any) -> None:
+    def interrupted(settings: Any, **_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, f"dataflex.pipelines.{verb}", types.SimpleNamespace(**{verb: interrupted}))
