@@ -20,7 +20,7 @@ def stand_in_for_pydantic() -> None:
         return
     module: Any = ModuleType("pydantic")
     module.BaseModel, module.ConfigDict, module.Field = _Model, dict, _field
-    module.BeforeValidator = module.field_validator = module.model_validator = _unchecked
+    module.AfterValidator = module.BeforeValidator = module.field_validator = module.model_validator = _unchecked
     sys.modules["pydantic"] = module
 
 
