@@ -14,11 +14,11 @@ from pydantic import Field
 from dataflex.components.params import ExistingFolder, Parameters
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.features.need import Need
-from dataflex.mixers.base import LossForm, MixContext, NativeMixer, normalised
-from dataflex.mixers.reference import REFERENCE_KINDS, reference_needs
+from dataflex.mixers.base import LossForm, MixContext, normalised
+from dataflex.mixers.reference import REFERENCE_KINDS, Referenced
 
 
-class Doremi(NativeMixer):
+class Doremi(Referenced):
     """Trains a proxy: rows are drawn by fixed proportions p, and the loss of domain i is weighed by a moving alpha_i.
 
     After every step, with lambda_i the mean over the domain's tokens of max(loss - reference loss, 0), both before the
@@ -78,23 +78,13 @@ class Doremi(NativeMixer):
         self._updates = 0
 
     @property
-    def reference_model_path(self) -> str | None:
-        """The parameter of this name."""
-        return self.params.reference_model_path
-
-    @property
-    def reference_is_live(self) -> bool:
-        """True with `reference: live`."""
-        return self.params.reference == "live"
-
-    @property
     def looks_ahead(self) -> bool:
         """True with `exact`."""
         return self.params.exact
 
     def needs(self) -> Sequence[Need]:
         """Need the reference's loss of every token, unless its model stands beside."""
-        return reference_needs(self)
+        return self.reference_needs
 
     @property
     def loss_form(self) -> LossForm:

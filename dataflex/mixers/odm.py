@@ -13,15 +13,15 @@ from dataflex.errors import ConfigError, DataflexError
 from dataflex.features.need import Need
 from dataflex.features.spec import BASE, LossSpec
 from dataflex.mixers.arms import Arms
-from dataflex.mixers.base import MixContext, NativeMixer
-from dataflex.mixers.reference import REFERENCE_KINDS, reference_needs
+from dataflex.mixers.base import MixContext
+from dataflex.mixers.reference import REFERENCE_KINDS, Referenced
 from dataflex.mixers.static import Weights, proportions_of, unknown_names, weight_problems
 
 LOSS_CAP = 16.0
 """Nats: ln of a vocabulary of 500,000, 13.1, and a margin; a higher mean is worse than guessing, and no reward."""
 
 
-class Odm(NativeMixer):
+class Odm(Referenced):
     """Domains of high loss more often, and every domain now and then.
 
     Source: ODM (arXiv 2312.02406). `official`: as the authors' code does it: the moving average of exp(loss), to which
@@ -125,20 +125,10 @@ class Odm(NativeMixer):
         """The base model's losses, if the estimates begin at them."""
         return ("base_losses",) if self.params.initial_losses == "base" else ()
 
-    @property
-    def reference_model_path(self) -> str | None:
-        """The parameter of this name."""
-        return self.params.reference_model_path
-
-    @property
-    def reference_is_live(self) -> bool:
-        """True with `reference: live`."""
-        return self.params.reference == "live"
-
     def needs(self) -> Sequence[Need]:
         """Need the base model's losses, if the estimates begin at them, and those of a reference."""
         base = [Need(LossSpec(), "train", BASE)] if self.params.initial_losses == "base" else []
-        return [*base, *reference_needs(self)]
+        return [*base, *self.reference_needs]
 
     @property
     def whole_batches(self) -> bool:

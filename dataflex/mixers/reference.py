@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dataflex.features.need import Need
 from dataflex.features.spec import TokenLossSpec
@@ -14,8 +15,25 @@ REFERENCE_KINDS = (
 )
 
 
-def reference_needs(mixer: NativeMixer) -> Sequence[Need]:
-    """Return the need of the reference's stored token losses; none without a reference, or if its model runs live."""
-    if mixer.reference_model_path is None or mixer.reference_is_live:
-        return []
-    return [Need(TokenLossSpec(), "train", mixer.reference_model_path)]
+class Referenced(NativeMixer):
+    """Base of mixers with the parameters `reference_model_path` and `reference`, as `REFERENCE_KINDS` describes it."""
+
+    params: Any
+
+    @property
+    def reference_model_path(self) -> str | None:
+        """The parameter of this name."""
+        path: str | None = self.params.reference_model_path
+        return path
+
+    @property
+    def reference_is_live(self) -> bool:
+        """True with `reference: live`."""
+        return bool(self.params.reference == "live")
+
+    @property
+    def reference_needs(self) -> Sequence[Need]:
+        """The need of the reference's stored token losses; none without a reference, or if its model runs live."""
+        if self.reference_model_path is None or self.reference_is_live:
+            return []
+        return [Need(TokenLossSpec(), "train", self.reference_model_path)]
