@@ -237,41 +237,6 @@ def test_the_status_says_what_one_process_alone_failed_of(workspace: Any) -> Non
     assert found == ("failed", 6, "rank 1 lacks rows"), said[-4000:]
 
 
-GONE = """
-import os, signal
-from dataflex.access.fragments import Work
-from dataflex.cli import main
-
-real = Work.compute
-
-def compute(self, cell, least, tally):
-    real(self, cell, least, tally)
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Work.compute = compute
-main()
-"""
-
-
-@pytest.mark.timeout(300)
-def test_a_process_that_is_gone_ends_in_words_and_its_work_is_kept(workspace: Any) -> None:
-    script = workspace.folder / "gone.py"
-    script.write_text(GONE)
-    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 16}
-    path = workspace.write("run", warmup_step=0, dataflex=section)
-    code, said = ended([*TORCHRUN, str(script), "featurize", str(path)], **TWO)
-    assert code != 0
-    assert "the same command" in said, said[-4000:]
-    assert "stay" in said, said[-4000:]
-    own = said.partition("torch/distributed/run.py")[0].partition("ChildFailedError")[0]
-    assert "Traceback" not in own.rpartition("dataflex: ")[0], said[-4000:]
-    (store,) = StoreRoot(workspace.folder / "store").stores()
-    assert store.rows > 0
-    again = workspace.run("featurize", path)
-    assert 0 < again["computed"] < 69
-
-
 NODE = """
 import os, sys
 import torch.distributed as dist
