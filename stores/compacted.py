@@ -9,11 +9,13 @@ time of writing, so that what was removed or written anew since is read from the
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +30,16 @@ _log = logging.getLogger(__name__)
 _NAME = re.compile(r"log-(\d+)-([0-9a-f]{64})\.parquet")
 _KEPT = 2
 """Of the newest so many stay: a reader may just have been told of the one before the last."""
-_META = b"dataflex.log"
+_GROUP = 4096
+_SCHEMA = pa.schema(
+    [
+        pa.field("about", pa.string(), False),
+        pa.field("contents", pa.string()),
+        pa.field("row_keys", pa.large_binary(), False),
+        pa.field("statuses", pa.large_binary(), False),
+    ]
+)
+"""A row for each fragment. `about` is JSON: name, entry, size and time of writing of its file in the log."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +80,20 @@ def read_compacted(files: Files, folder: str) -> dict[str, Held]:
 
 def write_compacted(files: Files, folder: str, held: Mapping[str, Held]) -> None:
     """Put what is known of the fragments into one file, and remove those that it replaces."""
-    keys = np.concatenate([each.keys for each in held.values()])
-    status = np.concatenate([each.status for each in held.values()])
-    about = {name: [asdict(each.entry), *each.stamp] for name, each in held.items()}
-    schema = pa.schema(
-        [pa.field("row_key", pa.binary(KEY_DTYPE.itemsize), False), pa.field("status", pa.uint8(), False)],
-        metadata={_META: json.dumps(about)},
-    )
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(keys).view(np.uint8))]
-    column = pa.FixedSizeBinaryArray.from_buffers(schema.field("row_key").type, len(keys), buffers)
+    rows = [len(each.keys) for each in held.values()]
+    columns = {
+        "about": [
+            json.dumps([name, asdict(replace(each.entry, contents=None)), *each.stamp]) for name, each in held.items()
+        ],
+        "contents": [each.entry.contents for each in held.values()],
+        "row_keys": _joined([each.keys for each in held.values()], rows),
+        "statuses": _joined([each.status for each in held.values()], rows),
+    }
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table([column, pa.array(status)], schema=schema), sink, compression="NONE", use_dictionary=False)
+    table = pa.table(columns, schema=_SCHEMA)
+    pq.write_table(table, sink, compression="NONE", use_dictionary=False, row_group_size=_GROUP)
     data = sink.getvalue().to_pybytes()
-    path = f"{folder}/derived/log-{len(keys)}-{hashlib.sha256(data).hexdigest()}.parquet"
+    path = f"{folder}/derived/log-{sum(rows)}-{hashlib.sha256(data).hexdigest()}.parquet"
     with files.output(path) as file:
         file.write(data)
     others = [f"{folder}/derived/{name}" for name in _names(files, folder)]
@@ -103,15 +115,14 @@ def faulty(files: Files, folder: str, entries: Mapping[str, Entry]) -> Iterator[
         try:
             data = files.read(path)
             is_right = hashlib.sha256(data).hexdigest() == name.rpartition("-")[2].removesuffix(".parquet")
-            said = (
-                {log: each for log, each in _parsed(data).items() if stamps.get(log) == each.stamp} if is_right else {}
-            )
+            said = _parsed(data) if is_right else {}
         except FileNotFoundError:  # replaced between the listing and now
             continue
         except (pa.ArrowException, ValueError, TypeError, KeyError, DataflexError):
             is_right, said = False, {}
-        believed = {log: each for log, each in said.items() if stamps.get(log) == each.stamp}
-        if not is_right or any(entries.get(log) != each.entry for log, each in believed.items()):
+        believed = {log: each.entry.document for log, each in said.items() if stamps.get(log) == each.stamp}
+        known = {log: entry.document for log, entry in entries.items()}
+        if not is_right or any(known.get(log) != document for log, document in believed.items()):
             yield path
 
 
@@ -128,15 +139,35 @@ def _names(files: Files, folder: str) -> list[str]:
 
 
 def _parsed(data: bytes) -> dict[str, Held]:
-    table = pq.read_table(pa.BufferReader(data), use_threads=False)
-    keys = table.column("row_key").combine_chunks()
-    raw = np.frombuffer(keys.buffers()[1], KEY_DTYPE, len(keys), keys.offset * KEY_DTYPE.itemsize)
-    status = table.column("status").to_numpy()
-    found, start = {}, 0
-    for name, (entry, size, modified) in json.loads(table.schema.metadata[_META]).items():
-        made = Entry(**entry)
-        part = slice(start, start := start + made.rows)
-        found[name] = Held(made, (size, modified), raw[part], status[part])
-    if start != len(raw):
-        raise ValueError(f"{start} rows by its entries, {len(raw)} keys")
+    found = {}
+    table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA, use_threads=False)
+    for batch in table.to_batches():
+        about = json.loads(f"[{','.join(batch.column('about').to_pylist())}]")
+        keys, status = _split(batch.column("row_keys"), KEY_DTYPE), _split(batch.column("statuses"), np.dtype(np.uint8))
+        # What only a reader of a fragment's values needs stays text until then.
+        inside = batch.column("contents").to_pylist()
+        for (name, entry, size, modified), text, some, states in zip(about, inside, keys, status, strict=True):
+            made = Entry(**{**entry, "contents": text})
+            if not len(some) == len(states) == made.rows:
+                raise ValueError(f"{name}: {made.rows} rows, {len(some)} keys, {len(states)} statuses")
+            found[name] = Held(made, (size, modified), some, states)
     return found
+
+
+def _joined(arrays: Sequence[np.ndarray], rows: Sequence[int]) -> pa.LargeBinaryArray:
+    """Return a column with the bytes of each array (R,) as one value."""
+    values = np.concatenate(arrays)
+    offsets = np.cumsum([0, *rows]) * values.itemsize
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(values.view(np.uint8))]
+    return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), buffers)
+
+
+def _split(column: pa.LargeBinaryArray, dtype: np.dtype[Any]) -> list[np.ndarray]:
+    """Return the arrays (R,) whose bytes are the values of a column, without a copy."""
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    if (bounds % dtype.itemsize).any():
+        raise ValueError(f"values that are no whole numbers of {dtype.itemsize} bytes")
+    values, cuts = np.frombuffer(data, np.uint8)[: bounds[-1]], (bounds // dtype.itemsize).tolist()
+    typed = values.view(dtype)
+    return [typed[start:stop] for start, stop in itertools.pairwise(cuts)]

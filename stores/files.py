@@ -101,25 +101,32 @@ class Files(ABC):
 
         A part that reaches beyond the end of its file comes back shorter.
         """
-        return [self._part(extent) for extent in wanted]
+        found: list[bytes | None] = []
+        for path, some in itertools.groupby(wanted, key=lambda extent: extent[0]):
+            extents = list(some)
+            try:
+                with self.open(path) as file:
+                    size = file.size()
+                    for _, start, stop in extents:
+                        file.seek(min(start, size))
+                        # What the caller wants may be more than memory, if it believed a crafted log.
+                        found.append(bytes(file.read(max(0, (size if stop is None else min(stop, size)) - start))))
+            except FileNotFoundError:
+                found += [None] * len(extents)
+        return found
 
     def sha256(self, path: str) -> str:
         """Return a file's SHA-256, in hexadecimal. Raises FileNotFoundError."""
         with self.open(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def size(self, path: str) -> int | None:
+        """Return a file's bytes where to know them costs no request; None elsewhere, and where there is none."""
+        return None
+
     def name(self, path: str) -> str:
         """Name a file for people."""
         return f"{self.url}/{path}"
-
-    def _part(self, extent: Extent) -> bytes | None:
-        path, start, stop = extent
-        try:
-            with self.open(path) as file:
-                file.seek(start)
-                return bytes(file.read(None if stop is None else stop - start))
-        except FileNotFoundError:
-            return None
 
 
 class HashingWriter:
@@ -178,6 +185,13 @@ class LocalFiles(Files):
             return pa.OSFile(str(self.root / path))
         except NotADirectoryError as error:  # a file lies where a folder above belongs: to the caller, nothing is there
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root / path)) from error
+
+    def size(self, path: str) -> int | None:
+        """Return a file's bytes, or None."""
+        try:
+            return os.stat(self.root / path).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def names(self, folder: str) -> list[str]:
         """List the names in a folder, sorted."""

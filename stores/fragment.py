@@ -20,12 +20,13 @@ from dataflex.fingerprint import canonical
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
-from dataflex.stores.record import FORMAT
 from dataflex.stores.rounding import STORAGES, encode
 from dataflex.stores.values import Layout, Values
 
 _GROUP_ROWS, _GROUP_BYTES = 4096, 64 << 20  # a reader holds one row group at a time, so this bounds its memory
-_PAGE_BYTES = 8 << 20
+_PAGE_BYTES = 2 * _GROUP_BYTES  # one page for each column of a row group: its values lie one after another
+FORMAT = 1
+"""Version of data files. Raise it when an older DataFlex could misread the new ones."""
 
 
 def schema(layout: Layout) -> pa.Schema:

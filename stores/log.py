@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dataflex.errors import ConflictError, CorruptionError, DataflexError
@@ -30,6 +30,9 @@ class Entry:
         keys: `dataflex.fingerprint.keys_digest` of its row keys.
         status: name of each status -> rows that have it.
         writer: unique to the writing process.
+        contents: where its data file holds what, as text of `dataflex.stores.contents`; None in logs of old, of whose
+            data files each has to be read and hashed whole once. It follows from the data file, so two entries that
+            differ in nothing else are equal.
     """
 
     fragment: str
@@ -39,6 +42,7 @@ class Entry:
     keys: str
     status: dict[str, int]
     writer: str
+    contents: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not _FRAGMENT_ID.fullmatch(self.fragment):
@@ -49,7 +53,13 @@ class Entry:
     @property
     def digest(self) -> str:
         """Name this commit."""
-        return digest(asdict(self))
+        return digest({name: value for name, value in asdict(self).items() if name != "contents"})
+
+    @property
+    def document(self) -> tuple[dict[str, Any], int]:
+        """What its file says, and the version of documents that a reader has to know."""
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        return said, 1 if self.contents is None else 2
 
 
 def parse(record: dict[str, Any], name: str, where: str) -> Entry:
@@ -60,6 +70,7 @@ def parse(record: dict[str, Any], name: str, where: str) -> Entry:
     """
     fields = {key: value for key, value in record.items() if key != "format"}
     kinds = {"fragment": str, "data": str, "bytes": int, "rows": int, "keys": str, "status": dict, "writer": str}
+    kinds |= {"contents": str} if "contents" in fields else {}
     fits = fields.keys() == kinds.keys() and all(type(fields[key]) is kind for key, kind in kinds.items())
     # The hash becomes part of a path, so it may be nothing but a hash.
     if not fits or not _SHA256.fullmatch(fields["data"]) or re.sub(r"(~\d+)?\.json$", "", name) != fields["fragment"]:
@@ -129,7 +140,8 @@ class Log:
         Raises:
             ConflictError: another writer committed other rows under the same fragment id.
         """
-        return self._same_rows(entry, claim(self.files, self.folder, entry.fragment, asdict(entry))[0])
+        body, version = entry.document
+        return self._same_rows(entry, claim(self.files, self.folder, entry.fragment, body, version)[0])
 
     def _same_rows(self, entry: Entry, record: dict[str, Any]) -> Entry:
         # Row keys, not the data's SHA-256: in half precision two writers' values may differ, and both are right.

@@ -24,6 +24,7 @@ from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.fingerprint import digest, keys_digest
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.compacted import Held, read_compacted, stamps_of, write_compacted
+from dataflex.stores.contents import contents_of
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import serialise
@@ -122,6 +123,7 @@ class ParquetStore:
             keys=keys_digest(values.keys),
             status={status.name.lower(): int((values.status == status).sum()) for status in Status},
             writer=_WRITER,
+            contents=contents_of(self.layout, data).text(),
         )
         kept = self._log.find(entry)
         if kept is None:  # the data are durable before the entry that names them: a crash between leaves an unused file

@@ -11,16 +11,16 @@ from dataflex.errors import CorruptionError, MismatchError
 from dataflex.fingerprint import canonical, digest
 from dataflex.stores.files import Files
 
-FORMAT = 1
-"""Version of everything that a store writes. Raise it when an older DataFlex could misread the new files."""
+FORMAT = 2
+"""The highest version of a document that is read. Raise it when an older DataFlex could misread the new documents."""
 
 _log = logging.getLogger(__name__)
 _LIMIT = 16 << 20  # bytes; a recipe with every tensor of a large model in it is far below
 
 
-def seal(body: dict[str, Any]) -> bytes:
-    """Serialise a document together with the format version and its own digest."""
-    document = {"format": FORMAT, **body}
+def seal(body: dict[str, Any], version: int = 1) -> bytes:
+    """Serialise a document together with its own digest and the format that a reader has to know."""
+    document = {"format": version, **body}
     document["digest"] = digest(document)
     return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False).encode()
 
@@ -64,7 +64,7 @@ def read_record(files: Files, path: str) -> dict[str, Any]:
     return unseal(data, files.name(path))
 
 
-def claim(files: Files, folder: str, stem: str, body: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+def claim(files: Files, folder: str, stem: str, body: dict[str, Any], version: int = 1) -> tuple[dict[str, Any], bool]:
     """Put a document under `folder/stem.json` unless an intact one is there; return the one there, and if it is ours.
 
     `body` must hold a value that no other writer has: the answer to a successful creation can get lost on the way, and
@@ -72,7 +72,7 @@ def claim(files: Files, folder: str, stem: str, body: dict[str, Any]) -> tuple[d
     it first would race with another writer who does the same.
     """
     body = json.loads(canonical(body))  # a tuple would come back as a list
-    data = seal(body)
+    data = seal(body, version)
     for attempt in itertools.count():
         path = f"{folder}/{stem}~{attempt}.json" if attempt else f"{folder}/{stem}.json"
         if files.create(path, data):

@@ -1,15 +1,21 @@
-"""The commits that one read sees: an index of their row keys, and their values by row groups. R rows asked for."""
+"""The commits that one read sees: an index of their row keys, and their values by row groups.
+
+Of a data file only the parts that hold what is asked for are read, and each is held against its digest in the log. Of
+one that an older DataFlex committed without these, the whole is read and hashed on first use. R rows asked for.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
 from dataflex.stores.compacted import Held
+from dataflex.stores.contents import Chunk, Contents, Span, parse
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
@@ -17,6 +23,44 @@ from dataflex.stores.locations import Locations
 from dataflex.stores.log import Entry
 from dataflex.stores.problem import CURE
 from dataflex.stores.values import Layout
+
+_TOGETHER = 16 << 20
+"""Bytes that are asked for at once: an object store answers many requests in the time of one."""
+_FRAGMENTS = 512
+"""Fragments whose row keys are read at once."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Rows of one row group of a data file that are wanted.
+
+    Attributes:
+        slots: what they fill of all that is wanted.
+        path: of the data file.
+        keys: (r,) their keys.
+        status: (r,) uint8.
+        rows: (r,) of the row group, sorted.
+        chunks: the columns wanted of them.
+        spans: the parts of each column that hold them.
+    """
+
+    slots: slice
+    path: str
+    keys: np.ndarray
+    status: np.ndarray
+    rows: np.ndarray
+    chunks: Mapping[str, Chunk]
+    spans: Mapping[str, Sequence[Span]]
+
+    @property
+    def parts(self) -> list[tuple[Chunk, Span]]:
+        """What has to be read."""
+        return [(chunk, span) for name, chunk in self.chunks.items() for span in self.spans[name]]
+
+    @property
+    def bytes(self) -> int:
+        """How much that is."""
+        return sum(stop - start for start, stop in (chunk.extent(span) for chunk, span in self.parts))
 
 
 class Snapshot:
@@ -47,18 +91,20 @@ class Snapshot:
         self.folder = folder
         self.layout = layout
         self.entries = entries
+        self._names = list(entries)
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         before = {} if earlier is None else earlier._known
-        self._checked: set[str] = set() if earlier is None else earlier._checked
+        self._hashed: set[str] = set() if earlier is None else earlier._hashed
+        self._measured: set[str] = set() if earlier is None else earlier._measured
         for name, entry in entries.items():  # committed files never change, so those known are not read again
             if name in before and earlier is not None and earlier.entries[name] == entry:
                 self._known[name] = before[name]
             elif name in held and held[name].entry == entry:
                 self._known[name] = held[name].keys, held[name].status
-            else:
-                self._known[name] = self._read_keys(entry)
-        self.locations = Locations([keys for keys, _ in self._known.values()])
-        self.status = np.concatenate([np.empty(0, np.uint8), *(status for _, status in self._known.values())])
+        self._read_keys({name: entry for name, entry in entries.items() if name not in self._known})
+        known = [self._known[name] for name in entries]
+        self.locations = Locations([keys for keys, _ in known])
+        self.status = np.concatenate([np.empty(0, np.uint8), *(status for _, status in known)])
         """(N,) status of every row of every fragment."""
 
     def known(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,44 +122,136 @@ class Snapshot:
         Raises:
             CorruptionError: a data file is missing or damaged.
         """
-        bounds = itertools.pairwise(np.searchsorted(positions, self.locations.offsets))
-        for entry, offset, (low, high) in zip(self.entries.values(), self.locations.offsets, bounds, strict=False):
-            if low == high:
+        held: list[_Asked] = []
+        size = 0
+        cuts = np.searchsorted(positions, self.locations.offsets)
+        for at in np.flatnonzero(np.diff(cuts)):
+            low, high = int(cuts[at]), int(cuts[at + 1])
+            name, rows = self._names[at], positions[low:high] - self.locations.offsets[at]
+            if self.entries[name].contents is None:
+                yield from self._fetched(held, columns)
+                held, size = [], 0
+                yield from self._of_old(self.entries[name], rows, low, columns, vectors)
                 continue
-            rows = positions[low:high] - offset
-            with self._open(entry) as fragment:
-                cuts = itertools.pairwise(np.searchsorted(rows, fragment.starts))
-                for group, (start, stop) in enumerate(cuts):
-                    if start < stop:
-                        part = fragment.group(group, columns, vectors)
-                        wanted = rows[start:stop] - fragment.starts[group]
-                        is_whole = len(wanted) == len(part.keys) and bool((np.diff(wanted) == 1).all())
-                        yield slice(low + start, low + stop), part if is_whole else part.take(wanted)
+            for asked in self._asked(name, rows, low, columns, vectors):
+                if held and size + asked.bytes > _TOGETHER:
+                    yield from self._fetched(held, columns)
+                    held, size = [], 0
+                held.append(asked)
+                size += asked.bytes
+        yield from self._fetched(held, columns)
+
+    def _asked(self, name: str, rows: np.ndarray, low: int, columns: Sequence[str], vectors: bool) -> Iterator[_Asked]:
+        """Yield what to read for sorted rows (r,) of a fragment, the first of which fills slot `low`."""
+        entry, (keys, status) = self.entries[name], self._known[name]
+        self._refuse_cut(entry)
+        names = [*columns, *(("scale", "vector") if vectors else ())]
+        contents = self._contents(entry)
+        cuts = itertools.pairwise(np.searchsorted(rows, contents.starts).tolist())
+        for chunks, begin, (start, stop) in zip(contents.groups, contents.starts, cuts, strict=False):
+            if start < stop:
+                some = rows[start:stop]
+                mine = {name: chunks[name] for name in names if name in chunks}
+                spans = {name: chunk.spans(some - begin) for name, chunk in mine.items()}
+                slots = slice(low + start, low + stop)
+                yield _Asked(slots, self._path(entry), keys[some], status[some], some - begin, mine, spans)
+
+    def _fetched(self, asked: Sequence[_Asked], columns: Sequence[str]) -> Iterator[tuple[slice, Encoded]]:
+        """Read parts of many files at once, and yield the rows in them."""
+        data = iter(self._read([(one.path, chunk, span) for one in asked for chunk, span in one.parts]))
+        for one in asked:
+            taken = {
+                name: chunk.take(one.rows, one.spans[name], list(itertools.islice(data, len(one.spans[name]))))
+                for name, chunk in one.chunks.items()
+            }
+            scalars = {name: taken[name] for name in columns}
+            yield one.slots, Encoded(one.keys, one.status, scalars, taken.get("vector"), taken.get("scale"))
+
+    def _read(self, parts: Sequence[tuple[str, Chunk, Span]]) -> list[bytes]:
+        """Return parts of data files, each held against its digest."""
+        found = self.files.fetch([(path, *chunk.extent(span)) for path, chunk, span in parts])
+        whole = []
+        for (path, chunk, span), data in zip(parts, found, strict=True):
+            if data is None:
+                raise _missing(self.files.name(path))
+            if not chunk.is_whole(span, data):
+                start, stop = chunk.extent(span)
+                raise CorruptionError(
+                    f"{self.files.name(path)} is damaged: bytes {start} to {stop} are not those committed; {CURE}"
+                )
+            whole.append(data)
+        return whole
+
+    def _of_old(
+        self, entry: Entry, rows: np.ndarray, low: int, columns: Sequence[str], vectors: bool
+    ) -> Iterator[tuple[slice, Encoded]]:
+        """Yield sorted rows (r,) of a fragment of whose inside the log says nothing."""
+        with self._open(entry) as fragment:
+            cuts = itertools.pairwise(np.searchsorted(rows, fragment.starts))
+            for group, (start, stop) in enumerate(cuts):
+                if start < stop:
+                    part = fragment.group(group, columns, vectors)
+                    yield slice(low + start, low + stop), part.take(rows[start:stop] - fragment.starts[group])
 
     def _path(self, entry: Entry) -> str:
         return f"{self.folder}/{entry.data}.parquet"
 
-    def _read_keys(self, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
-        with self._open(entry) as fragment:
-            keys, status = fragment.keys()
-            if len(keys) != entry.rows or keys_digest(keys) != entry.keys:
-                raise CorruptionError(f"{fragment.name} is damaged: its row keys are not those committed; {CURE}")
-            return keys, status
+    def _contents(self, entry: Entry) -> Contents:
+        assert entry.contents is not None
+        where = f"the log entry of {entry.fragment} ({self.files.name(self.folder)})"
+        return parse(entry.contents, self.layout, entry.rows, entry.bytes, where)
+
+    def _refuse_cut(self, entry: Entry) -> None:
+        """Refuse a data file that is shorter than what was committed, or longer, also where that holds no value."""
+        size = self.files.size(self._path(entry)) if entry.data not in self._measured else None
+        if size not in (None, entry.bytes):
+            path = self.files.name(self._path(entry))
+            raise CorruptionError(f"{path} is damaged: {size} bytes, {entry.bytes} were committed; {CURE}")
+        self._measured.add(entry.data)
+
+    def _read_keys(self, entries: Mapping[str, Entry]) -> None:
+        """Learn the row keys and statuses of fragments, those of many at once."""
+        names = list(entries)
+        for some in (names[start : start + _FRAGMENTS] for start in range(0, len(names), _FRAGMENTS)):
+            groups = {name: self._contents(entries[name]).groups for name in some if entries[name].contents is not None}
+            for name in groups:
+                self._refuse_cut(entries[name])
+            chunks = [
+                (self._path(entries[name]), group[column])
+                for name, inside in groups.items()
+                for group in inside
+                for column in ("row_key", "status")
+            ]
+            data = iter(self._read([(path, chunk, chunk.whole) for path, chunk in chunks]))
+            values = (chunk.column.values(part, chunk.rows) for (_, chunk), part in zip(chunks, data, strict=True))
+            for name in some:
+                if name in groups:
+                    found = [next(values) for _ in range(2 * len(groups[name]))]
+                    keys, status = np.concatenate(found[::2]), np.concatenate(found[1::2])
+                else:
+                    with self._open(entries[name]) as fragment:
+                        keys, status = fragment.keys()
+                if len(keys) != entries[name].rows or keys_digest(keys) != entries[name].keys:
+                    path = self.files.name(self._path(entries[name]))
+                    raise CorruptionError(f"{path} is damaged: its row keys are not those committed; {CURE}")
+                self._known[name] = keys, status
 
     def _open(self, entry: Entry) -> Fragment:
-        """Open a data file. Its SHA-256 is checked on first use: page CRCs do not cover the footer, which Arrow trusts.
+        """Open a data file as Parquet. Its SHA-256 is checked on first use: page CRCs do not cover the footer.
 
-        Of some footers with one wrong bit it makes wrong rows, and of some the end of the process.
+        Arrow trusts that: of some footers with one wrong bit it makes wrong rows, and of some the end of the process.
         """
         path = self._path(entry)
-        if entry.data not in self._checked:
+        if entry.data not in self._hashed:
             try:
                 found = self.files.sha256(path)
             except FileNotFoundError as error:
-                raise CorruptionError(
-                    f"{self.files.name(path)} is missing although it was committed; {CURE}"
-                ) from error
+                raise _missing(self.files.name(path)) from error
             if found != entry.data:
                 raise CorruptionError(f"{self.files.name(path)} is damaged: its SHA-256 is {found[:12]}…; {CURE}")
-            self._checked.add(entry.data)
+            self._hashed.add(entry.data)
         return Fragment(self.files, path, self.layout)
+
+
+def _missing(name: str) -> CorruptionError:
+    return CorruptionError(f"{name} is missing although it was committed; {CURE}")

@@ -10,6 +10,7 @@ from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import Status
 from dataflex.stores.compacted import faulty
+from dataflex.stores.contents import parse
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
 from dataflex.stores.log import Entry, Log
@@ -66,6 +67,9 @@ def _fault(files: Files, path: str, layout: Layout | None, entries: Sequence[Ent
             return f"{files.name(path)} is damaged: its SHA-256 is not the one committed"
         if layout is None:
             return None
+        for entry in entries:
+            if entry.contents is not None and not _agrees(files, path, layout, entry):
+                return f"the log entry of fragment {entry.fragment} does not say what {files.name(path)} holds"
         with Fragment(files, path, layout) as fragment:
             keys, _ = fragment.keys()
             counts = np.zeros(256, np.int64)
@@ -80,3 +84,14 @@ def _fault(files: Files, path: str, layout: Layout | None, entries: Sequence[Ent
         if (len(keys), keys_digest(keys), status) != (entry.rows, entry.keys, entry.status):
             return f"{files.name(path)} does not hold the rows that fragment {entry.fragment} committed"
     return None
+
+
+def _agrees(files: Files, path: str, layout: Layout, entry: Entry) -> bool:
+    """Say whether the parts of a whole data file are what its log entry says of them."""
+    assert entry.contents is not None
+    contents = parse(entry.contents, layout, entry.rows, entry.bytes, files.name(path))
+    for group in contents.groups:
+        data = files.fetch([(path, *chunk.extent(chunk.whole)) for chunk in group.values()])
+        if not all(chunk.is_whole(chunk.whole, part or b"") for chunk, part in zip(group.values(), data, strict=True)):
+            return False
+    return True

@@ -1,0 +1,248 @@
+"""Where a data file holds the values of each column, and digests of their parts.
+
+To everybody else a data file is Parquet. Its values are plain, though: uncompressed, of fixed size, none missing, one
+page for each column of a row group, so that they lie one after another in it. With their place and the digest of every
+16 KiB of them in the log, a reader takes the parts that it needs and believes them without parsing or hashing the rest.
+
+The log says it as text, a line for each column of each row group, in the order of the file:
+
+    <column> <rows> <offset of the first value, in bytes> <digests of the parts, in base64>
+
+R rows, D numbers per vector.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataflex.errors import CorruptionError, DataflexError
+from dataflex.rows import KEY_DTYPE
+from dataflex.stores.rounding import STORAGES
+from dataflex.stores.values import Layout
+
+_PART_BYTES = 16 << 10
+_DIGEST_BYTES = 16  # of SHA-256: 128 bits
+
+Span = tuple[int, int]
+"""Parts of a column of a row group: the first, and the one after the last."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How the values of a column lie in a data file, as Parquet's plain encoding has them.
+
+    Attributes:
+        dtype: of a value, or of one number of a vector.
+        numbers: D for a vector, 0 for a scalar.
+    """
+
+    dtype: np.dtype[Any]
+    numbers: int = 0
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value in the file."""
+        return 1 if self.dtype.kind == "b" else 8 * self._stored.itemsize * max(1, self.numbers)
+
+    @property
+    def part_rows(self) -> int:
+        """Rows of a part: 16 KiB of values, or one value that is larger."""
+        return max(1, 8 * _PART_BYTES // self.bits)
+
+    def size(self, rows: int) -> int:
+        """Return the bytes of so many values."""
+        return -(-rows * self.bits // 8)
+
+    def packed(self, values: np.ndarray) -> np.ndarray:
+        """Return the bytes (n,) uint8 of values (R,) or (R, D)."""
+        if self.dtype.kind == "b":
+            return np.packbits(values, bitorder="little")
+        return np.ascontiguousarray(values, self._stored).reshape(-1).view(np.uint8)
+
+    def values(self, packed: bytes, rows: int) -> np.ndarray:
+        """Return values (R,), or (R, D) where a value is a vector, of their bytes."""
+        if self.dtype.kind == "b":
+            return np.unpackbits(np.frombuffer(packed, np.uint8), count=rows, bitorder="little").astype(bool)
+        found = np.frombuffer(packed, self._stored)
+        return found.reshape(rows, self.numbers) if self.numbers else found.astype(self.dtype, copy=False)
+
+    @property
+    def _stored(self) -> np.dtype[Any]:
+        """Parquet has no integers of fewer than four bytes."""
+        is_small = self.dtype.kind in "iu" and self.dtype.itemsize < 4 and not self.numbers
+        return np.dtype(f"<{self.dtype.kind}4") if is_small else self.dtype
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The values of one column in one row group.
+
+    Attributes:
+        column: how they lie there.
+        rows: of the row group.
+        offset: of the first, in bytes from the beginning of the file.
+        digests: of the parts, one after another.
+    """
+
+    column: Column
+    rows: int
+    offset: int
+    digests: bytes
+
+    @property
+    def whole(self) -> Span:
+        """All parts."""
+        return 0, -(-self.rows // self.column.part_rows)
+
+    def spans(self, rows: np.ndarray) -> list[Span]:
+        """Return the parts that hold rows (r,) of the row group, sorted; those that adjoin together."""
+        parts = np.unique(rows // self.column.part_rows)
+        breaks = np.flatnonzero(np.diff(parts) > 1) + 1
+        return [(int(run[0]), int(run[-1]) + 1) for run in np.split(parts, breaks)]
+
+    def extent(self, span: Span) -> tuple[int, int]:
+        """Return where some parts begin and end, in bytes from the beginning of the file."""
+        first, end = (self.column.size(min(part * self.column.part_rows, self.rows)) for part in span)
+        return self.offset + first, self.offset + end
+
+    def is_whole(self, span: Span, data: bytes) -> bool:
+        """Say whether these are the bytes of some parts."""
+        start, stop = self.extent(span)
+        if len(data) != stop - start:
+            return False
+        size = self.column.size(self.column.part_rows)
+        view = memoryview(data)
+        found = [_digest(view[at : at + size]) for at in range(0, len(data), size)]
+        return b"".join(found) == self.digests[span[0] * _DIGEST_BYTES : span[1] * _DIGEST_BYTES]
+
+    def take(self, rows: np.ndarray, spans: Sequence[Span], data: Sequence[bytes]) -> np.ndarray:
+        """Return the values of rows (r,) of the row group, sorted, given the bytes of the parts that hold them."""
+        size = self.column.part_rows
+        bounds = [(first * size, min(end * size, self.rows)) for first, end in spans]
+        arrays = [self.column.values(part, end - first) for part, (first, end) in zip(data, bounds, strict=True)]
+        if len(arrays) == 1 and len(rows) == len(arrays[0]) and bool((np.diff(rows) == 1).all()):
+            return arrays[0]  # all of them, once each: no copy
+        cuts = np.searchsorted(rows, [first for first, _ in bounds[1:]])
+        asked = zip(arrays, np.split(rows, cuts), bounds, strict=True)
+        taken = [array[some - first] for array, some, (first, _) in asked]
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the log says of the inside of one data file.
+
+    Attributes:
+        groups: the row groups; of each, its columns by name.
+    """
+
+    groups: Sequence[Mapping[str, Chunk]]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(G + 1,) first row of each row group, and the number of rows."""
+        return np.cumsum([0, *(group["row_key"].rows for group in self.groups)])
+
+    def text(self) -> str:
+        """Return it as the log has it."""
+        lines = [
+            f"{name} {chunk.rows} {chunk.offset} {base64.b64encode(chunk.digests).decode()}"
+            for group in self.groups
+            for name, chunk in group.items()
+        ]
+        return "\n".join(lines)
+
+
+def columns_of(layout: Layout) -> dict[str, Column]:
+    """Return the columns of a store's data files, in their order."""
+    found = {"row_key": Column(KEY_DTYPE), "status": Column(np.dtype(np.uint8))}
+    found |= {name: Column(np.dtype(dtype)) for name, dtype in layout.scalars.items()}
+    if layout.width:
+        if layout.storage != "float32":
+            found["scale"] = Column(np.dtype("<f4"))
+        found["vector"] = Column(STORAGES[layout.storage], layout.width)
+    return found
+
+
+def contents_of(layout: Layout, data: pa.Buffer) -> Contents:
+    """Find the values in a data file that was just written.
+
+    Raises:
+        DataflexError: pyarrow laid them out in another way than Parquet's plain encoding of fixed-size values.
+    """
+    file = pq.ParquetFile(pa.BufferReader(data))
+    raw, groups = np.frombuffer(data, np.uint8), []
+    for number in range(file.num_row_groups):
+        about = file.metadata.row_group(number)
+        table = file.read_row_group(number, use_threads=False)
+        group = {}
+        for index, (name, column) in enumerate(columns_of(layout).items()):
+            chunk, values = about.column(index), column.packed(_values(table.column(name), column))
+            # The header of the page lies before its values, and they end where it ends.
+            offset = chunk.data_page_offset + chunk.total_compressed_size - len(values)
+            if not np.array_equal(raw[offset : offset + len(values)], values):
+                raise DataflexError(
+                    f"pyarrow {pa.__version__} writes column {name} in another way than DataFlex reads it; install one "
+                    "of the versions of constraints.txt"
+                )
+            group[name] = Chunk(column, about.num_rows, offset, _digests(column, values))
+        groups.append(group)
+    return Contents(groups)
+
+
+def parse(text: str, layout: Layout, rows: int, size: int, where: str) -> Contents:
+    """Return what the log says of a data file of so many rows and bytes.
+
+    Raises:
+        CorruptionError: it says what cannot be.
+    """
+    columns = columns_of(layout)
+    lines = text.split("\n")
+    groups = []
+    try:
+        for start in range(0, len(lines), len(columns)):
+            group = {}
+            for (name, column), line in zip(columns.items(), lines[start : start + len(columns)], strict=True):
+                said, count, offset, digests = line.split(" ")
+                chunk = Chunk(column, int(count), int(offset), base64.b64decode(digests, validate=True))
+                end = chunk.offset + column.size(chunk.rows)
+                fits = chunk.rows > 0 and 0 <= chunk.offset and end <= size
+                if said != name or not fits or len(chunk.digests) != chunk.whole[1] * _DIGEST_BYTES:
+                    raise ValueError(line[:100])
+                group[name] = chunk
+            if len({chunk.rows for chunk in group.values()}) != 1:
+                raise ValueError("columns of different length")
+            groups.append(group)
+    except (ValueError, binascii.Error) as error:
+        raise CorruptionError(f"{where} is damaged: it says of its data file what cannot be ({error})") from error
+    found = Contents(groups)
+    if found.starts[-1] != rows:
+        raise CorruptionError(f"{where} is damaged: {rows} rows, of which its data file would have {found.starts[-1]}")
+    return found
+
+
+def _values(column: pa.ChunkedArray, kind: Column) -> np.ndarray:
+    if not pa.types.is_fixed_size_binary(column.type):
+        found: np.ndarray = column.to_numpy()
+        return found
+    chunk = column.combine_chunks()
+    width = column.type.byte_width
+    return np.frombuffer(chunk.buffers()[1], kind.dtype, len(chunk) * max(1, kind.numbers), chunk.offset * width)
+
+
+def _digests(column: Column, values: np.ndarray) -> bytes:
+    size = column.size(column.part_rows)
+    return b"".join(_digest(values[start : start + size].data) for start in range(0, len(values), size))
+
+
+def _digest(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()[:_DIGEST_BYTES]
