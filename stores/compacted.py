@@ -69,8 +69,8 @@ def read_compacted(files: Files, folder: str) -> dict[str, Held]:
     for name in _names(files, folder):
         path = f"{folder}/derived/{name}"
         try:
-            data = files.read(path)
-            if hashlib.sha256(data).hexdigest() == name.rpartition("-")[2].removesuffix(".parquet"):
+            data = _cached(files, path, name)
+            if _is_right(name, data):
                 return _parsed(data)
             _log.warning("%s is damaged: its content is not what its name says; the log is read instead", path)
         except (pa.ArrowException, ValueError, TypeError, KeyError, DataflexError, OSError) as error:
@@ -114,7 +114,7 @@ def faulty(files: Files, folder: str, entries: Mapping[str, Entry]) -> Iterator[
         path = f"{folder}/derived/{name}"
         try:
             data = files.read(path)
-            is_right = hashlib.sha256(data).hexdigest() == name.rpartition("-")[2].removesuffix(".parquet")
+            is_right = _is_right(name, data)
             said = _parsed(data) if is_right else {}
         except FileNotFoundError:  # replaced between the listing and now
             continue
@@ -136,6 +136,25 @@ def _names(files: Files, folder: str) -> list[str]:
     """List the files, the one of the most rows first."""
     found = [match for match in map(_NAME.fullmatch, files.names(f"{folder}/derived")) if match is not None]
     return [match[0] for match in sorted(found, key=lambda match: (-int(match[1]), match[0]))]
+
+
+def _cached(files: Files, path: str, name: str) -> bytes:
+    """Read a file from the cache if it is there, else from storage."""
+    if files.cache is None:
+        return files.read(path)
+    data = files.cache.read(_sha256(name))
+    if not _is_right(name, data):
+        data = files.read(path)
+        files.cache.keep(_sha256(name), 0, data)
+    return data
+
+
+def _is_right(name: str, data: bytes) -> bool:
+    return hashlib.sha256(data).hexdigest() == _sha256(name)
+
+
+def _sha256(name: str) -> str:
+    return name.rpartition("-")[2].removesuffix(".parquet")
 
 
 def _parsed(data: bytes) -> dict[str, Held]:

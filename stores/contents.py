@@ -114,15 +114,19 @@ class Chunk:
         first, end = (self.column.size(min(part * self.column.part_rows, self.rows)) for part in span)
         return self.offset + first, self.offset + end
 
-    def is_whole(self, span: Span, data: bytes) -> bool:
-        """Say whether these are the bytes of some parts."""
-        start, stop = self.extent(span)
-        if len(data) != stop - start:
-            return False
-        size = self.column.size(self.column.part_rows)
-        view = memoryview(data)
-        found = [_digest(view[at : at + size]) for at in range(0, len(data), size)]
-        return b"".join(found) == self.digests[span[0] * _DIGEST_BYTES : span[1] * _DIGEST_BYTES]
+    def wrong(self, span: Span, data: bytes) -> list[Span]:
+        """Return which of some parts these bytes do not hold, those that adjoin together; none: all are right."""
+        size, view = self.column.size(self.column.part_rows), memoryview(data)
+        found: list[Span] = []
+        for number, part in enumerate(range(*span)):
+            expected = self.digests[part * _DIGEST_BYTES : (part + 1) * _DIGEST_BYTES]
+            if _digest(view[number * size : (number + 1) * size]) == expected:
+                continue
+            if found and found[-1][1] == part:
+                found[-1] = found[-1][0], part + 1
+            else:
+                found.append((part, part + 1))
+        return found
 
     def take(self, rows: np.ndarray, spans: Sequence[Span], data: Sequence[bytes]) -> np.ndarray:
         """Return the values of rows (r,) of the row group, sorted, given the bytes of the parts that hold them."""

@@ -22,6 +22,7 @@ from typing import BinaryIO, Literal
 import pyarrow as pa
 
 from dataflex.errors import CorruptionError, DataflexError
+from dataflex.stores.part_cache import PartCache
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Files(ABC):
     """Files under `url`. Paths are relative to it, with `/`; the first part of each is a store's folder."""
 
     url: str
+    cache: PartCache | None = None
+    """Keeps what was read of files that never change; None where they are near."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> bool:

@@ -13,6 +13,7 @@ from dataflex.errors import ConfigError, ConflictError, CorruptionError, Mismatc
 from dataflex.fingerprint import difference, digest
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.part_cache import part_cache
 from dataflex.stores.record import claim, find_record
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.states import StateStore
@@ -37,7 +38,9 @@ def open_files(root: str | os.PathLike[str]) -> Files:
     refuse_unreachable(url)
     protocol, separator, path = url.partition("://")
     if separator and protocol not in LOCAL:
-        return RemoteFiles(url)
+        files = RemoteFiles(url)
+        files.cache = part_cache()
+        return files
     return LocalFiles(path if separator else url)
 
 

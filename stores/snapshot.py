@@ -21,6 +21,7 @@ from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
 from dataflex.stores.locations import Locations
 from dataflex.stores.log import Entry
+from dataflex.stores.pieces import Piece, missing, path_of, read_pieces
 from dataflex.stores.problem import CURE
 from dataflex.stores.values import Layout
 
@@ -36,7 +37,7 @@ class _Asked:
 
     Attributes:
         slots: what they fill of all that is wanted.
-        path: of the data file.
+        file: SHA-256 of the data file.
         keys: (r,) their keys.
         status: (r,) uint8.
         rows: (r,) of the row group, sorted.
@@ -45,7 +46,7 @@ class _Asked:
     """
 
     slots: slice
-    path: str
+    file: str
     keys: np.ndarray
     status: np.ndarray
     rows: np.ndarray
@@ -53,14 +54,14 @@ class _Asked:
     spans: Mapping[str, Sequence[Span]]
 
     @property
-    def parts(self) -> list[tuple[Chunk, Span]]:
+    def pieces(self) -> list[Piece]:
         """What has to be read."""
-        return [(chunk, span) for name, chunk in self.chunks.items() for span in self.spans[name]]
+        return [Piece(self.file, chunk, span) for name, chunk in self.chunks.items() for span in self.spans[name]]
 
     @property
     def bytes(self) -> int:
         """How much that is."""
-        return sum(stop - start for start, stop in (chunk.extent(span) for chunk, span in self.parts))
+        return sum(stop - start for start, stop in (piece.extent for piece in self.pieces))
 
 
 class Snapshot:
@@ -154,11 +155,11 @@ class Snapshot:
                 mine = {name: chunks[name] for name in names if name in chunks}
                 spans = {name: chunk.spans(some - begin) for name, chunk in mine.items()}
                 slots = slice(low + start, low + stop)
-                yield _Asked(slots, self._path(entry), keys[some], status[some], some - begin, mine, spans)
+                yield _Asked(slots, entry.data, keys[some], status[some], some - begin, mine, spans)
 
     def _fetched(self, asked: Sequence[_Asked], columns: Sequence[str]) -> Iterator[tuple[slice, Encoded]]:
         """Read parts of many files at once, and yield the rows in them."""
-        data = iter(self._read([(one.path, chunk, span) for one in asked for chunk, span in one.parts]))
+        data = iter(read_pieces(self.files, self.folder, [piece for one in asked for piece in one.pieces]))
         for one in asked:
             taken = {
                 name: chunk.take(one.rows, one.spans[name], list(itertools.islice(data, len(one.spans[name]))))
@@ -166,21 +167,6 @@ class Snapshot:
             }
             scalars = {name: taken[name] for name in columns}
             yield one.slots, Encoded(one.keys, one.status, scalars, taken.get("vector"), taken.get("scale"))
-
-    def _read(self, parts: Sequence[tuple[str, Chunk, Span]]) -> list[bytes]:
-        """Return parts of data files, each held against its digest."""
-        found = self.files.fetch([(path, *chunk.extent(span)) for path, chunk, span in parts])
-        whole = []
-        for (path, chunk, span), data in zip(parts, found, strict=True):
-            if data is None:
-                raise _missing(self.files.name(path))
-            if not chunk.is_whole(span, data):
-                start, stop = chunk.extent(span)
-                raise CorruptionError(
-                    f"{self.files.name(path)} is damaged: bytes {start} to {stop} are not those committed; {CURE}"
-                )
-            whole.append(data)
-        return whole
 
     def _of_old(
         self, entry: Entry, rows: np.ndarray, low: int, columns: Sequence[str], vectors: bool
@@ -193,9 +179,6 @@ class Snapshot:
                     part = fragment.group(group, columns, vectors)
                     yield slice(low + start, low + stop), part.take(rows[start:stop] - fragment.starts[group])
 
-    def _path(self, entry: Entry) -> str:
-        return f"{self.folder}/{entry.data}.parquet"
-
     def _contents(self, entry: Entry) -> Contents:
         assert entry.contents is not None
         where = f"the log entry of {entry.fragment} ({self.files.name(self.folder)})"
@@ -203,9 +186,9 @@ class Snapshot:
 
     def _refuse_cut(self, entry: Entry) -> None:
         """Refuse a data file that is shorter than what was committed, or longer, also where that holds no value."""
-        size = self.files.size(self._path(entry)) if entry.data not in self._measured else None
+        size = self.files.size(path_of(self.folder, entry.data)) if entry.data not in self._measured else None
         if size not in (None, entry.bytes):
-            path = self.files.name(self._path(entry))
+            path = self.files.name(path_of(self.folder, entry.data))
             raise CorruptionError(f"{path} is damaged: {size} bytes, {entry.bytes} were committed; {CURE}")
         self._measured.add(entry.data)
 
@@ -216,14 +199,14 @@ class Snapshot:
             groups = {name: self._contents(entries[name]).groups for name in some if entries[name].contents is not None}
             for name in groups:
                 self._refuse_cut(entries[name])
-            chunks = [
-                (self._path(entries[name]), group[column])
+            pieces = [
+                Piece(entries[name].data, group[column], group[column].whole)
                 for name, inside in groups.items()
                 for group in inside
                 for column in ("row_key", "status")
             ]
-            data = iter(self._read([(path, chunk, chunk.whole) for path, chunk in chunks]))
-            values = (chunk.column.values(part, chunk.rows) for (_, chunk), part in zip(chunks, data, strict=True))
+            data = read_pieces(self.files, self.folder, pieces)
+            values = (piece.chunk.column.values(d, piece.chunk.rows) for piece, d in zip(pieces, data, strict=True))
             for name in some:
                 if name in groups:
                     found = [next(values) for _ in range(2 * len(groups[name]))]
@@ -232,7 +215,7 @@ class Snapshot:
                     with self._open(entries[name]) as fragment:
                         keys, status = fragment.keys()
                 if len(keys) != entries[name].rows or keys_digest(keys) != entries[name].keys:
-                    path = self.files.name(self._path(entries[name]))
+                    path = self.files.name(path_of(self.folder, entries[name].data))
                     raise CorruptionError(f"{path} is damaged: its row keys are not those committed; {CURE}")
                 self._known[name] = keys, status
 
@@ -241,17 +224,13 @@ class Snapshot:
 
         Arrow trusts that: of some footers with one wrong bit it makes wrong rows, and of some the end of the process.
         """
-        path = self._path(entry)
+        path = path_of(self.folder, entry.data)
         if entry.data not in self._hashed:
             try:
                 found = self.files.sha256(path)
             except FileNotFoundError as error:
-                raise _missing(self.files.name(path)) from error
+                raise missing(self.files.name(path)) from error
             if found != entry.data:
                 raise CorruptionError(f"{self.files.name(path)} is damaged: its SHA-256 is {found[:12]}…; {CURE}")
             self._hashed.add(entry.data)
         return Fragment(self.files, path, self.layout)
-
-
-def _missing(name: str) -> CorruptionError:
-    return CorruptionError(f"{name} is missing although it was committed; {CURE}")

@@ -36,6 +36,12 @@ class Tiny:
     text_target: str = "text_target"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the cache of what is read from object stores out of the user's own."""
+    os.environ["DATAFLEX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Make the tiny model and its datasets."""

@@ -92,6 +92,6 @@ def _agrees(files: Files, path: str, layout: Layout, entry: Entry) -> bool:
     contents = parse(entry.contents, layout, entry.rows, entry.bytes, files.name(path))
     for group in contents.groups:
         data = files.fetch([(path, *chunk.extent(chunk.whole)) for chunk in group.values()])
-        if not all(chunk.is_whole(chunk.whole, part or b"") for chunk, part in zip(group.values(), data, strict=True)):
+        if any(chunk.wrong(chunk.whole, part or b"") for chunk, part in zip(group.values(), data, strict=True)):
             return False
     return True

@@ -1,0 +1,109 @@
+"""A cache on this machine's disk of what was read from an object store, so that nothing is read from there twice.
+
+What is cached is named by its content: a data file is a file here of the same name, with holes where nothing was read.
+What is taken from it is held against the digests of the log, as if it came from the store, so whatever else lies there,
+a hole, half a write, or a flipped bit, is no more than missing. Any number of processes share it without locks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from pathlib import Path
+
+from dataflex.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_KEPT = 0.9
+"""Share of the limit that is left when the oldest files have been removed."""
+
+
+class PartCache:
+    """Parts of files, by the SHA-256 of the file.
+
+    Args:
+        folder: where they lie; made when there is something to keep.
+        limit: bytes on disk, at most, give or take what the processes that share it write between two looks.
+    """
+
+    def __init__(self, folder: Path, limit: int):
+        self._folder = folder
+        self._limit = limit
+        self._is_off = False
+        self._unseen = limit  # bytes written since the last look at the folder; the first write looks
+        self._used: set[str] = set()
+
+    def read(self, sha256: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return what is kept of bytes `start` to `stop` of a file: zeros where nothing is, and less beyond its end."""
+        try:
+            with open(self._folder / sha256, "rb") as file:
+                file.seek(start)
+                found = file.read(None if stop is None else stop - start)
+        except OSError:
+            return b""
+        self._use(sha256)
+        return found
+
+    def keep(self, sha256: str, start: int, data: bytes) -> None:
+        """Keep bytes of a file from `start` on. A disk that is full or read-only ends the caching, and no more."""
+        if self._is_off:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._unseen += len(data)
+            if self._unseen > self._limit // 20:
+                self._make_room()
+            handle = os.open(self._folder / sha256, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(handle, data, start)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            self._is_off = True
+            _log.warning("what is read from the object store is not kept in %s: %s", self._folder, error)
+            return
+        self._use(sha256)
+
+    def _use(self, sha256: str) -> None:
+        if sha256 not in self._used:  # once for each process: the oldest go first, and to the hour is enough
+            with contextlib.suppress(OSError):
+                os.utime(self._folder / sha256)
+            self._used.add(sha256)
+
+    def _make_room(self) -> None:
+        self._unseen = 0
+        with os.scandir(self._folder) as entries:
+            about = {entry.name: entry.stat() for entry in entries if entry.is_file(follow_symlinks=False)}
+        held = sum(512 * each.st_blocks for each in about.values())
+        if held <= self._limit:
+            return
+        for name in sorted(about, key=lambda name: about[name].st_mtime):
+            if held <= _KEPT * self._limit:
+                break
+            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+                os.unlink(self._folder / name)
+            held -= 512 * about[name].st_blocks
+
+
+def part_cache() -> PartCache | None:
+    """Return the cache that `DATAFLEX_CACHE` (a folder) and `DATAFLEX_CACHE_GB` (its limit; 0: none) ask for.
+
+    Raises:
+        ConfigError: the limit is no number.
+    """
+    said = os.environ.get("DATAFLEX_CACHE_GB", "50")
+    try:
+        limit = float(said)
+        if not 0 <= limit < float("inf"):
+            raise ValueError
+    except ValueError as error:
+        raise ConfigError(f"DATAFLEX_CACHE_GB: found {said!r}; expected gigabytes, 0 for no cache") from error
+    if not limit:
+        return None
+    folder = os.environ.get("DATAFLEX_CACHE")
+    if not folder:
+        import platformdirs  # only where nothing else names a place
+
+        folder = os.path.join(platformdirs.user_cache_dir("dataflex"), "parts")
+    return PartCache(Path(folder).expanduser().absolute(), int(limit * 1e9))
