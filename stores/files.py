@@ -50,6 +50,8 @@ class Files(ABC):
     url: str
     cache: PartCache | None = None
     """Keeps what was read of files that never change; None where they are near."""
+    together: int = 1 << 20
+    """Bytes to ask `fetch` for at a time: all are in memory at once."""
 
     @abstractmethod
     def create(self, path: str, data: bytes) -> bool:

@@ -25,8 +25,6 @@ from dataflex.stores.pieces import Piece, missing, path_of, read_pieces
 from dataflex.stores.problem import CURE
 from dataflex.stores.values import Layout
 
-_TOGETHER = 16 << 20
-"""Bytes that are asked for at once: an object store answers many requests in the time of one."""
 _FRAGMENTS = 512
 """Fragments whose row keys are read at once."""
 
@@ -135,7 +133,7 @@ class Snapshot:
                 yield from self._of_old(self.entries[name], rows, low, columns, vectors)
                 continue
             for asked in self._asked(name, rows, low, columns, vectors):
-                if held and size + asked.bytes > _TOGETHER:
+                if held and size + asked.bytes > self.files.together:
                     yield from self._fetched(held, columns)
                     held, size = [], 0
                 held.append(asked)
