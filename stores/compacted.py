@@ -159,8 +159,10 @@ def _sha256(name: str) -> str:
 
 def _parsed(data: bytes) -> dict[str, Held]:
     found = {}
-    table = pq.read_table(pa.BufferReader(data), schema=_SCHEMA, use_threads=False)
-    for batch in table.to_batches():
+    file = pq.ParquetFile(pa.BufferReader(data))
+    if not file.schema_arrow.remove_metadata().equals(_SCHEMA):
+        raise ValueError(f"columns {', '.join(file.schema_arrow.names)}")
+    for batch in file.read(use_threads=False).to_batches():
         about = json.loads(f"[{','.join(batch.column('about').to_pylist())}]")
         keys, status = _split(batch.column("row_keys"), KEY_DTYPE), _split(batch.column("statuses"), np.dtype(np.uint8))
         # What only a reader of a fragment's values needs stays text until then.

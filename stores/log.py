@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dataflex.errors import ConflictError, CorruptionError, DataflexError
@@ -50,7 +51,7 @@ class Entry:
                 f"a fragment cannot be called {self.fragment!r}: use up to 128 letters, digits, _ and -"
             )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Name this commit."""
         return digest({name: value for name, value in asdict(self).items() if name != "contents"})
