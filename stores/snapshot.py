@@ -96,13 +96,19 @@ class Snapshot:
         self._hashed: set[str] = set() if earlier is None else earlier._hashed
         self._measured: set[str] = set() if earlier is None else earlier._measured
         for name, entry in entries.items():  # committed files never change, so those known are not read again
-            if name in before and earlier is not None and earlier.entries[name] == entry:
+            if earlier is not None and _is_same(earlier.entries.get(name), entry):
                 self._known[name] = before[name]
-            elif name in held and held[name].entry == entry:
+            elif name in held and _is_same(held[name].entry, entry):
                 self._known[name] = held[name].keys, held[name].status
+        is_grown = earlier is not None and all(self._known.get(name) is known for name, known in before.items())
         self._read_keys({name: entry for name, entry in entries.items() if name not in self._known})
         known = [self._known[name] for name in entries]
-        self.locations = Locations([keys for keys, _ in known])
+        places = dict(zip(self._names, range(len(known)), strict=True))
+        if is_grown and earlier is not None:
+            at = [places[name] for name in earlier._names]
+            self.locations: Locations = Locations([keys for keys, _ in known], earlier.locations, at)
+        else:
+            self.locations = Locations([keys for keys, _ in known])
         self.status = np.concatenate([np.empty(0, np.uint8), *(status for _, status in known)])
         """(N,) status of every row of every fragment."""
 
@@ -232,3 +238,7 @@ class Snapshot:
                 raise CorruptionError(f"{self.files.name(path)} is damaged: its SHA-256 is {found[:12]}…; {CURE}")
             self._hashed.add(entry.data)
         return Fragment(self.files, path, self.layout)
+
+
+def _is_same(one: Entry | None, other: Entry) -> bool:
+    return one is other or one == other

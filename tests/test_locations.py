@@ -34,3 +34,22 @@ def test_every_key_is_found_where_it_is_first(alike: int) -> None:
 def test_an_empty_store_has_no_key() -> None:
     assert Locations([]).find(of(bytes(16))).tolist() == [-1]
     assert len(Locations([])) == 0
+
+
+def test_fragments_that_come_later_are_found_as_if_all_were_there_at_once() -> None:
+    """Whatever their order in the log, and also where one that comes later holds a key first."""
+    rng = np.random.default_rng(0)
+    pool = [bytes([n]) * 3 + rng.bytes(13) for n in range(200)]
+    fragments = [[pool[i] for i in rng.integers(0, 200, rng.integers(0, 30))] for _ in range(40)]
+    there: list[int] = []
+    index = None
+    for several in np.array_split(rng.permutation(40), 17):
+        before, there = there, sorted([*there, *several.tolist()])
+        keys = [of(*fragments[i]) for i in there]
+        index = Locations(keys, index, [there.index(i) for i in before])
+        anew = Locations(keys)
+        asked = of(*pool, bytes(16))
+        assert index.find(asked).tolist() == anew.find(asked).tolist()
+        assert sorted(index.all().tolist()) == sorted(anew.all().tolist())
+        assert len(index) == len(anew)
+    assert len(index._parts) < 6  # type: ignore[union-attr]
