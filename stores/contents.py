@@ -16,8 +16,10 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,12 +50,12 @@ class Column:
     dtype: np.dtype[Any]
     numbers: int = 0
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Bits of a value in the file."""
         return 1 if self.dtype.kind == "b" else 8 * self._stored.itemsize * max(1, self.numbers)
 
-    @property
+    @cached_property
     def part_rows(self) -> int:
         """Rows of a part: 16 KiB of values, or one value that is larger."""
         return max(1, 8 * _PART_BYTES // self.bits)
@@ -75,7 +77,7 @@ class Column:
         found = np.frombuffer(packed, self._stored)
         return found.reshape(rows, self.numbers) if self.numbers else found.astype(self.dtype, copy=False)
 
-    @property
+    @cached_property
     def _stored(self) -> np.dtype[Any]:
         """Parquet has no integers of fewer than four bytes."""
         is_small = self.dtype.kind in "iu" and self.dtype.itemsize < 4 and not self.numbers
@@ -105,9 +107,10 @@ class Chunk:
 
     def spans(self, rows: np.ndarray) -> list[Span]:
         """Return the parts that hold rows (r,) of the row group, sorted; those that adjoin together."""
-        parts = np.unique(rows // self.column.part_rows)
-        breaks = np.flatnonzero(np.diff(parts) > 1) + 1
-        return [(int(run[0]), int(run[-1]) + 1) for run in np.split(parts, breaks)]
+        parts = rows // self.column.part_rows
+        breaks = np.flatnonzero(np.diff(parts) > 1)
+        first, last = parts[[0, *(breaks + 1)]], parts[[*breaks, -1]]
+        return list(zip(first.tolist(), (last + 1).tolist(), strict=True))
 
     def extent(self, span: Span) -> tuple[int, int]:
         """Return where some parts begin and end, in bytes from the beginning of the file."""
@@ -133,12 +136,13 @@ class Chunk:
         size = self.column.part_rows
         bounds = [(first * size, min(end * size, self.rows)) for first, end in spans]
         arrays = [self.column.values(part, end - first) for part, (first, end) in zip(data, bounds, strict=True)]
-        if len(arrays) == 1 and len(rows) == len(arrays[0]) and bool((np.diff(rows) == 1).all()):
-            return arrays[0]  # all of them, once each: no copy
-        cuts = np.searchsorted(rows, [first for first, _ in bounds[1:]])
-        asked = zip(arrays, np.split(rows, cuts), bounds, strict=True)
-        taken = [array[some - first] for array, some, (first, _) in asked]
-        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+        if len(arrays) == 1:
+            at = rows - bounds[0][0]
+            is_whole = len(at) == len(arrays[0]) and bool((np.diff(at) == 1).all())
+            return arrays[0] if is_whole else arrays[0][at]  # all of them, once each: no copy
+        cuts = [0, *np.searchsorted(rows, [first for first, _ in bounds[1:]]).tolist(), len(rows)]
+        asked = zip(arrays, itertools.pairwise(cuts), bounds, strict=True)
+        return np.concatenate([array[rows[start:stop] - first] for array, (start, stop), (first, _) in asked])
 
 
 @dataclass(frozen=True)
@@ -203,13 +207,12 @@ def contents_of(layout: Layout, data: pa.Buffer) -> Contents:
     return Contents(groups)
 
 
-def parse(text: str, layout: Layout, rows: int, size: int, where: str) -> Contents:
-    """Return what the log says of a data file of so many rows and bytes.
+def parse(text: str, columns: Mapping[str, Column], rows: int, size: int, where: str) -> Contents:
+    """Return what the log says of a data file of so many rows and bytes, and of the columns of `columns_of`.
 
     Raises:
         CorruptionError: it says what cannot be.
     """
-    columns = columns_of(layout)
     lines = text.split("\n")
     groups = []
     try:

@@ -15,7 +15,7 @@ import numpy as np
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
 from dataflex.stores.compacted import Held
-from dataflex.stores.contents import Chunk, Contents, Span, parse
+from dataflex.stores.contents import Chunk, Contents, Span, columns_of, parse
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
@@ -91,6 +91,7 @@ class Snapshot:
         self.layout = layout
         self.entries = entries
         self._names = list(entries)
+        self._columns = columns_of(layout)
         self._known: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         before = {} if earlier is None else earlier._known
         self._hashed: set[str] = set() if earlier is None else earlier._hashed
@@ -186,7 +187,7 @@ class Snapshot:
     def _contents(self, entry: Entry) -> Contents:
         assert entry.contents is not None
         where = f"the log entry of {entry.fragment} ({self.files.name(self.folder)})"
-        return parse(entry.contents, self.layout, entry.rows, entry.bytes, where)
+        return parse(entry.contents, self._columns, entry.rows, entry.bytes, where)
 
     def _refuse_cut(self, entry: Entry) -> None:
         """Refuse a data file that is shorter than what was committed, or longer, also where that holds no value."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dataflex.errors import CorruptionError
 from dataflex.rows import KEY_DTYPE, Status
-from dataflex.stores.contents import contents_of, parse
+from dataflex.stores.contents import columns_of, contents_of, parse
 from dataflex.stores.files import Extent, LocalFiles
 from dataflex.stores.fragment import serialise
 from dataflex.stores.parquet import ParquetStore
@@ -149,13 +149,13 @@ def edited(text: str, line: int, field: int, value: str) -> str:
 def test_what_cannot_be_inside_a_data_file_is_refused(field: int, value: str) -> None:
     layout, values = Layout({}, 8, "int8"), drawn(Layout({}, 8, "int8"), 40)
     text, size = said(layout, values)
-    assert parse(text, layout, 40, size, "it").text() == text
+    assert parse(text, columns_of(layout), 40, size, "it").text() == text
     for line in range(4):
         with pytest.raises(CorruptionError, match="it is damaged"):
-            parse(edited(text, line, field, value), layout, 40, size, "it")
+            parse(edited(text, line, field, value), columns_of(layout), 40, size, "it")
     for other in ("", text + "\n" + text, "\n".join(text.split("\n")[:-1])):
         with pytest.raises(CorruptionError, match="it is damaged"):
-            parse(other, layout, 40, size, "it")
+            parse(other, columns_of(layout), 40, size, "it")
 
 
 def test_a_log_that_names_other_bytes_than_the_values_is_found(tmp_path: Path) -> None:
@@ -190,4 +190,4 @@ def test_the_layout_is_that_of_the_values(tmp_path: Path) -> None:
     layout = Layout({"norm": "float32"}, 8, "int8")
     text, size = said(layout, drawn(layout, 40))
     with pytest.raises(CorruptionError, match="cannot be"):
-        parse(text, dataclasses.replace(layout, width=4000), 40, size, "it")
+        parse(text, columns_of(dataclasses.replace(layout, width=4000)), 40, size, "it")

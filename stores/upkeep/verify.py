@@ -10,7 +10,7 @@ from dataflex.errors import CorruptionError
 from dataflex.fingerprint import keys_digest
 from dataflex.rows import Status
 from dataflex.stores.compacted import faulty
-from dataflex.stores.contents import parse
+from dataflex.stores.contents import columns_of, parse
 from dataflex.stores.files import Files
 from dataflex.stores.fragment import Fragment
 from dataflex.stores.log import Entry, Log
@@ -89,7 +89,7 @@ def _fault(files: Files, path: str, layout: Layout | None, entries: Sequence[Ent
 def _agrees(files: Files, path: str, layout: Layout, entry: Entry) -> bool:
     """Say whether the parts of a whole data file are what its log entry says of them."""
     assert entry.contents is not None
-    contents = parse(entry.contents, layout, entry.rows, entry.bytes, files.name(path))
+    contents = parse(entry.contents, columns_of(layout), entry.rows, entry.bytes, files.name(path))
     for group in contents.groups:
         data = files.fetch([(path, *chunk.extent(chunk.whole)) for chunk in group.values()])
         if any(chunk.wrong(chunk.whole, part or b"") for chunk, part in zip(group.values(), data, strict=True)):
