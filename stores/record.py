@@ -65,7 +65,7 @@ def read_record(files: Files, path: str) -> dict[str, Any]:
 
 
 def read_records(files: Files, paths: Sequence[str]) -> Iterator[dict[str, Any] | DataflexError | None]:
-    """Read sealed documents, many at a time. Yields each, or the error of `read_record`, or None where there is none."""
+    """Read sealed documents, many at a time; yield each, or the error of `read_record`, or None where there is none."""
     for start in range(0, len(paths), _AT_ONCE):
         part = paths[start : start + _AT_ONCE]
         found: list[bytes | None] | None = None

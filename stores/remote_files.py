@@ -78,11 +78,12 @@ class RemoteFiles(Files):
         try:
             self._list("")
         except FileNotFoundError as error:
-            has_buckets = self._protocol in BUCKETS
-            if has_buckets and (is_of(error, 0, "NoSuchBucket") or not self._ask(lambda: self.fs.exists(bucket))):
+            # s3fs takes every error for an absent bucket, and its listing has said by now what is absent.
+            is_s3 = self._protocol in _OF_S3
+            if is_of(error, "NoSuchBucket") if is_s3 else self._protocol in BUCKETS and not self._has(bucket):
                 raise ConfigError(
                     f"{self.url}: found no bucket {bucket!r}; expected one that is there; make it, or check the URL "
-                    f"(dataflex.store){' and the endpoint' if self._protocol in _OF_S3 else ''}"
+                    f"(dataflex.store){' and the endpoint' if is_s3 else ''}"
                 ) from error
             return False
         except NotADirectoryError:
@@ -139,7 +140,7 @@ class RemoteFiles(Files):
             answers = self.fs.cat_ranges(paths, starts, stops, batch_size=PARALLEL, on_error="return")
             faults = []
             for extent, answer in zip(extents, answers, strict=True):
-                if isinstance(answer, BaseException) and is_of(answer, 416, "InvalidRange"):
+                if isinstance(answer, BaseException) and is_of(answer, 416):
                     answer = b""  # the part begins beyond the end of the file
                 if isinstance(answer, bytes):
                     for number in asked[extent]:
@@ -172,6 +173,9 @@ class RemoteFiles(Files):
         if data is None:
             raise _absent(self.name(path))
         return data
+
+    def _has(self, bucket: str) -> bool:
+        return bool(self._ask(lambda: self.fs.exists(bucket)))
 
     def _list(self, folder: str) -> list[str]:
         top = f"{self._root}/{folder}".rstrip("/")

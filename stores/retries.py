@@ -26,7 +26,7 @@ _CODES = re.compile(
     r"|NoSuchUpload"  # the answer to its completion was lost
 )
 """Parts of S3's names for errors that pass."""
-_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_STATUSES = (408, 409, 425, 429, 500, 502, 503, 504)
 _BROKEN = re.compile(
     r"IncompleteRead(Error)?|ClientPayloadError|ContentLengthError|ResponseParserError|ResponseStreamingError"
     r"|HTTPClientError|FlexibleChecksumError|ChunkedEncodingError|(Remote)?ProtocolError|Service(Request|Response)Error"
@@ -57,29 +57,28 @@ def persistently(call: Callable[[], T], seconds: float = SECONDS) -> T:
 
 def is_passing(error: BaseException) -> bool:
     """Say whether the same request may succeed a little later."""
-    if isinstance(error, DataflexError | MemoryError):
+    if isinstance(error, DataflexError | MemoryError | FileExistsError):  # the last as Azure's comes from a 409
         return False
-    each: BaseException | None = error
-    while each is not None:
-        status, code = status_and_code(each)
+    for each in _causes(error):
+        status, code = _status_and_code(each)
         if status in _STATUSES or _CODES.search(code) or _BROKEN.fullmatch(type(each).__name__):
             return True
-        each = each.__cause__
-    return not isinstance(error, FileNotFoundError | FileExistsError) and is_unreachable(error)
+    return not isinstance(error, FileNotFoundError) and is_unreachable(error)
 
 
-def is_of(error: BaseException, status: int, code: str) -> bool:
-    """Say whether an error, or one that it came from, has this HTTP status or code of S3."""
-    each: BaseException | None = error
-    while each is not None:
-        if status_and_code(each)[0] == status or status_and_code(each)[1] == code:
-            return True
-        each = each.__cause__
-    return False
+def is_of(error: BaseException, answer: int | str) -> bool:
+    """Say whether an error comes from an answer with this HTTP status, or this code of S3's."""
+    return any(answer in _status_and_code(each) for each in _causes(error))
 
 
-def status_and_code(error: BaseException) -> tuple[int, str]:
-    """Return the HTTP status and the code of an error of botocore, aiohttp, gcsfs or Azure; 0 and none of others."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status_and_code(error: BaseException) -> tuple[int, str]:
+    """Return the HTTP status and the code in an error of botocore, aiohttp, gcsfs or Azure; 0 and none of others."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         about, found = response.get("ResponseMetadata", {}), response.get("Error", {})
