@@ -24,10 +24,10 @@ ENVIRONMENT = {
 }
 REFUSALS = {
     "400": "RequestTimeout", "409": "ConditionalRequestConflict", "429": "TooManyRequests", "500": "InternalError",
-    "503": "SlowDown",
+    "503": "SlowDown", "403": "AccessDenied",
 }  # fmt: skip
 """Status that a request is refused with -> S3's name for it."""
-FAULTS = (*REFUSALS, "dropped", "lost", "lost 500", "cut", "hangs")
+FAULTS = ("400", "409", "429", "500", "503", "dropped", "lost", "lost 500", "cut", "hangs")
 """What becomes of a request: refused; dropped before the server sees it; done, and the answer is lost, or is another;
 the answer breaks off in its middle; there is no answer."""
 
