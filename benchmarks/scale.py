@@ -5,11 +5,13 @@ and without the compacted log, and of a gather of rows. Vectors are small: it is
 
 python -m benchmarks.scale --fragments 1000 10000 --rows 100
 python -m benchmarks.scale --launches
+python -m benchmarks.scale --launches --s3
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import tempfile
@@ -22,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.launches import launched, synthetic
+from benchmarks.object_store import Proxy, serving
 from dataflex.access.grid import SMALLEST
 from dataflex.stores.files import LocalFiles, Stored
 from dataflex.stores.parquet import ParquetStore
@@ -114,19 +117,70 @@ def looked_at(root: str, keys: np.ndarray) -> None:
     measured("1,000 rows at random", files, lambda: store.read(some))
 
 
+LAUNCHES = ((2, 0.0, 100, True), (4, 0.3, 100, True), (2, 0.0, 500, False))
+"""Launches, seconds between them, cells, and whether with leases."""
+
+
+def share_work(root: Callable[[int], str], proxy: Proxy | None) -> None:
+    """Print how many rows launches that share a store compute, and what they ask an object store."""
+    for number, (launches, apart, cells, leases) in enumerate(LAUNCHES):
+        if proxy is not None:
+            proxy.begin()
+        begun = time.process_time()
+        rows = launched(root(number), launches, cells, 0.05, leases, apart)
+        kind = "with leases" if leases else "without leases"
+        share = sum(rows) / (cells * SMALLEST)
+        print(f"{launches} launches {apart} s apart, {cells} cells, {kind}: {share:.1%} of the rows, {rows}")
+        if proxy is not None:
+            spent = time.process_time() - begun
+            print(
+                f"  {len(proxy.seen) / cells:.1f} requests a cell; the server and the proxy were busy for {spent:.0f} s"
+            )
+
+
+def requests(url: str, proxy: Proxy, fragments: int = 40) -> None:
+    """Print what a store of so many fragments asks an object store, by what is done."""
+    keys = synthetic(fragments * 100).keys
+    parts = [keys[start : start + 100] for start in range(0, len(keys), 100)]
+    norms, vectors = np.ones(100, np.float32), np.ones((100, LAYOUT.width), np.float32)
+    store = StoreRoot(url).open("gradient", {"synthetic": True}, LAYOUT)
+
+    def counted(what: str, call: Callable[[], Any], by: int = 1) -> None:
+        proxy.begin()
+        call()
+        print(f"  {what:60} {len(proxy.seen) / by:6.2f} requests")
+
+    def append() -> None:
+        for number, part in enumerate(parts):
+            store.append(f"f{number:08d}", Values(part, np.zeros(100, np.uint8), {"norm": norms}, vectors))
+
+    def anew() -> ParquetStore:
+        return StoreRoot(url).open("gradient", {"synthetic": True}, LAYOUT)
+
+    counted("a fragment appended", append, fragments)
+    counted("first look, log and data files, for each fragment", lambda: anew().contains(keys), fragments)
+    store.compact()
+    counted("first look, compacted, for the whole store", lambda: anew().contains(keys))
+    store.contains(keys)
+    counted("all rows read, for each fragment", lambda: store.read(keys), fragments)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fragments", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--rows", type=int, default=100, help="of a fragment")
     parser.add_argument("--launches", action="store_true", help="what launches compute twice, alone")
+    parser.add_argument("--s3", action="store_true", help="on an S3 server of this machine's (moto), and its requests")
     args = parser.parse_args()
+    if args.launches and args.s3:
+        with serving(os.environ) as proxy:
+            proxy.make_bucket("bucket")
+            share_work(lambda number: f"s3://bucket/{number}", proxy)
+            requests(f"s3://bucket/{len(LAUNCHES)}", proxy)
+        return
     if args.launches:
-        for launches, apart, cells, leases in ((2, 0.0, 100, True), (4, 0.3, 100, True), (2, 0.0, 500, False)):
-            with tempfile.TemporaryDirectory() as root:
-                rows = launched(root, launches, cells, 0.05, leases, apart)
-            kind = "with leases" if leases else "without leases"
-            share = sum(rows) / (cells * SMALLEST)
-            print(f"{launches} launches {apart} s apart, {cells} cells, {kind}: {share:.1%} of the rows, {rows}")
+        with tempfile.TemporaryDirectory() as root:
+            share_work(lambda number: f"{root}/{number}", None)
         return
     for fragments in args.fragments:
         root = tempfile.mkdtemp()

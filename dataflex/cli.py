@@ -199,6 +199,7 @@ def validate(run: RunFile, overrides: Overrides = None) -> None:
     from dataflex.config.overview import summary
 
     print("\n".join(summary(settings)))
+    _look_at(settings.store_root)  # last: without a network, all that can be said of the run file has been said
 
 
 @app.command("ls")
@@ -379,6 +380,14 @@ def fit_proportions(
     _print(found, as_json, lines_of(found))
 
 
+def _look_at(root: str) -> None:
+    """Refuse a root on an object store that cannot be used; of a local one the configuration says what is wrong."""
+    if "://" in root:
+        from dataflex.stores.root import refuse_unusable
+
+        refuse_unusable(root)
+
+
 def _settings(run: Path, overrides: list[str] | None) -> Settings:
     from dataflex.config import load
     from dataflex.launch import check
@@ -394,10 +403,10 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     from dataflex.config.outputs import refuse_misplaced
     from dataflex.launch import launch
     from dataflex.status import reported
-    from dataflex.stores.urls import refuse_unreachable
 
     settings = _settings(run, overrides)
-    refuse_unreachable(settings.store_root)
+    if distributed.is_main():
+        _look_at(settings.store_root)
     # After the run file is checked: what is wrong with it is then said once, and in a second.
     launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
     for note in settings.notes if distributed.is_main() else ():

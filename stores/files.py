@@ -53,9 +53,22 @@ class Files(ABC):
     together: int = 1 << 20
     """Bytes to ask `fetch` for at a time: all are in memory at once."""
 
-    @abstractmethod
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file if there is none of that name, atomically, durable on return; say whether it was written."""
+        """Write a file if there is none of that name, atomically, durable on return; say whether these bytes are there.
+
+        The answer to a write that went well can get lost on the way, and the next try then finds the file taken. So
+        what must be told from another writer's holds a value that no other writer has.
+        """
+        if self._put_new(path, data):
+            return True
+        try:
+            return self.read(path, len(data) + 1) == data
+        except (FileNotFoundError, CorruptionError):
+            return False
+
+    @abstractmethod
+    def _put_new(self, path: str, data: bytes) -> bool:
+        """Write a file if there is none of that name; say whether this very call is known to have written it."""
 
     @abstractmethod
     def output(self, path: str) -> AbstractContextManager[BinaryIO]:
@@ -159,8 +172,7 @@ class LocalFiles(Files):
         self.url = str(self.root)
         self._synced: set[Path] = set()
 
-    def create(self, path: str, data: bytes) -> bool:
-        """Write a file if there is none of that name; say whether it was written."""
+    def _put_new(self, path: str, data: bytes) -> bool:
         with self._writing(path) as (temporary, file):
             file.write(data)
             self._sync(file)

@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 
 from dataflex.errors import DataflexError
@@ -82,7 +83,8 @@ class Lease:
 
 
 def _document() -> bytes:
-    return json.dumps({"host": platform.node(), "pid": os.getpid(), "until": time.time() + SECONDS}).encode()
+    owner = {"host": platform.node(), "pid": os.getpid(), "until": time.time() + SECONDS}
+    return json.dumps({**owner, "token": uuid.uuid4().hex}).encode()  # no other's: `Files.create` compares
 
 
 def _is_current(data: bytes) -> bool:

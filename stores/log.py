@@ -12,7 +12,7 @@ from typing import Any
 from dataflex.errors import ConflictError, CorruptionError, DataflexError
 from dataflex.fingerprint import digest
 from dataflex.stores.files import Files
-from dataflex.stores.record import claim, find_record, read_record
+from dataflex.stores.record import claim, find_record, read_records
 
 _log = logging.getLogger(__name__)
 _FRAGMENT_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -106,14 +106,16 @@ class Log:
         there = set(names)
         entries = {name: entry for name, entry in self.entries.items() if name in there}
         self.damaged = {name: what for name, what in self.damaged.items() if name in there}
-        for name in names:
-            if name in entries or name in self.damaged or not name.endswith(".json"):
+        known = entries.keys() | self.damaged.keys()
+        fresh = [name for name in names if name.endswith(".json") and name not in known]
+        found = read_records(self.files, [f"{self.folder}/{name}" for name in fresh])
+        for name, record in zip(fresh, found, strict=True):
+            if record is None:  # removed between the listing and now
                 continue
-            path = f"{self.folder}/{name}"
             try:
-                entries[name] = parse(read_record(self.files, path), name, self.files.name(path))
-            except FileNotFoundError:  # removed between the listing and now
-                continue
+                if isinstance(record, DataflexError):
+                    raise record
+                entries[name] = parse(record, name, self.files.name(f"{self.folder}/{name}"))
             except CorruptionError as error:
                 self.damaged[name] = str(error)
                 _log.warning("%s; its rows count as missing", error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dataflex.errors import CorruptionError, MismatchError
+from dataflex.errors import CorruptionError, DataflexError, MismatchError
 from dataflex.fingerprint import canonical, digest
 from dataflex.stores.files import Files
 
@@ -16,6 +18,7 @@ FORMAT = 2
 
 _log = logging.getLogger(__name__)
 _LIMIT = 16 << 20  # bytes; a recipe with every tensor of a large model in it is far below
+_AT_ONCE = 1000  # documents, of which memory must hold so many
 
 
 def seal(body: dict[str, Any], version: int = 1) -> bytes:
@@ -58,18 +61,32 @@ def read_record(files: Files, path: str) -> dict[str, Any]:
         CorruptionError: it is not what `seal` wrote.
         MismatchError: a newer DataFlex wrote it.
     """
-    data = files.read(path, _LIMIT + 1)  # not all of it: whatever lies there must fit into memory
-    if len(data) > _LIMIT:
-        raise CorruptionError(f"{files.name(path)} is damaged: more than {_LIMIT} bytes")
-    return unseal(data, files.name(path))
+    return _unsealed(files, path, files.read(path, _LIMIT + 1))
+
+
+def read_records(files: Files, paths: Sequence[str]) -> Iterator[dict[str, Any] | DataflexError | None]:
+    """Read sealed documents, many at a time; yield each, or the error of `read_record`, or None where there is none."""
+    for start in range(0, len(paths), _AT_ONCE):
+        part = paths[start : start + _AT_ONCE]
+        found: list[bytes | None] | None = None
+        with contextlib.suppress(CorruptionError):  # something else than a file lies at one of the paths: at which?
+            found = files.fetch([(path, 0, _LIMIT + 1) for path in part])
+        for number, path in enumerate(part):
+            try:
+                data = files.read(path, _LIMIT + 1) if found is None else found[number]
+                yield None if data is None else _unsealed(files, path, data)
+            except FileNotFoundError:
+                yield None
+            except (CorruptionError, MismatchError) as error:
+                yield error
 
 
 def claim(files: Files, folder: str, stem: str, body: dict[str, Any], version: int = 1) -> tuple[dict[str, Any], bool]:
     """Put a document under `folder/stem.json` unless an intact one is there; return the one there, and if it is ours.
 
-    `body` must hold a value that no other writer has: the answer to a successful creation can get lost on the way, and
-    then our own document is in our way. A damaged document is left alone, and ours goes under `stem~1.json`: removing
-    it first would race with another writer who does the same.
+    `body` must hold a value that no other writer has (`Files.create` says why), unless it does not matter whose
+    document it is. A damaged one is left alone, and ours goes under `stem~1.json`: removing it first would race with
+    another writer who does the same.
     """
     body = json.loads(canonical(body))  # a tuple would come back as a list
     data = seal(body, version)
@@ -82,7 +99,7 @@ def claim(files: Files, folder: str, stem: str, body: dict[str, Any], version: i
         except CorruptionError:
             continue
         found.pop("format")
-        return found, found == body
+        return found, False
     raise AssertionError("unreachable")
 
 
@@ -101,3 +118,9 @@ def find_record(files: Files, folder: str, stem: str) -> dict[str, Any] | None:
         except CorruptionError as error:
             _log.warning("%s; left out", error)
     raise AssertionError("unreachable")
+
+
+def _unsealed(files: Files, path: str, data: bytes) -> dict[str, Any]:
+    if len(data) > _LIMIT:  # not all of it was read: whatever lies there must fit into memory
+        raise CorruptionError(f"{files.name(path)} is damaged: more than {_LIMIT} bytes")
+    return unseal(data, files.name(path))

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dataflex.errors import ConfigError, ConflictError, CorruptionError, MismatchError
+from dataflex.errors import ConfigError, ConflictError, CorruptionError, MismatchError, UnavailableError
 from dataflex.fingerprint import difference, digest
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.part_cache import part_cache
-from dataflex.stores.record import claim, find_record
+from dataflex.stores.record import claim, find_record, read_records
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.states import StateStore
 from dataflex.stores.urls import LOCAL, refuse_unreachable
@@ -59,6 +60,38 @@ def existing_files(root: str | os.PathLike[str], named_by: str | None) -> Files:
         what = "nothing" if "://" in files.url else "a file" if os.path.lexists(files.url) else "no such folder"
         raise ConfigError(f"{named_by}: found {what} at {files.url}; expected a root of stores; check the spelling")
     return files
+
+
+def refuse_unusable(root: str | os.PathLike[str], seconds: float = 10.0) -> None:
+    """Refuse a root that no store can be in. One on an object store is listed, for a bounded time; nothing is written.
+
+    Raises:
+        ConfigError: it is malformed, a package, the bucket or the right to list it is missing.
+        UnavailableError: the server does not answer within that time.
+    """
+    files = open_files(root)
+    if not isinstance(files, RemoteFiles):
+        return
+    files.patience = seconds / 3  # so that most of what is wrong has been said by then
+    faults: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            files.exists()
+        except BaseException as error:
+            faults.append(error)
+
+    # Clients wait for a connection, for an answer, for credentials of a machine, each with time limits of its own.
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(seconds)
+    if looking.is_alive():
+        raise UnavailableError(
+            f"{files.url}: no answer within {seconds:.0f} s\n  see that the server runs and that the address is right "
+            "(dataflex.store, its endpoint), and that this machine has a network"
+        )
+    for error in faults:
+        raise error
 
 
 class StoreRoot:
@@ -107,9 +140,12 @@ class StoreRoot:
     def stores(self) -> list[ParquetStore]:
         """Return all stores, sorted by name; those whose recipe cannot be read are logged and left out."""
         found = []
-        for folder in self.files.names(""):
+        folders = [folder for folder in self.files.names("") if NAME.fullmatch(folder)]
+        documents = read_records(self.files, [f"{folder}/recipe.json" for folder in folders])
+        for folder, document in zip(folders, documents, strict=True):
             try:
-                document = find_record(self.files, folder, "recipe") if NAME.fullmatch(folder) else None
+                if not isinstance(document, dict):  # another may stand for one that is damaged or gone
+                    document = find_record(self.files, folder, "recipe")
                 if document is not None:
                     found.append(recorded_store(self.files, folder, document))
             except (CorruptionError, MismatchError) as error:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from dataflex.errors import CorruptionError, DataflexError
 from dataflex.fingerprint import digest
 from dataflex.stores.files import Files, Stored
 from dataflex.stores.problem import Problem
-from dataflex.stores.record import claim, read_record, seal
+from dataflex.stores.record import claim, read_records, seal
 
 Kind = Literal["store", "state"]
 State = Literal["running", "finished", "not finished"]
@@ -146,7 +146,10 @@ def read_runs(files: Files) -> list[KnownRun]:
             _log.warning("%s; left out", what)
         if RUN_ID.fullmatch(run) and len(name) == 1:
             found.setdefault(run, []).append(file)
-    return sorted((_known(files, run, several) for run, several in found.items()), key=lambda run: -run.modified)
+    latest = {run: path for run, several in found.items() if (path := _description(several))}
+    about = dict(zip(latest, read_records(files, list(latest.values())), strict=True))
+    known = (_known(run, several, about.get(run)) for run, several in found.items())
+    return sorted(known, key=lambda run: -run.modified)
 
 
 def note_problems(files: Files, folder: str, documents: Iterable[Stored]) -> Iterator[Problem]:
@@ -159,45 +162,51 @@ def note_problems(files: Files, folder: str, documents: Iterable[Stored]) -> Ite
     """
     about: dict[str, Any] = {}  # of the run: the same in each description of it, but for the method
     damaged: list[tuple[str, str, re.Match[str]]] = []
-    for file in documents:
-        match = _NOTE.fullmatch(file.path.removeprefix(f"{folder}/"))
-        if match is None:
-            yield Problem(
-                file.path, f"{files.name(file.path)} is no record of a run; it is never opened", harmless=True
-            )
-            continue
-        try:
-            found = read_record(files, file.path)
-        except FileNotFoundError:  # removed between the listing and now
-            continue
-        except CorruptionError as error:
-            damaged.append((file.path, str(error), match))
-        else:
-            about = found if match[1] == "begun" else about
+    matches = {file.path: _NOTE.fullmatch(file.path.removeprefix(f"{folder}/")) for file in documents}
+    for path in (path for path, match in matches.items() if match is None):
+        yield Problem(path, f"{files.name(path)} is no record of a run; it is never opened", harmless=True)
+    notes = {path: match for path, match in matches.items() if match is not None}
+    for (path, match), found in zip(notes.items(), read_records(files, list(notes)), strict=True):
+        if isinstance(found, CorruptionError):
+            damaged.append((path, str(found), match))
+        elif isinstance(found, DataflexError):
+            raise found
+        elif found is not None and match[1] == "begun":  # None: removed between the listing and now
+            about = found
     for path, what, match in damaged:
         kind, name = match[1], match[2]
         body = {kind: name} if kind in ("store", "state") else about if kind == "begun" else {}
         yield Problem(path, what, put=(path, seal(body)))
 
 
-def _known(files: Files, run: str, documents: Iterable[Stored]) -> KnownRun:
+def _description(documents: Sequence[Stored]) -> str:
+    """Return the path of the latest launch's description, or nothing."""
+    begun = [(file.modified, file.path) for file in documents if (match := _note(file)) and match[1] == "begun"]
+    return max(begun, default=(0.0, ""))[1]
+
+
+def _note(file: Stored) -> re.Match[str] | None:
+    return _NOTE.fullmatch(file.path.split("/")[-1])
+
+
+def _known(run: str, documents: Sequence[Stored], described: dict[str, Any] | DataflexError | None) -> KnownRun:
     # What a run uses is told by the documents' names alone: one listing suffices, and damage inside takes nothing away.
-    notes = [(match[1], match[2], file) for file in documents if (match := _NOTE.fullmatch(file.path.split("/")[-1]))]
-    launches = sorted((file.modified, name, file.path) for kind, name, file in notes if kind == "begun")
-    ended = {name for kind, name, _ in notes if kind == "finished"}
-    about: dict[str, Any] = {}
-    if launches:
-        try:
-            about = read_record(files, launches[-1][2])
-        except (FileNotFoundError, CorruptionError) as error:
-            _log.warning("%s; the run %s is known by its id only", error, run)
+    notes = [(match[1], match[2]) for file in documents if (match := _note(file))]
+    latest = _description(documents)
+    if isinstance(described, DataflexError) and not isinstance(described, CorruptionError):
+        raise described
+    if latest and not isinstance(described, dict):
+        _log.warning("%s; the run %s is known by its id only", described or f"{latest} is gone", run)
+    about = described if isinstance(described, dict) else {}
+    ended = {name for kind, name in notes if kind == "finished"}
+    begun = _NOTE.fullmatch(latest.split("/")[-1])
     return KnownRun(
         id=run,
         output_dir=str(about.get("output_dir", "")),
         verb=str(about.get("stage", "")),
         method=str(about.get("method", "")),
-        uses=tuple(sorted({(kind, name) for kind, name, _ in notes if kind in ("store", "state")})),  # type: ignore[misc]
-        is_over=bool(launches) and launches[-1][1] in ended,
+        uses=tuple(sorted({(kind, name) for kind, name in notes if kind in ("store", "state")})),  # type: ignore[misc]
+        is_over=begun is not None and begun[2] in ended,
         was_finished=bool(ended),
         modified=max((file.modified for file in documents), default=0.0),
         files=tuple(documents),

@@ -6,6 +6,11 @@ from dataflex.errors import ConfigError
 
 LOCAL = ("file", "local")
 """Protocols that name a path of this machine."""
+BUCKETS = {
+    "s3": "dataflex[s3]", "s3a": "dataflex[s3]", "gs": "gcsfs=={}", "gcs": "gcsfs=={}",
+    "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
+}  # fmt: skip
+"""Protocol of URLs that begin with a bucket -> what to install for it; gcsfs is of fsspec's own version."""
 
 
 def malformed(root: str) -> str | None:
@@ -30,7 +35,9 @@ def missing_package(root: str) -> str | None:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        return f"{root} cannot be reached from here: {error}"
+        package = BUCKETS.get(protocol, "").format(fsspec.__version__)
+        advice = f"\n  pip install '{package}', or name another root (dataflex.store)" if package else ""
+        return f"{root} cannot be reached from here: {error}{advice}"
     return None
 
 

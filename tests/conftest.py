@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,32 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(DataflexTrainer, "training_step", noted)
     return found
+
+
+@pytest.fixture(scope="session")
+def proxy() -> Iterator[Any]:
+    """A proxy before an S3 server, for the whole session; `bucket` is what tests ask for."""
+    pytest.importorskip("moto", reason="there is no moto to serve S3; `pip install -e '.[dev]'` brings it")
+    from benchmarks.object_store import serving
+
+    with serving({}) as found:
+        yield found
+
+
+@pytest.fixture
+def bucket(proxy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of an empty bucket that clients of this process and of its children find."""
+    import uuid
+
+    from s3fs import S3FileSystem
+
+    from benchmarks.object_store import ENVIRONMENT
+
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": proxy.url}.items():
+        monkeypatch.setenv(name, value)
+    name = f"tested-{uuid.uuid4().hex}"
+    proxy.make_bucket(name)
+    proxy.begin()
+    S3FileSystem.clear_instance_cache()  # which may have asked another server, or have other settings
+    yield name
+    S3FileSystem.clear_instance_cache()

@@ -25,14 +25,14 @@ def test_help_imports_nothing_heavy():
 def test_validate_says_what_follows(capsys, monkeypatch):
     four = "gradient_accumulation_steps=4"
     code, out, _ = run(
-        capsys, "validate", "run.yaml", "dataflex.params.proj_dim=64", "dataflex.store=s3://bucket/x", four
+        capsys, "validate", "run.yaml", "dataflex.params.proj_dim=64", "dataflex.store=memory://bucket/x", four
     )
     assert code == 0
     assert "30 optimizer steps = 1 epoch x (10 warm-up + 2 updates x 10)" in out
     assert "8 rows per optimizer step and process" in out
     assert "gradient (adam, sjlt to 64) of the training rows, after the warm-up of 10 steps" in out
     assert "gradient (sgd, sjlt to 64) of the targets" in out
-    assert "s3://bucket/x (float16)" in out
+    assert "memory://bucket/x (float16)" in out
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "x 4 processes = 32 rows per optimizer step" in run(capsys, "validate", "run.yaml", four)[1]
 

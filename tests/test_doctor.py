@@ -106,14 +106,18 @@ def test_two_kinds_of_faiss_are_an_error(site: Path) -> None:
 
 def test_room_is_looked_for_where_nothing_is_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    places = {"store": str(tmp_path / "a" / "b"), "output": str(tmp_path / "file" / "run"), "cache": "s3://bucket/x"}
+    places = {
+        "store": str(tmp_path / "a" / "b"),
+        "output": str(tmp_path / "file" / "run"),
+        "cache": "memory://bucket/x",
+    }
     monkeypatch.setattr(disk, "LITTLE", 0)
     monkeypatch.setattr(disk, "LEAST", 0)
     store, output, cache = disk.room(places)
     assert store.level == "ok"
     assert store.found.endswith(f"GB free at {tmp_path / 'a' / 'b'}")
     assert (output.level, output.found) == ("error", f"{tmp_path / 'file'} is a file, not a folder")
-    assert (cache.level, cache.found) == ("ok", "s3://bucket/x is no disk of this machine")
+    assert (cache.level, cache.found) == ("ok", "memory://bucket/x answers; it is no disk of this machine")
     monkeypatch.setattr(disk, "LITTLE", 1e30)
     assert next(disk.room(places)).level == "warning"
     monkeypatch.setattr(disk, "LEAST", 1e30)

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from dataflex.errors import ConfigError, DataflexError, UnavailableError
 from dataflex.stores.files import Files, LocalFiles
 from dataflex.stores.remote_files import RemoteFiles
-from dataflex.stores.root import open_files
+from dataflex.stores.root import open_files, refuse_unusable
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def closed() -> int:
 def test_a_server_that_does_not_answer_is_named(protocol: str, closed: int) -> None:
     url = f"{protocol}://127.0.0.1:{closed}/stores"
     with pytest.raises(UnavailableError, match=url):
-        open_files(url).names("")
+        refuse_unusable(url, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ class Refusing(MemoryFileSystem):  # type: ignore[misc]
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise self.error
 
-    ls = find = exists = pipe_file = put_file = rm_file = open = _refuse
+    ls = find = info = cat_file = pipe_file = put_file = rm_file = _refuse
 
 
 def written(files: Files) -> None:
@@ -71,6 +71,8 @@ OPERATIONS: dict[str, Callable[[Files], Any]] = {
     "create": lambda files: files.create("a/b", b"1"),
     "output": written,
     "open": lambda files: files.open("a/b"),
+    "read": lambda files: files.read("a/b"),
+    "fetch": lambda files: files.fetch([("a/b", 0, 1)]),
     "names": lambda files: files.names(""),
     "stored": lambda files: files.stored(""),
     "exists": lambda files: files.exists(),
@@ -92,6 +94,7 @@ CLIENTS: dict[str, tuple[type[DataflexError], type[Exception]]] = {  # as botoco
 def refusing(error: Exception) -> RemoteFiles:
     files = RemoteFiles("memory://bucket/x")
     files.fs = Refusing(error)
+    files.patience = 0
     return files
 
 

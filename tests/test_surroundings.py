@@ -26,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("run_folder")
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ("dataflex: {store: 's3://bucket/x'}", "s3://bucket/x cannot be reached from here: "),
         ("component_name: random\nquantization_bit: 4", "quantization_bit needs a package that is not installed here"),
         ("flash_attn: fa2", "flash_attn: fa2 is not used here: found no flash_attn"),
         ("component_name: random\nuse_galore: true\nfinetuning_type: full", "use_galore needs a package"),

@@ -114,7 +114,7 @@ class _Loading:
         check_outputs(llamafactory, self.origin, self.problems)
         self.notes += check_mappings(llamafactory, self.origin, self.problems)
         self.notes += repeated(llamafactory)
-        self.notes += check_store(store, root, writes, self.origin, self.problems)
+        check_store(store, root, writes, self.origin, self.problems)
         self.notes += missing_packages(llamafactory)
 
     def _llamafactory_keys(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from dataflex.config.problems import Origin, Problems
 from dataflex.errors import ConfigError
-from dataflex.stores.urls import malformed, missing_package
+from dataflex.stores.urls import malformed
 
 _READ = ("tokenized_path", "cache_dir")
 """Keys of folders that a run may only read, where they are there."""
@@ -115,8 +115,8 @@ def check_outputs(values: Mapping[str, Any], origin: Origin, problems: Problems)
             problems.add(origin, key, f"a folder that can be written to; {why}", folder)
 
 
-def check_store(store: str | None, root: str, writes: bool, origin: Origin, problems: Problems) -> list[str]:
-    """Note a root in which no store can be; return notes on what may be right and is only missing on this machine.
+def check_store(store: str | None, root: str, writes: bool, origin: Origin, problems: Problems) -> None:
+    """Note a root in which no store can be; whether one on an object store answers, the commands find out.
 
     Args:
         store: as the run file has it.
@@ -128,11 +128,10 @@ def check_store(store: str | None, root: str, writes: bool, origin: Origin, prob
     if text := malformed(root):
         problems.say(origin, "dataflex.store", text)
     elif "://" in root:
-        return [text] if (text := missing_package(root)) else []
+        return
     elif os.path.lexists(root) and not os.path.isdir(root):
         problems.add(origin, "dataflex.store", "a folder, or one that can be made", store or root)
     elif writes and (why := why_unwritable(root)):
         expected = f"a folder that can be written to, as every update computes features and keeps them; {why}"
         advice = "To read only, set dataflex.on_missing: error or refresh.policy: static, or name another store"
         problems.add(origin, "dataflex.store", expected, store or root, why=advice)
-    return []

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from dataflex.doctor.finding import Finding, Level
+from dataflex.errors import DataflexError
 
 LEAST = 200e6
 """Bytes under which not even a small run's stores and checkpoints fit."""
@@ -30,7 +31,7 @@ def room(places: Mapping[str, str]) -> Iterator[Finding]:
     """
     for use, place in places.items():
         if "://" in place:
-            yield Finding("ok", use, f"{place} is no disk of this machine")
+            yield _looked_at(use, place)
             continue
         folder = Path(os.path.abspath(os.path.expanduser(place)))
         there = next((f for f in (folder, *folder.parents) if f.exists()), Path(folder.anchor))
@@ -45,3 +46,14 @@ def room(places: Mapping[str, str]) -> Iterator[Finding]:
         level: Level = "error" if free < LEAST else "warning" if free < LITTLE else "ok"
         advice = "" if free >= LITTLE else "make room (`dataflex store gc` names what is not used), or use another disk"
         yield Finding(level, use, f"{free / 1e9:.1f} GB free at {folder}", advice)
+
+
+def _looked_at(use: str, url: str) -> Finding:
+    from dataflex.stores.root import refuse_unusable  # pyarrow, which may be what is broken
+
+    try:
+        refuse_unusable(url)
+    except DataflexError as error:
+        found, _, advice = str(error).partition("\n")
+        return Finding("error", use, found, " ".join(advice.split()))
+    return Finding("ok", use, f"{url} answers; it is no disk of this machine")
