@@ -1,10 +1,11 @@
-"""What a store of many fragments costs to open and to ask, and how much launches that share one compute twice.
+"""What a store of many fragments costs to open and to ask, how much launches compute twice, what a slow rank costs.
 
 CPU seconds, requests and bytes read of the first look of a process (opening, membership and status of every row) with
 and without the compacted log, and of a gather of rows. Vectors are small: it is fragments that are counted.
 
 python -m benchmarks.scale --fragments 1000 10000 --rows 100
 python -m benchmarks.scale --launches
+python -m benchmarks.scale --slow-rank
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.launches import launched, synthetic
+from benchmarks.launches import job, launched, synthetic
 from dataflex.access.grid import SMALLEST
 from dataflex.stores.files import LocalFiles, Stored
 from dataflex.stores.parquet import ParquetStore
@@ -114,12 +115,31 @@ def looked_at(root: str, keys: np.ndarray) -> None:
     measured("1,000 rows at random", files, lambda: store.read(some))
 
 
+def share_work(seconds: float, slow: float) -> None:
+    """Print what a job takes of which one rank is slower than the others, and the ideal: the work by all its speeds."""
+    for ranks in (2, 4):
+        for cells in (40, 41, 100):
+            with tempfile.TemporaryDirectory() as root:
+                found = job(root, ranks, cells, seconds, slow)
+            assert sum(line["computed"] for line in found) == cells * SMALLEST
+            ideal = cells * seconds / (ranks - 1 + 1 / slow)
+            wall = max(line["seconds"] for line in found)
+            done = [line["computed"] // SMALLEST for line in found]
+            print(f"{ranks} ranks, {cells} cells: {wall:.2f} s, {wall / ideal:.3f} of the ideal; cells of each: {done}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fragments", type=int, nargs="*", default=[1000, 10_000])
     parser.add_argument("--rows", type=int, default=100, help="of a fragment")
     parser.add_argument("--launches", action="store_true", help="what launches compute twice, alone")
+    parser.add_argument("--slow-rank", action="store_true", help="what one rank of a job costs that is slow, alone")
+    parser.add_argument("--slower", type=float, default=3.0, help="times as long on the slow rank")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a cell on the others")
     args = parser.parse_args()
+    if args.slow_rank:
+        share_work(args.seconds, args.slower)
+        return
     if args.launches:
         for launches, apart, cells, leases in ((2, 0.0, 100, True), (4, 0.3, 100, True), (2, 0.0, 500, False)):
             with tempfile.TemporaryDirectory() as root:
