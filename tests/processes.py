@@ -85,22 +85,32 @@ TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+"""Two processes on whatever devices there are; `--cpu` would start one."""
+
+
 SEVERAL = """
 import sys
 from dataflex import distributed
 from dataflex.config import load
 from dataflex.features.adam import Moments
+from dataflex.pipelines.featurize import featurize
 from dataflex.pipelines.train import train
 
 distributed.prepare()
-for path in sys.argv[1:]:
-    train(load(path))
+for verb, path in zip(sys.argv[1::2], sys.argv[2::2]):
+    {"featurize": featurize, "train": train}[verb](load(path))
 distributed.leave()
 """
 
 
 def launch_several(folder: Path, files: Iterable[Path]) -> None:
     """Train run files one after the other on two processes, which are started once."""
+    launch_verbs(folder, [("train", path) for path in files])
+
+
+def launch_verbs(folder: Path, commands: Iterable[tuple[str, Path]]) -> None:
+    """Run verbs of run files, `featurize` or `train`, one after the other on two processes, which are started once."""
     script = folder / "several.py"
     script.write_text(SEVERAL)
-    launch([*TORCHRUN, str(script), *map(str, files)])
+    launch([*TORCHRUN, str(script), *(str(part) for command in commands for part in command)])
