@@ -91,15 +91,20 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu",
 
 SEVERAL = """
 import sys
+from pathlib import Path
 from dataflex import distributed
 from dataflex.config import load
 from dataflex.features.adam import Moments
 from dataflex.pipelines.featurize import featurize
+from dataflex.pipelines.select import select
 from dataflex.pipelines.train import train
+
+def select_8(settings):
+    select(settings, 8, Path(settings.llamafactory["output_dir"] + ".json"))
 
 distributed.prepare()
 for verb, path in zip(sys.argv[1::2], sys.argv[2::2]):
-    {"featurize": featurize, "train": train}[verb](load(path))
+    {"featurize": featurize, "select": select_8, "train": train}[verb](load(path))
 distributed.leave()
 """
 
@@ -110,7 +115,10 @@ def launch_several(folder: Path, files: Iterable[Path]) -> None:
 
 
 def launch_verbs(folder: Path, commands: Iterable[tuple[str, Path]]) -> None:
-    """Run verbs of run files, `featurize` or `train`, one after the other on two processes, which are started once."""
+    """Run verbs of run files one after the other on two processes, which are started once.
+
+    `select` chooses 8 rows, and writes them to the output folder's name with `.json`.
+    """
     script = folder / "several.py"
     script.write_text(SEVERAL)
     launch([*TORCHRUN, str(script), *(str(part) for command in commands for part in command)])

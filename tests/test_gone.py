@@ -69,10 +69,12 @@ def test_the_other_ends_by_itself_where_no_launcher_ends_it(
         assert found[:2] == ("failed", 75)
         assert "run the same command again" in found[2]
     done = len(stored(workspace.folder / "store"))
-    again = workspace.run(verb, path)
+    again = workspace.run(verb, path, "per_device_train_batch_size=2")  # on one process now
     if verb == "featurize":
         assert 0 < done < 69
         assert again["computed"] == 69 - done
+    else:
+        assert [len(rows) for rows in workspace.rounds("run")] == [12, 8, 8]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from dataflex.launch import free_port
@@ -53,6 +54,7 @@ def test_what_one_process_featurized_two_reuse_and_the_other_way_round(workspace
             ("featurize", write(workspace, "two-on-one", "store-one", 2)),
             ("train", write(workspace, "two-trains-one", "store-one", 2)),
             ("train", write(workspace, "two-trains-two", "store-two", 2)),
+            ("select", write(workspace, "two-select-one", "store-one", 2)),
         ],
     )
     assert summary(workspace, "two", "featurize")["computed"] == 69
@@ -66,6 +68,8 @@ def test_what_one_process_featurized_two_reuse_and_the_other_way_round(workspace
             assert (found["computed"], found["reused"]) == (0, 69), name
             assert [len(rows) for rows in workspace.rounds(name)] == [12, 8]
         assert workspace.rounds(f"two-trains-{by}") == workspace.rounds(f"one-trains-{by}")
+    chosen = pq.read_table(workspace.folder / "out" / "two-select-one.parquet")["index"].to_pylist()
+    assert chosen == workspace.rounds("one-trains-one")[1]
 
 
 @pytest.mark.slow

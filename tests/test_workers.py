@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dataflex.errors import CoverageError
+from dataflex.stores.leases import Lease
 from dataflex.stores.root import StoreRoot
 from tests.processes import environment
 from tests.roots import stored
@@ -30,6 +31,23 @@ def test_a_worker_does_not_warm_up(workspace: Any) -> None:
     featurize(load(path, []), is_worker=True)
     summary = json.loads((workspace.folder / "out" / "run" / "dataflex_featurize.json").read_text("utf-8"))
     assert (summary["computed"], summary["reused"]) == (0, 69)
+
+
+@pytest.mark.parametrize("leases", [True, False])
+def test_no_lease_is_taken_where_the_run_file_says_so(
+    workspace: Any, leases: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Lease] = []
+    real = Lease.take
+
+    def take(lease: Lease) -> bool:
+        taken.append(lease)
+        return real(lease)
+
+    monkeypatch.setattr(Lease, "take", take)
+    path = workspace.write("run", warmup_step=0)
+    assert workspace.run("featurize", path, f"dataflex.leases={leases}".lower())["computed"] == 69
+    assert bool(taken) == leases
 
 
 @pytest.mark.timeout(500)
