@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from dataflex.access.fragments import NonfiniteLimit, Tally, Work, cells_of
 from dataflex.access.grid import SMALLEST, Grid
 from dataflex.access.progress import Progress
 from dataflex.features.spec import FeatureSpec, FeatureValues, LossSpec
+from dataflex.launch import free_port
 from dataflex.rows import Rows, Status, Text
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.values import Layout
@@ -121,6 +123,24 @@ def launched(url: str, launches: int, cells: int, seconds: float, leases: bool, 
     return [int(json.loads(process.communicate()[0])["computed"]) for process in begun]
 
 
+def job(url: str, ranks: int, cells: int, seconds: float, slow: float) -> list[dict[str, Any]]:
+    """Start one job of several ranks; return what each computed, and how long it took, in the order of the ranks.
+
+    Args:
+        url: of the root.
+        ranks: how many; the second is slower than the others.
+        cells: of the dataset, 64 rows each.
+        seconds: that a cell takes.
+        slow: times as long on the slow rank.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port"]
+    command += [str(free_port()), "-m", "benchmarks.launches", url, "--worker", "--cells", str(cells)]
+    command += ["--seconds", str(seconds), "--slow-rank", str(slow)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return sorted(map(json.loads, ran.stdout.splitlines()), key=lambda line: line["rank"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
@@ -144,6 +164,7 @@ def main() -> None:
     if args.wait:
         print("ready", flush=True)
         sys.stdin.readline()
+    distributed.barrier()
     begun = time.monotonic()
     seconds = args.seconds * (args.slow_rank if distributed.rank() == 1 else 1)
     tally = fill(args.url, args.cells, seconds, not args.no_leases)

@@ -107,6 +107,11 @@ def build(root: str, fragments: int, rows: int = 100) -> None:
     np.save(Path(root, "keys.npy"), keys.view("u1"))
 
 
+def compact(root: str) -> None:
+    """Put the store's log into one file."""
+    opened(Unsynced(root)).compact()
+
+
 def near(store: ParquetStore, keys: np.ndarray) -> None:
     """Find the ten nearest rows of a thousand targets."""
     from dataflex.access.views import StoreView
@@ -198,7 +203,7 @@ def main() -> None:
     if args.what == "build":
         build(args.root, args.fragments)
     elif args.what == "compact":
-        opened(Unsynced(args.root)).compact()
+        compact(args.root)
     else:
         print(json.dumps(looked(args.what, args.root)))
 

@@ -19,9 +19,6 @@ _KEEPERS = ("torch.distributed.nn.functional", "deepspeed.comm.torch")
 """Modules that keep the process group for ever, as a default of their functions, if imported while there is one."""
 
 
-_drawings = 0
-
-
 def _group() -> Any:
     """Return `torch.distributed` if a process group is up; torch is not imported for the question."""
     torch = sys.modules.get("torch")
@@ -143,21 +140,6 @@ def store() -> Any:
     if not dist or dist.get_world_size() == 1:
         return None
     return dist.distributed_c10d._get_default_store()
-
-
-def tickets(count: int) -> Iterator[int]:
-    """Yield numbers below `count`, each on one rank alone, to whichever asks next. All ranks begin it alike.
-
-    It waits for nobody, so a slow rank holds no other up: it takes fewer.
-    """
-    global _drawings
-    _drawings += 1  # ranks come to the same drawings in the same order, so this names one on all of them
-    met = store()
-    if met is None:
-        yield from range(count)
-        return
-    while (number := int(met.add(f"dataflex/tickets/{_drawings}", 1)) - 1) < count:
-        yield number
 
 
 def gather(value: T) -> list[T]:

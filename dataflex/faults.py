@@ -41,7 +41,9 @@ The classes have no parent in common.
 _LOST = re.compile(
     r"gloo/transport.*(closed by peer|reset by peer|Timed out|timed out|Broken pipe)|Connection closed by peer \["
     r"|Application timeout caused pair closure|remote process exited|Watchdog caught collective operation timeout"
-    r"|recvValue failed|sendBytes failed|(wait|store->get).* timeout|Broken pipe",
+    r"|recvValue failed|sendBytes failed|(wait|store->get).* timeout|Broken pipe"
+    # Of the store itself, where the process that holds it is the one that is gone.
+    r"|\AConnection reset by peer|failed to recv, got 0 bytes",
     re.DOTALL,
 )
 """How gloo, NCCL and the store that processes meet at tell that another has gone; they share no class for it."""

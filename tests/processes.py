@@ -85,22 +85,40 @@ TWO = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+"""Two processes on whatever devices there are; `--cpu` would start one."""
+
+
 SEVERAL = """
 import sys
+from pathlib import Path
 from dataflex import distributed
 from dataflex.config import load
 from dataflex.features.adam import Moments
+from dataflex.pipelines.featurize import featurize
+from dataflex.pipelines.select import select
 from dataflex.pipelines.train import train
 
+def select_8(settings):
+    select(settings, 8, Path(settings.llamafactory["output_dir"] + ".json"))
+
 distributed.prepare()
-for path in sys.argv[1:]:
-    train(load(path))
+for verb, path in zip(sys.argv[1::2], sys.argv[2::2]):
+    {"featurize": featurize, "select": select_8, "train": train}[verb](load(path))
 distributed.leave()
 """
 
 
 def launch_several(folder: Path, files: Iterable[Path]) -> None:
     """Train run files one after the other on two processes, which are started once."""
+    launch_verbs(folder, [("train", path) for path in files])
+
+
+def launch_verbs(folder: Path, commands: Iterable[tuple[str, Path]]) -> None:
+    """Run verbs of run files one after the other on two processes, which are started once.
+
+    `select` chooses 8 rows, and writes them to the output folder's name with `.json`.
+    """
     script = folder / "several.py"
     script.write_text(SEVERAL)
-    launch([*TORCHRUN, str(script), *map(str, files)])
+    launch([*TORCHRUN, str(script), *(str(part) for command in commands for part in command)])

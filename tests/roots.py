@@ -65,3 +65,16 @@ def age(folder: Path, hours: float = 48) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             os.utime(path, (time.time() - 3600 * hours,) * 2)
+
+
+def stored(folder: Path) -> dict[tuple[str, bytes], bytes]:
+    """Return every value under a root, the sum of a loss or a vector, by store and key; none may be there twice."""
+    found: dict[tuple[str, bytes], bytes] = {}
+    for store in StoreRoot(folder).stores():
+        for block in store.scan():
+            numbers = block.scalars["loss_sum"] if block.vectors is None else block.vectors
+            some = {(store.folder, k.tobytes()): v.tobytes() for k, v in zip(block.keys, numbers, strict=True)}
+            assert len(some) == len(block.keys)
+            assert not some.keys() & found.keys()
+            found |= some
+    return found

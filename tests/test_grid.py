@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.launches import Sleeping, fill, synthetic
-from dataflex import distributed
 from dataflex.access.fragments import NonfiniteLimit, Tally, Work, cells_of, waves
 from dataflex.access.grid import SMALLEST, Grid
 from dataflex.access.progress import Progress
+from dataflex.access.tickets import tickets, worth_waiting
 from dataflex.features.spec import EmbeddingSpec, LossSpec
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
@@ -111,5 +111,18 @@ def test_what_another_launch_commits_meanwhile_is_not_computed(store: ParquetSto
 
 
 def test_every_ticket_is_drawn_once() -> None:
-    assert list(distributed.tickets(3)) == [0, 1, 2]
-    assert list(distributed.tickets(0)) == []
+    assert list(tickets(3)) == [0, 1, 2]
+    assert list(tickets(0)) == []
+    asked = iter([False] * 4)
+    assert list(tickets(3, lambda: next(asked, True))) == [0, 1]  # it is asked before a ticket is drawn and after
+
+
+def test_the_last_tickets_are_left_to_who_has_done_them_sooner() -> None:
+    """In units of a ticket of one's own; the others have one in hand each, which comes first."""
+    assert worth_waiting(3, left=1, others=1) == pytest.approx(2 / 3)  # one that is three times as fast
+    assert worth_waiting(3, left=2, others=1) == 0  # it would have done both as soon
+    assert worth_waiting(9, left=5, others=3) == pytest.approx(8 / 9)
+    assert worth_waiting(9, left=6, others=3) == 0
+    for others in (1, 3, 63):  # all are alike
+        assert all(worth_waiting(others, left, others) == 0 for left in range(1, 200))
+    assert worth_waiting(3, left=-1, others=1) == 0  # all are drawn, and each of two has asked once more

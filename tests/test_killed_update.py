@@ -11,29 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dataflex.stores.root import StoreRoot
-from tests.processes import ended
-
-KILLED = """
-import os, signal
-from dataflex.access.fragments import Work
-from dataflex.cli import main
-
-left = int(os.environ["CELLS"])
-real = Work.compute
-
-def compute(self, cell, least, tally):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return real(self, cell, least, tally)
-
-Work.compute = compute
-main()
-"""
+from tests.mortal_processes import dying, script
+from tests.processes import TORCHRUN, TWO, dataflex, ended, launch_several
+from tests.roots import stored
+from tests.workspace import assert_equal_weights
 
 
 @pytest.fixture
@@ -47,36 +29,50 @@ def data(tmp_path: Path, tiny: Any) -> dict[str, Any]:
     return {"dataset_dir": str(tmp_path / "data"), "dataset": "many", "eval_dataset": "target", "bf16": True}
 
 
-def stored(folder: Path) -> dict[tuple[str, bytes], bytes]:
-    """Return every value of every store, by store and key."""
-    found: dict[tuple[str, bytes], bytes] = {}
-    for store in StoreRoot(folder).stores():
-        for block in store.scan():
-            numbers = block.scalars["loss_sum"] if block.vectors is None else block.vectors
-            found |= {(store.folder, k.tobytes()): v.tobytes() for k, v in zip(block.keys, numbers, strict=True)}
-    return found
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("cells", [1, pytest.param(3, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
 def test_killed_and_begun_again_equals_undisturbed(workspace: Any, data: dict[str, Any], cells: int) -> None:
-    keys = {**data, "update_times": 2, "warmup_step": 2}
+    runs = write(workspace, data)
+    workspace.run("train", runs["whole"])
+    command = [sys.executable, script(workspace.folder), "train", str(runs["killed"])]
+    status, said = ended(command, **dying("cell", cells))
+    assert status == -signal.SIGKILL, said[-3000:]
+    half = stored(workspace.folder / "store-killed")
+    again = workspace.run("train", runs["killed"])
+    assert again["reused"] > 0
+    assert_as_whole(workspace, half)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_that_are_killed_and_begun_again_end_as_two_undisturbed_ones(
+    workspace: Any, data: dict[str, Any]
+) -> None:
+    """Both, and what started them, while one is between two cells of an update."""
+    runs = write(workspace, data, per_device_train_batch_size=1)
+    launch_several(workspace.folder, [runs["whole"]])
+    command = [*TORCHRUN, script(workspace.folder), "train", str(runs["killed"])]
+    status, said = ended(command, **dying("cell", 2))
+    assert status == -signal.SIGKILL, said[-3000:]
+    half = stored(workspace.folder / "store-killed")
+    dataflex("train", runs["killed"], **TWO)
+    assert_as_whole(workspace, half)
+
+
+def write(workspace: Any, data: dict[str, Any], **more: Any) -> dict[str, Path]:
+    """Write two run files that differ in where they write to."""
+    keys = {**data, "update_times": 2, "warmup_step": 2, **more}
     runs = {}
     for name in ("whole", "killed"):
         section = {"store": str(workspace.folder / f"store-{name}"), "params": {"proj_dim": 256}}
         runs[name] = workspace.write(name, dataflex=section, **keys)
-    workspace.run("train", runs["whole"])
-    script = workspace.folder / "killed.py"
-    script.write_text(KILLED)
-    status, said = ended([sys.executable, str(script), "train", str(runs["killed"])], CELLS=str(cells))
-    assert status == -signal.SIGKILL, said[-3000:]
-    half = stored(workspace.folder / "store-killed")
-    assert half
-    again = workspace.run("train", runs["killed"])
-    assert again["reused"] > 0
+    return runs
+
+
+def assert_as_whole(workspace: Any, half: dict[tuple[str, bytes], bytes]) -> None:
+    """Hold what was killed and begun again against what was not; `half` of it had been there in between."""
     whole = stored(workspace.folder / "store-whole")
-    assert len(half) < len(whole)
+    assert 0 < len(half) < len(whole)
     assert stored(workspace.folder / "store-killed") == whole
     assert workspace.rounds("killed") == workspace.rounds("whole")
-    before, after = workspace.weights("whole"), workspace.weights("killed")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_weights(workspace.weights("killed"), workspace.weights("whole"))

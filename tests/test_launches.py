@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from benchmarks.launches import launched, synthetic
 from dataflex.access.grid import SMALLEST
 from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
-from tests.processes import TORCHRUN, TWO, ended
+from tests.processes import TORCHRUN, environment
 
 CELLS = 40
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,36 +60,45 @@ def test_a_slow_rank_takes_fewer_cells(tmp_path: Path) -> None:
     check(tmp_path / "root")
 
 
-GONE = """
-import os, signal
-from dataflex.access.fragments import Work
-from dataflex.cli import main
+HEEDING = """
+import json, sys, time
+import torch.distributed as dist
+from benchmarks.launches import Sleeping, fill
+from dataflex import distributed
 
-real = Work.compute
+compute = Sleeping.compute
 
-def compute(self, cell, least, tally):
-    real(self, cell, least, tally)
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
+def done(more):
+    return distributed.store().add("test/done", more)
 
-Work.compute = compute
-main()
+def heeding(self, *args):
+    if distributed.rank() == 0:
+        done(1)
+        return compute(self, *args)
+    until = min(done(0) + 3, 10**6)
+    while done(0) < until:
+        time.sleep(0.01)
+    return compute(self, *args)
+
+Sleeping.compute = heeding
+dist.init_process_group("gloo")
+computed = fill(sys.argv[1], int(sys.argv[2]), 0.0, True).computed
+if distributed.rank() == 0:
+    done(10**6)  # nobody waits any more
+print(json.dumps([distributed.rank(), computed]))
+distributed.barrier()
+distributed.leave()
 """
 
 
 @pytest.mark.timeout(300)
-def test_a_process_that_is_gone_ends_in_words_and_its_work_is_kept(workspace: Any) -> None:
-    script = workspace.folder / "gone.py"
-    script.write_text(GONE)
-    section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "fragment_rows": 16}
-    path = workspace.write("run", warmup_step=0, dataflex=section)
-    code, said = ended([*TORCHRUN, str(script), "featurize", str(path)], **TWO)
-    assert code != 0
-    assert "the same command" in said, said[-4000:]
-    assert "stay" in said, said[-4000:]
-    own = said.partition("torch/distributed/run.py")[0].partition("ChildFailedError")[0]
-    assert "Traceback" not in own.rpartition("dataflex: ")[0], said[-4000:]
-    (store,) = StoreRoot(workspace.folder / "store").stores()
-    assert store.rows > 0
-    again = workspace.run("featurize", path)
-    assert 0 < again["computed"] < 69
+def test_a_rank_that_does_one_cell_while_the_other_does_three_has_a_quarter_of_them(tmp_path: Path) -> None:
+    """Whatever the clock says: the slow one waits at each of its cells until the other has done three more."""
+    (tmp_path / "heeding.py").write_text(HEEDING)
+    command = [*TORCHRUN, str(tmp_path / "heeding.py"), str(tmp_path / "root"), str(CELLS)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    done = dict(map(json.loads, ran.stdout.splitlines()))
+    assert done[0] + done[1] == CELLS * SMALLEST
+    assert SMALLEST <= done[1] <= (CELLS // 4 + 1) * SMALLEST
+    check(tmp_path / "root")

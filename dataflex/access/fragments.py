@@ -1,6 +1,6 @@
 """Cells of missing rows are taken by whoever comes next; each is committed whole, as soon as it is done.
 
-Within a job the ranks draw numbers from the key-value store that they met at, so a slow one takes fewer. Separate
+Within a job the ranks draw tickets (`dataflex.access.tickets`), so a slow one takes fewer. Separate
 launches that share a store go through the cells in orders of their own, look again before each, and leave alone what
 another holds a lease of (`dataflex.stores.leases`).
 """
@@ -19,6 +19,7 @@ from dataflex import distributed, stop
 from dataflex.access.grid import Grid
 from dataflex.access.progress import Progress
 from dataflex.access.sources import Source
+from dataflex.access.tickets import tickets
 from dataflex.draws import generator
 from dataflex.errors import DataflexError, Interrupted
 from dataflex.features.batching import count_batches
@@ -137,10 +138,8 @@ class Work:
         """Take cell after cell; those that another launch is at come last."""
         order = generator(distributed.broadcast(_LAUNCH_SEED), "cells").permutation(len(self.cells))
         others: list[Cell] = []
-        for number in distributed.tickets(len(self.cells)):
+        for number in tickets(len(self.cells), stop.is_asked):
             cell = self.cells[order[number]]
-            if stop.is_asked():
-                return
             if not self._take(cell, tally, progress):
                 others.append(cell)
         until = time.monotonic() + _PATIENCE

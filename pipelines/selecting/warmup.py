@@ -62,6 +62,7 @@ class WarmState:
         self.loaded = False
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._story: dict[str, Any] | None = None
+        self._names: list[str] = []  # that a state may be kept under, the run's own first
         first = run.rounds[0]
         self._end = first.steps
         if first.kind != "warmup" or not run.live_needs or is_resumed:
@@ -72,21 +73,24 @@ class WarmState:
         keys = run.rows.keys[draw(run, first).rows]
         is_exact = run.settings.dataflex.warmup_split == "exact"
         self._story = lineage(run.trainer, run.state.origin(), keys, 0, first.steps, is_exact)
-        self.lineage = digest(self._story) if self._story is not None else None
+        if self._story is not None:
+            own = {**self._story, "batch": split_of(run.trainer)}
+            self._names = list(dict.fromkeys([digest(self._story), digest(own)]))
+            self.lineage = self._names[0]
 
     def start(self) -> str | None:
         """Return the folder of the kept state, its round put into the journal, or None. Collective."""
         if self.lineage is None:
             return None
-        states = self.run.access.root.states
         self.run.access.note("state", self.lineage)
-        found = distributed.broadcast(states.find(self.lineage) if distributed.is_main() else None)
+        found = distributed.broadcast(self._find() if distributed.is_main() else None)
         if found is None:
             if distributed.is_main():
-                self._explain(states.infos())
+                self._explain(self.run.access.root.states.infos())
             return None
+        self.lineage, info = found
         folder = self._fetch(self.lineage)
-        by = _divided(found.get(_SPLIT))
+        by = _divided(info.get(_SPLIT))
         log.info("starting from the kept state %s%s: %d steps of warm-up are done", self.lineage[:8], by, self._end)
         self.loaded = True
         restore_rounds(self.run, folder)
@@ -95,10 +99,21 @@ class WarmState:
     @property
     def reached(self) -> int:
         """Steps that a run that begins alike starts behind."""
-        is_kept = self.lineage is not None and (
-            self.loaded or self.run.access.root.states.find(self.lineage) is not None
-        )
-        return self._end if is_kept else 0
+        return self._end if self.loaded or self._find() is not None else 0
+
+    def _find(self) -> tuple[str, dict[str, Any]] | None:
+        """Return the name and the record of a kept state that serves.
+
+        One that is named with this run's division of the batch does too: by `warmup_split: exact`, and by all before
+        there was that key.
+        """
+        states = self.run.access.root.states
+        for name in self._names:
+            if states.find(name) is not None:
+                self.run.access.note("state", name)
+                if (info := states.find(name)) is not None:  # after the note: nobody removes it any more
+                    return name, info
+        return None
 
     def _explain(self, kept: list[dict[str, Any]]) -> None:
         """Say what keeps the nearest kept state from being this run's."""
