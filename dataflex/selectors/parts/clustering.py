@@ -6,13 +6,12 @@ depend neither on the number of ranks nor on the order of the storage. Memory: K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 
 from dataflex import distributed
-from dataflex.rows import spread
 from dataflex.selectors.parts.similarity import joined
 from dataflex.selectors.parts.streamed import Streamed, share, streamed
 from dataflex.stores.search.faiss_index import load_faiss
@@ -70,7 +69,12 @@ def _kmeans(pool: Streamed, count: int, iterations: int, seed: int, is_spherical
                 _add(sums, counts, now, vectors)
         if is_last or not sum(distributed.gather(changed)):
             break
-        centroids = _means(distributed.summed(sums), distributed.summed(counts), centroids, is_spherical)
+        counts = distributed.summed(counts)
+        _take_means(centroids, distributed.summed(sums), counts)
+        _fill_empty(centroids, counts)
+        if is_spherical:
+            norms = np.linalg.norm(centroids, axis=1, keepdims=True)
+            np.divide(centroids, norms, out=centroids, where=norms > 0)
     mine = np.flatnonzero(ids >= 0)
     return joined([(mine, ids[mine, None].astype(np.float64))], len(pool), 1)[:, 0].astype(np.int64)
 
@@ -130,12 +134,16 @@ def _add(sums: np.ndarray, counts: np.ndarray, ids: np.ndarray, vectors: np.ndar
     counts[of] += many
 
 
-def _means(sums: np.ndarray, counts: np.ndarray, centroids: np.ndarray, is_spherical: bool) -> np.ndarray:
-    """Return the centroids (K, D) float32 of sums and counts, written over the last ones."""
+def _take_means(centroids: np.ndarray, sums: np.ndarray, counts: np.ndarray) -> None:
+    """Put the means of sums (K, D) and counts (K,) into the centroids (K, D) float32."""
     together = max(1, _NUMBERS // centroids.shape[1])
     for start in range(0, len(counts), together):
         some = slice(start, start + together)
         centroids[some] = sums[some] / _UNIT / np.maximum(1, counts[some, None])
+
+
+def _fill_empty(centroids: np.ndarray, counts: np.ndarray) -> None:
+    """Give each empty cluster a half of the one that is then largest."""
     half = np.where(np.arange(centroids.shape[1]) % 2, 1 - _SPLIT, 1 + _SPLIT).astype(np.float32)
     for empty in np.flatnonzero(counts == 0):
         largest = int(counts.argmax())
@@ -143,10 +151,6 @@ def _means(sums: np.ndarray, counts: np.ndarray, centroids: np.ndarray, is_spher
         centroids[largest] *= 2 - half
         counts[empty] = counts[largest] // 2
         counts[largest] -= counts[empty]
-    if is_spherical:
-        norms = np.linalg.norm(centroids, axis=1, keepdims=True)
-        np.divide(centroids, norms, out=centroids, where=norms > 0)
-    return centroids
 
 
 def _farthest_first(pool: Streamed, count: int, seed: int) -> np.ndarray:
@@ -180,20 +184,21 @@ def _next_centres(pool: Streamed, distance: np.ndarray, most: int) -> list[int]:
     """Return the next centres, up to `most`, given the distances (N,) of this rank's rows, -inf of the others'."""
     size = min(_FAR + 1, len(distance))
     far = np.argpartition(-distance, size - 1)[:size]
+    far = far[np.isfinite(distance[far])]
     shares = distributed.gather((far, distance[far]))
     far, left = (np.concatenate(column) for column in zip(*shares, strict=True))
     order = np.lexsort((far, -left))
     beyond = float(left[order[_FAR]]) if len(order) > _FAR else -np.inf
     rows = np.sort(far[order[:_FAR]])  # so that `argmax` takes the first of equals
     left = left[order[:_FAR]][np.argsort(far[order[:_FAR]])]
-    vectors, chosen = pool.take(rows), []
-    while len(chosen) < most:
+    vectors, centres = pool.take(rows), list[int]()
+    while len(centres) < most:
         farthest = int(left.argmax())
-        if chosen and left[farthest] <= beyond:
+        if centres and left[farthest] <= beyond:
             break
-        chosen.append(int(rows[farthest]))
+        centres.append(int(rows[farthest]))
         left = np.minimum(left, _squared(vectors, vectors[farthest : farthest + 1].astype(np.float64))[:, 0])
-    return chosen
+    return centres
 
 
 def _squared(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -201,25 +206,45 @@ def _squared(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return np.round(2 - 2 * vectors.astype(np.float64) @ centres.T, 12)
 
 
+def distances(vectors: Streamed, ids: np.ndarray) -> np.ndarray:
+    """Return the squared distance of each row from the mean of its cluster, (N,) float32. Collective.
+
+    Args:
+        vectors: (N, D), of unit length.
+        ids: (N,) the cluster of each row.
+    """
+    count, width = int(ids.max()) + 1, vectors.take(np.zeros(1, np.int64)).shape[1]
+    sums, counts = np.zeros((count, width), np.int64), np.zeros(count, np.int64)
+    for rows, block in share(vectors):
+        _add(sums, counts, ids[rows], block)
+    means = np.zeros(sums.shape, np.float32)
+    _take_means(means, distributed.summed(sums), distributed.summed(counts))
+    found = [(rows, ((block - means[ids[rows]]) ** 2).sum(axis=1)[:, None]) for rows, block in share(vectors)]
+    return joined(found, len(vectors), 1)[:, 0].astype(np.float32)
+
+
 def representatives(
-    members: np.ndarray,
-    vectors: np.ndarray,
-    count: int,
-    strategy: Strategy,
-    rng: np.random.Generator,
+    members: np.ndarray, vectors: np.ndarray, count: int, strategy: Strategy, rng: np.random.Generator
+) -> np.ndarray:
+    """Return up to `count` rows that stand for a cluster, as `chosen` does, given their vectors (m, D)."""
+    return chosen(members, ((vectors - vectors.mean(axis=0)) ** 2).sum(axis=1), count, strategy, rng)
+
+
+def chosen(
+    members: np.ndarray, far: np.ndarray | None, count: int, strategy: Strategy, rng: np.random.Generator
 ) -> np.ndarray:
     """Return up to `count` rows that stand for a cluster.
 
     Args:
         members: (m,) rows of the cluster.
-        vectors: (m, D) their vectors.
+        far: (m,) their distances from the centroid; None will do for random ones.
         count: representatives.
         strategy: random; nearest to or farthest from the centroid; mixed: nearest, farthest, second nearest, ...
         rng: source of the random ones.
     """
-    if strategy == "random":
+    if far is None or strategy == "random":
         return rng.permutation(members)[:count]
-    order = np.argsort(((vectors - vectors.mean(axis=0)) ** 2).sum(axis=1), kind="stable")
+    order = np.argsort(far, kind="stable")
     if strategy == "farthest":
         order = order[::-1]
     if strategy == "mixed":

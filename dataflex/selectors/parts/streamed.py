@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from dataflex import distributed
-from dataflex.selectors.parts.similarity import unit, vectors_of
 from dataflex.selectors.base import View
+from dataflex.selectors.parts.similarity import unit, vectors_of
 
 
 class Streamed(Protocol):
