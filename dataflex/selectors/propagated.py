@@ -21,7 +21,7 @@ from dataflex.selectors.parts.similarity import joined, set_scores, shared_block
 from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientFields
 
 MOST = 16_384
-"""Rows that a regression takes: its kernel is then 2 GB."""
+"""Rows that a regression takes: its kernel is then 2 GB, of which the solver makes a copy."""
 
 
 class PropagatedFields(GradientFields):
