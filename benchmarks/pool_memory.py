@@ -35,6 +35,7 @@ from dataflex.stores.values import Layout, Values
 
 DIM, TARGETS, SETS, CHOSEN, FRAGMENT = 1024, 1000, 4, 10_000, 16_384
 WIDE = {"kind": "gradient", "proj_dim": DIM}
+ONCE = {"clustering_max_iter": 1, "representative_strategy": "nearest"}  # more iterations take time alone
 EXACT = {"type": "exact_match"}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "less": ("less", {}),
@@ -44,10 +45,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "rds_plus": ("rds_plus", {}),
     "near": ("near", {}),
     "tsds, uniform, max_K 5000": ("tsds", {"density": "uniform", "replacement": True}),
-    "tsds, max_K 200": ("tsds", {"max_K": 200, "replacement": True}),
+    "tsds, max_K 50": ("tsds", {"max_K": 50, "replacement": True}),
     "composed, whitened": ("composed", {"representation": WIDE, "similarity": "whitened_cosine"}),
     "influence_distillation": ("influence_distillation", {}),
-    "cluster_less, one iteration": ("cluster_less", {"clustering_max_iter": 1, "representative_strategy": "nearest"}),
+    "cluster_less, 1,563 clusters": ("cluster_less", {**ONCE, "num_clusters": 1_563}),
+    "cluster_less, 15,625 clusters": ("cluster_less", {**ONCE, "num_clusters": 15_625}),
 }
 
 

@@ -73,7 +73,7 @@ class ProcessedExamples(Protocol):
     def __getitem__(self, row: int, /) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself alone, so what is known of it can be kept by it
 class Rows:
     """A processed dataset in training order; a *row* is a position in it.
 
