@@ -18,6 +18,8 @@ T = TypeVar("T")
 _KEEPERS = ("torch.distributed.nn.functional", "deepspeed.comm.torch")
 """Modules that keep the process group for ever, as a default of their functions, if imported while there is one."""
 
+_PIECE = 1 << 20
+"""Numbers that are summed over ranks at a time."""
 
 def _group() -> Any:
     """Return `torch.distributed` if a process group is up; torch is not imported for the question."""
@@ -150,6 +152,19 @@ def gather(value: T) -> list[T]:
     box: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def summed(values: Any) -> Any:
+    """Return the sum of every rank's NumPy array, added in rank order. Collective; the same shape on all.
+
+    In pieces: what all ranks send at once is held by each.
+    """
+    if world() == 1:
+        return values
+    flat = values.reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        flat[start : start + _PIECE] = sum(gather(flat[start : start + _PIECE]))
+    return flat.reshape(values.shape)
 
 
 @contextlib.contextmanager

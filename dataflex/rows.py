@@ -18,6 +18,32 @@ def keys_from(digests: Iterable[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=KEY_DTYPE)
 
 
+def by_key(keys: np.ndarray) -> np.ndarray:
+    """Return the order of rows by (row key, position), (N,)."""
+    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)  # two big-endian words sort as their bytes do
+    heads = words[:, 0].astype(np.uint64)
+    order = np.argsort(heads, kind="stable")
+    # Keys are digests, told apart by their first eight bytes; and numbers sort several times faster than text.
+    ordered, tails = heads[order], words[order, 1]
+    if ((ordered[1:] == ordered[:-1]) & (tails[1:] != tails[:-1])).any():
+        return np.lexsort((words[:, 1], words[:, 0]))
+    return order
+
+
+def beginnings(ordered: np.ndarray) -> np.ndarray:
+    """Return where each of n distinct keys begins among sorted ones, and in the end how many there are, (n + 1,)."""
+    words = ordered.view("S16")  # text of one length compares as the bytes do, and faster than they
+    is_first = np.ones(len(words), bool)
+    is_first[1:] = words[1:] != words[:-1]
+    return np.append(np.flatnonzero(is_first), len(words))
+
+
+def spread(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lay n ranges of positions one after the other: return the range of each, and the position, (sum of counts,)."""
+    of = np.repeat(np.arange(len(counts)), counts)
+    return of, np.arange(len(of)) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+
+
 class Status(IntEnum):
     """Whether the features of a row can be used; only `OK` rows may ever be selected."""
 
@@ -47,7 +73,7 @@ class ProcessedExamples(Protocol):
     def __getitem__(self, row: int, /) -> dict[str, Any]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself alone, so what is known of it can be kept by it
 class Rows:
     """A processed dataset in training order; a *row* is a position in it.
 

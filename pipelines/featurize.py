@@ -164,10 +164,11 @@ class FeaturizeDirector(SelectingDirector):
             found = [(specs, access.ensure(specs, rows, state)) for specs, rows, state in wanted]
         for specs, stores in found:
             for spec, store in zip(specs, stores, strict=True):
-                if spec.is_indexed:
+                kind = kind_for(len(self.run.rows), store.layout.width)
+                if spec.is_indexed and kind is not None:  # a larger pool is streamed
                     load_faiss()  # where it is missing, every rank says so
                     if distributed.is_main():
-                        load_or_build(store, kind=kind_for(len(self.run.rows)))
+                        load_or_build(store, kind=kind)
         if self.settings.train_type == "dynamic_select" and self.run.selector.is_adaptive:
             choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))
         distributed.barrier()

@@ -17,6 +17,8 @@ from dataflex.launch import free_port
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.search import candidates, faiss_index
+from dataflex.stores.search import nearest as search
 from dataflex.stores.values import Layout, Values
 
 WIDTH = 6
@@ -26,6 +28,14 @@ METRICS = ("cosine", "ip", "l2")
 @pytest.fixture(autouse=True)
 def _own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True, params=["index", "streamed"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every answer is asked for twice: of an index, as for a small store, and streamed, as for a large one."""
+    if request.param == "streamed":
+        monkeypatch.setattr(faiss_index, "HELD_BYTES", 0)
+    return request.param
 
 
 def made(folder: Path, vectors: np.ndarray, seed: int = 0, storage: str = "float32") -> tuple[ParquetStore, np.ndarray]:
@@ -154,6 +164,7 @@ def test_an_inverted_file_finds_most_and_never_nothing(tmp_path: Path, metric: s
     assert everything.tolist() == view.nearest(queries, usable, metric)[1].tolist()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("_way", ["index"], indirect=True)
 def test_the_index_is_kept_and_shared(tmp_path: Path) -> None:
     store, keys = made(tmp_path / "root", np.random.default_rng(7).standard_normal((50, WIDTH)))
     queries = np.ones((2, WIDTH), np.float32)
@@ -191,7 +202,9 @@ import sys
 import numpy as np, torch.distributed as dist
 from dataflex.access.views import StoreView
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.search import faiss_index
 
+faiss_index.HELD_BYTES = int(sys.argv[4])
 dist.init_process_group("gloo")
 (store,) = StoreRoot(sys.argv[1]).stores()
 keys = np.concatenate([block.keys for block in store.scan()])
@@ -205,7 +218,7 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     store, keys = made(tmp_path / "root", np.random.default_rng(11).standard_normal((60, WIDTH)))
     queries = np.random.default_rng(12).standard_normal((3, WIDTH)).astype(np.float32)
     np.save(tmp_path / "queries.npy", queries)
-    arguments = [str(tmp_path / name) for name in ("root", "queries.npy", "rank")]
+    arguments = [str(tmp_path / name) for name in ("root", "queries.npy", "rank")] + [str(faiss_index.HELD_BYTES)]
     world = os.environ | {
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -226,6 +239,57 @@ def test_two_processes_answer_as_one(tmp_path: Path) -> None:
     for rank in range(2):
         found = np.load(tmp_path / f"rank{rank}.npz")
         assert (found["scores"].tobytes(), found["rows"].tobytes()) == tuple(a.tobytes() for a in alone)
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (candidates, search):
+        monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(candidates, "_TILE", 2)
+    monkeypatch.setattr(search, "_HELD", 60)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("_way", ["streamed"], indirect=True)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("kind", ["smooth", "ascending", "ties", "all equal", "near"])
+def test_many_small_blocks_and_little_room(tmp_path: Path, metric: str, storage: str, kind: str) -> None:
+    """Blocks that each beat the ones before, and more rows as good as the k-th than there are places for."""
+    rng = np.random.default_rng(13)
+    vectors = {
+        "smooth": lambda: rng.standard_normal((250, WIDTH)),
+        "ascending": lambda: np.eye(WIDTH)[0] * np.linspace(-1, 1, 250)[:, None] + 0.1 * rng.standard_normal(WIDTH),
+        "ties": lambda: rng.integers(-1, 2, (250, WIDTH)),
+        "all equal": lambda: np.ones((250, WIDTH)),
+        "near": lambda: 1 + 1e-6 * rng.standard_normal((250, WIDTH)),
+    }[kind]()
+    vectors[:4] = 0
+    store, keys = made(tmp_path / "root", vectors, storage=storage)
+    rows = np.concatenate([rng.permutation(250), [8, 8, 9]])
+    stored = store.read(keys[rows]).vectors
+    assert stored is not None
+    queries = np.concatenate([rng.standard_normal((4, WIDTH)), np.eye(WIDTH)[:1]]).astype(np.float32)
+    for k in (1, 5, 60):
+        agree(StoreView.of(store, keys[rows]), keys[rows], stored, queries, k, metric)
+
+
+@pytest.mark.parametrize("_way", ["streamed"], indirect=True)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+def test_numbers_whose_squares_float32_does_not_hold(tmp_path: Path, metric: str, size: float) -> None:
+    rng = np.random.default_rng(14)
+    vectors = (size * rng.standard_normal((90, WIDTH))).astype(np.float32)
+    store, keys = made(tmp_path / "root", vectors)
+    queries = (size * rng.standard_normal((3, WIDTH))).astype(np.float32)
+    agree(StoreView.of(store, keys), keys, vectors, queries, 4, metric)
+
+
+@pytest.mark.parametrize("_way", ["streamed"], indirect=True)
+def test_a_large_store_is_searched_without_an_index(tmp_path: Path) -> None:
+    store, keys = made(tmp_path / "root", np.random.default_rng(7).standard_normal((50, WIDTH)))
+    StoreView.of(store, keys).nearest(np.ones((2, WIDTH), np.float32), 3, "ip")
+    assert not Path(store.path, "derived", "faiss").exists()
 
 
 def test_the_order_of_the_pool_does_not_matter(tmp_path: Path) -> None:

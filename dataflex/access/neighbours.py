@@ -11,6 +11,7 @@ import numpy as np
 
 from dataflex import distributed
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
+from dataflex.rows import beginnings, by_key, spread
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.search import nearest as in_store
 from dataflex.stores.search.faiss_cache import load_or_build
@@ -18,8 +19,7 @@ from dataflex.stores.search.faiss_index import FaissIndex, Kind, Metric, kind_fo
 
 Piece = tuple[ParquetStore, np.ndarray, np.ndarray]
 """A store, the keys there (r,) of usable rows, and the positions (r,) of these rows in the view."""
-_Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # scores, keys and positions, (M, n) each, best first
-_SORTABLE = "S16"
+_Found = tuple[np.ndarray, np.ndarray]  # scores and places in the part, (M, n) each, best first
 
 
 def nearest(
@@ -34,9 +34,10 @@ def nearest(
     share = np.ascontiguousarray(queries[distributed.rank() :: distributed.world()], np.float32)
     found = []
     for part in parts:
-        index = _index(part[0], metric, kind_for(len(part[1]), approximate_above))
-        found.append(_of_part(part, index, share, k))
-    shares = distributed.gather(_merged(found, k, metric))
+        store, kind = part[0], kind_for(len(part[1]), part[0].layout.width, approximate_above)
+        index = None if kind is None else _index(store, metric, kind)
+        found.append(_of_part(part, index, share, k, metric))
+    shares = distributed.gather(_merged(parts, found, k, metric))
     scores, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)
     for rank, (some_scores, some_rows) in enumerate(shares):
         if len(some_rows) and some_rows.shape[1] < k:
@@ -73,29 +74,32 @@ def _index(store: ParquetStore, metric: Metric, kind: Kind) -> FaissIndex:
     return index or load_or_build(store, metric, kind)
 
 
-def _of_part(part: Piece, index: FaissIndex, queries: np.ndarray, k: int) -> _Found:
+def _of_part(part: Piece, index: FaissIndex | None, queries: np.ndarray, k: int, metric: Metric) -> _Found:
     """Return the nearest rows of one part: k, or all that can be neighbours where there are fewer."""
     store, keys, rows = part
-    distinct, at = np.unique(keys.view(_SORTABLE), return_inverse=True)
-    order = np.lexsort((rows, at))
-    bounds = np.searchsorted(at[order], np.arange(len(distinct) + 1))
-    scores, found = in_store.nearest(store, index, distinct.view(keys.dtype), queries, min(k, len(distinct)))
+    order = np.argsort(rows, kind="stable")
+    order = order[by_key(keys[order])]
+    ordered = keys[order]
+    bounds = beginnings(ordered)
+    scores, found = in_store.nearest(store, ordered[bounds[:-1]], queries, min(k, len(bounds) - 1), metric, index)
     # Identical rows share a key and its score: each takes a place of its own, in the order of their positions.
-    which = np.searchsorted(distinct, found.view(_SORTABLE))
-    counts = bounds[which + 1] - bounds[which]
-    width = min([k, *counts.sum(axis=1).tolist()])
-    places = np.empty((len(queries), width), np.int64)
-    slots = np.empty((len(queries), width), np.int64)
-    for i, (begins, count) in enumerate(zip(bounds[which], counts, strict=True)):
-        slot = np.repeat(np.arange(len(count)), count)[:width]
-        slots[i] = slot
-        places[i] = order[begins[slot] + np.arange(width) - (np.cumsum(count) - count)[slot]]
-    return np.take_along_axis(scores, slots, axis=1), keys[places], rows[places]
+    counts = bounds[found + 1] - bounds[found]
+    before = np.cumsum(counts, axis=1) - counts
+    counts = np.clip(k - before, 0, counts)  # what lies beyond k is not laid out at all
+    width = int(counts.sum(axis=1).min(initial=k))
+    slots, places = spread(bounds[found].ravel(), counts.ravel())
+    starts = np.cumsum(counts.sum(axis=1)) - counts.sum(axis=1)
+    first = starts[:, None] + np.arange(width)
+    return scores.ravel()[slots[first]], order[places[first]]
 
 
-def _merged(found: Sequence[_Found], k: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+def _merged(parts: Sequence[Piece], found: Sequence[_Found], k: int, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
     """Return scores and positions (M, n) of the k best of all parts, by (score, row key, position)."""
-    scores, keys, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
-    ranks = np.unique(keys.view(_SORTABLE), return_inverse=True)[1].reshape(keys.shape)
+    rows = np.concatenate([part[2][places] for part, (_, places) in zip(parts, found, strict=True)], axis=1)
+    if len(parts) == 1:
+        return found[0][0], rows
+    scores = np.concatenate([scores for scores, _ in found], axis=1)
+    keys = np.concatenate([part[1][places] for part, (_, places) in zip(parts, found, strict=True)], axis=1)
+    ranks = np.unique(keys.view("S16"), return_inverse=True)[1].reshape(keys.shape)
     order = np.lexsort((rows, ranks, scores if metric == "l2" else -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -77,13 +78,16 @@ class PolicySource:
         self._model, self._state, self._root, self._options, self._note = model, state, root, options, note
         self._tokenizer = state.trainer.processing_class
         self._rewards: dict[str, Reward] = {}
+        self._keys: WeakKeyDictionary[Rows, np.ndarray] = WeakKeyDictionary()
 
     def keys(self, rows: Rows) -> np.ndarray:
         """Return the keys of tokens and texts: rewards read the texts, which the tokens alone do not tell."""
-        targets = (self._target(rows, row) for row in range(len(rows)))
-        return keys_of(
-            [key.tobytes() + text_key(t.text, t.reference) for key, t in zip(rows.keys, targets, strict=True)]
-        )
+        if rows not in self._keys:
+            targets = (self._target(rows, row) for row in range(len(rows)))
+            self._keys[rows] = keys_of(
+                [key.tobytes() + text_key(t.text, t.reference) for key, t in zip(rows.keys, targets, strict=True)]
+            )
+        return self._keys[rows]
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the feature with its rewards by content, the model's state, tokenizer and stop tokens."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -205,6 +206,7 @@ class EncoderSource:
         self._token_budget = token_budget
         self._loaded: TextEncoder | None = None
         self._identity = state.encoder(name_or_path)
+        self._keys: WeakKeyDictionary[Rows, np.ndarray] = WeakKeyDictionary()
 
     @property
     def _encoder(self) -> TextEncoder:
@@ -224,8 +226,10 @@ class EncoderSource:
             self._encoder.require_layers([spec for spec, _ in wanted])
 
     def keys(self, rows: Rows) -> np.ndarray:
-        """Return the keys of the texts."""
-        return keys_from(text_key(*rows.text(row)) for row in range(len(rows)))
+        """Return the keys of the texts; each is read once for as long as the rows live."""
+        if rows not in self._keys:
+            self._keys[rows] = keys_from(text_key(*rows.text(row)) for row in range(len(rows)))
+        return self._keys[rows]
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
         """Return the feature, the encoder's files and our engine; what the encoder is called does not matter."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dataflex.access.neighbours import Piece, nearest
-from dataflex.rows import Status
+from dataflex.rows import Status, beginnings, by_key, spread
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.search.faiss_index import Metric
 
@@ -60,19 +61,17 @@ class StoreView:
         A share is a range of the sorted keys, as fragments are, so that it is read from few of them.
         """
         usable = np.flatnonzero(self.status == Status.OK)
-        order = usable[np.argsort(self.keys[usable], kind="stable")]
-        distinct, starts = np.unique(self.keys[order], return_index=True)
-        begin, end = (len(distinct) * i // part[1] for i in (part[0], part[0] + 1))
-        bounds = np.append(starts, len(order))
-        order = order[bounds[begin] : bounds[end]]
+        order = usable[by_key(self.keys[usable])]
         wanted = self.keys[order]
-        for values in self.store.scan(size, columns=[], vectors=True, keys=distinct[begin:end]):
+        bounds = beginnings(wanted)
+        begin, end = ((len(bounds) - 1) * i // part[1] for i in (part[0], part[0] + 1))
+        distinct, bounds = wanted[bounds[begin:end]], bounds[begin : end + 1]
+        words = distinct.view("S16")
+        for values in self.store.scan(size, columns=[], vectors=True, keys=distinct):
             assert values.vectors is not None
-            first = np.searchsorted(wanted, values.keys, side="left")
-            count = np.searchsorted(wanted, values.keys, side="right") - first
-            source = np.repeat(np.arange(len(values.keys)), count)
-            target = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)])
-            vectors = values.vectors[source]
+            at = np.searchsorted(words, values.keys.view("S16"))
+            source, target = spread(bounds[at], bounds[at + 1] - bounds[at])
+            vectors = values.vectors if len(source) == len(values.keys) else values.vectors[source]
             if self.shift is not None:  # a vector of zeros says that there is no gradient, not where it points
                 vectors = np.where(vectors.any(axis=1, keepdims=True), vectors + self.shift, vectors)
             yield order[target], vectors
@@ -89,7 +88,7 @@ class StoreView:
         return replace(self, keys=self.keys[rows], status=self.status[rows], ages=self.ages[rows])
 
     def nearest(
-        self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = 1_000_000
+        self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = sys.maxsize
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the k nearest usable rows of each query: scores and rows, (M, k) each. Collective."""
         return nearest([self.usable(np.arange(len(self.keys)))], queries, k, metric, approximate_above)
@@ -142,7 +141,7 @@ class Mixed:
                 yield rows[inner], vectors
 
     def nearest(
-        self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = 1_000_000
+        self, queries: np.ndarray, k: int, metric: Metric, approximate_above: int = sys.maxsize
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the k nearest usable rows of each query over all stores: scores and rows, (M, k) each. Collective."""
         return nearest([view.usable(rows) for rows, view in self.parts], queries, k, metric, approximate_above)

@@ -5,6 +5,7 @@ R rows of a view, b rows of a block, D numbers per vector, M queries, k neighbou
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -61,7 +62,7 @@ class View(Protocol):
         ...
 
     def nearest(
-        self, queries: np.ndarray, k: int, metric: Literal["cosine", "ip", "l2"], approximate_above: int = 1_000_000
+        self, queries: np.ndarray, k: int, metric: Literal["cosine", "ip", "l2"], approximate_above: int = sys.maxsize
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the k nearest usable rows of each query, best first. Collective: ask alike on every rank.
 
@@ -73,7 +74,7 @@ class View(Protocol):
             k: rows wanted per query.
             metric: cosine or inner product, larger is better; or squared Euclidean distance, smaller is better.
             approximate_above: usable rows of one store from which an inverted file is searched, which can miss some
-                neighbours; with fewer the answer is exact.
+                neighbours, and which every rank holds whole (4 D bytes a row); with fewer the answer is exact.
 
         Returns:
             Scores (M, k) float64 and positions in the view (M, k) int64.

@@ -182,6 +182,27 @@ def labels_of(example: Mapping[str, Any], pad_token_id: int | None) -> list[int]
     return [IGNORE_INDEX if token == pad_token_id else token for token in example["input_ids"]]
 
 
+def labels_of_tokens(tokens: np.ndarray, pad_token_id: int | None) -> np.ndarray:
+    """Return the labels that `labels_of` gives an example of these tokens alone."""
+    return tokens if pad_token_id is None else np.where(tokens == pad_token_id, IGNORE_INDEX, tokens)
+
+
+def supervised_each(labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return what `supervised` counts in each of several examples, (R,), whose labels stand one after the other.
+
+    Args:
+        labels: of all.
+        sizes: (R,) labels of each.
+    """
+    counted = labels != IGNORE_INDEX
+    ends = np.cumsum(sizes)
+    first = (ends - sizes)[sizes > 0]
+    counted[first] = False
+    before = np.concatenate([[0], np.cumsum(counted)])
+    found: np.ndarray = before[ends] - before[ends - sizes]
+    return found
+
+
 def supervised(labels: list[int]) -> int:
     """Count the labels that are trained on; the first token has no predecessor, so it is never one."""
     return sum(label != IGNORE_INDEX for label in labels[1:])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from llamafactory.data import loader
 from llamafactory.data.data_utils import get_dataset_module
@@ -31,7 +32,8 @@ from dataflex.llamafactory.processing import (
     Processing,
     RecordSource,
     labels_of,
-    supervised,
+    labels_of_tokens,
+    supervised_each,
 )
 from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.records import DATASET, INDEX, column_of, load_records, origin, origins
@@ -40,6 +42,9 @@ from dataflex.llamafactory.texts import DecodedTexts, RecordTexts
 from dataflex.rows import Rows, RowSets, keys_from
 
 log = logging.getLogger(__name__)
+
+_AT_A_TIME = 1000
+"""Rows whose tokens are read together."""
 
 
 class TokenRows:
@@ -186,21 +191,42 @@ def _tokenized_before(data_args: Any, tokenizer: Any, made: dict[str, Any]) -> R
 
 def _plain(dataset: Dataset, name: str, tokenizer: Any) -> Rows:
     """Return rows of which only the tokens are known; they count as one dataset of the given name."""
+    keys: list[bytes] = []
+    lengths, counts = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    wanted = [column for column in ("input_ids", "labels", "attention_mask") if column in dataset.column_names]
+    for table in dataset.select_columns(wanted).with_format("arrow").iter(_AT_A_TIME):
+        found = {column: _flat(table.column(column)) for column in wanted}
+        tokens, sizes = found["input_ids"]
+        if "labels" not in found:
+            found["labels"] = labels_of_tokens(tokens, tokenizer.pad_token_id), sizes
+        keys += map(row_key, *(_parts(*found[column]) for column in ("input_ids", "labels", "attention_mask")))
+        lengths.append(found["labels"][1].astype(np.int32))
+        counts.append(supervised_each(*found["labels"]).astype(np.int32))
     examples = TokenRows(dataset, tokenizer.pad_token_id)
-    keys, counts = [], []
-    for row in range(len(examples)):
-        example = examples[row]
-        keys.append(row_key(example["input_ids"], example["labels"], example["attention_mask"]))
-        counts.append((len(example["labels"]), supervised(example["labels"])))
     return Rows(
         examples=examples,
         keys=keys_from(keys),
         dataset=np.zeros(len(keys), np.int32),
         index=np.arange(len(keys)),
-        length=np.array([length for length, _ in counts], np.int32),
-        supervised=np.array([count for _, count in counts], np.int32),
+        length=np.concatenate(lengths),
+        supervised=np.concatenate(counts),
         truncated=None,
         names=(name,),
         dropped=None,
         text=DecodedTexts(examples, tokenizer),
     )
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a column of lists as all their numbers, int64, and the size of each list, int64."""
+    whole = column.combine_chunks()
+    whole = pa.concat_arrays(whole.chunks) if isinstance(whole, pa.ChunkedArray) else whole
+    return whole.flatten().to_numpy(zero_copy_only=False).astype(np.int64), whole.value_lengths().to_numpy().astype(
+        np.int64
+    )
+
+
+def _parts(numbers: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Return views of the numbers of each list."""
+    ends = np.cumsum(sizes).tolist()
+    return [numbers[start:end] for start, end in zip([0, *ends], ends, strict=False)]

@@ -29,13 +29,14 @@ class RecordTexts:
         self._rows = rows
 
     @cached_property
-    def _order(self) -> np.ndarray:
-        return np.argsort(self._origins, kind="stable")
+    def _at(self) -> np.ndarray:
+        """(R,) the record of each row."""
+        order = np.argsort(self._origins, kind="stable")
+        return order[np.searchsorted(self._origins, self._rows, sorter=order)]
 
     def __call__(self, row: int) -> Text:
         """Return what a row says."""
-        at = self._order[np.searchsorted(self._origins, self._rows[row], sorter=self._order)]
-        record = self._records[int(at)]
+        record = self._records[int(self._at[row])]
         prompt = "\n".join(turn["content"] for turn in record["_prompt"])
         response = "\n".join(turn["content"] for turn in record["_response"])
         return Text(prompt, response, _written(record["_system"]), _written(record["_tools"]))

@@ -5,21 +5,26 @@ N training rows, n of them that can be chosen, J target sets.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from dataflex import distributed
 from dataflex.components.compatibility import accepted
 from dataflex.errors import ConfigError
+from dataflex.fingerprint import keys_digest
 from dataflex.selectors.base import Beginning, Context, Selection, View
 from dataflex.selectors.composed import Aggregation, over_sets
 from dataflex.selectors.parts.choice import Rule
-from dataflex.selectors.parts.clustering import Method, clusters, representatives
+from dataflex.selectors.parts.clustering import Method, Strategy, chosen, clusters, distances
 from dataflex.selectors.parts.judgement import Judgement
-from dataflex.selectors.parts.similarity import target_vectors, unit, vectors_of
+from dataflex.selectors.parts.similarity import joined, target_vectors, unit
+from dataflex.selectors.parts.streamed import OfView, share
 from dataflex.selectors.propagated import MOST, Propagated, PropagatedFields, candidates
+
+_NUMBERS = 1 << 24
+"""float64 numbers of clusters' gradients held at a time."""
 
 
 class ClusterLess(Propagated):
@@ -39,7 +44,7 @@ class ClusterLess(Propagated):
         samples_per_cluster: int = Field(4, ge=1, description="representatives, whose gradients are computed")
         clustering_method: Method = Field("kmeans", description="see dataflex.selectors.parts.clustering")
         clustering_max_iter: int = Field(20, ge=1, description="iterations of k-means")
-        representative_strategy: Literal["random", "nearest", "farthest", "mixed"] = Field(
+        representative_strategy: Strategy = Field(
             "random", description="random: drawn anew at every update; the others: by distance from the centroid"
         )
         carry_over: Literal["inherit", "regress"] = Field(
@@ -55,7 +60,7 @@ class ClusterLess(Propagated):
 
     def __init__(self, params: Params):
         super().__init__(params)
-        self._clustered: tuple[bytes, np.ndarray, np.ndarray] | None = None
+        self._clustered: _Clusters | None = None
 
     def prepare(self, beginning: Beginning) -> None:
         """Refuse more representatives than a regression takes.
@@ -81,82 +86,103 @@ class ClusterLess(Propagated):
         Raises:
             CoverageError: no representative has a gradient, or too few rows can be chosen.
         """
-        able, ids = self._clusters(context)
-        vectors = vectors_of(self.embeddings(context), able)
-        vectors = unit(vectors)[0]
-        chosen = self._representatives(context, able, ids, vectors)
-        rows = able[chosen]
+        pool = self._clusters(context)
+        rows = pool.able[self._representatives(context, pool)]
         gradients = self.gradients(context, rows)
         scores = self.exact(context, gradients)
         ties = None
         if self.params.carry_over == "regress":
             sets = self.regressed(context, rows, scores)
         else:
-            sets, ties = self._inherited(context, able, ids, vectors, rows, gradients, scores)
+            sets, ties = self._inherited(context, pool, rows, gradients, scores)
         combined = sets.mean(axis=1) if self.params.aggregation == "mean" else sets.max(axis=1)
         judged = Judgement(context, combined, np.zeros(len(sets), np.int32), sets, ties)
         rule: Rule = over_sets(self.params.aggregation)["rule"]
         return rule.select(judged, num_samples)
 
-    def _clusters(self, context: Context) -> tuple[np.ndarray, np.ndarray]:
-        """Return the rows that can be chosen, (n,) by key, and the cluster of each; made once, on rank 0."""
-        # One rank clusters for all: float32 results of FAISS depend on the FAISS at hand, and ranks must agree.
-        view = self.embeddings(context)
+    def _clusters(self, context: Context) -> _Clusters:
+        """Return the clusters of the rows that can be chosen, made once. Collective."""
+        view, p = self.embeddings(context), self.params
         able = candidates(context, view)
-        pool = context.rows.keys[able].tobytes()
+        named = keys_digest(context.rows.keys[able])
         # Once for the run, as embeddings of the base model never change; anew only if other rows can be chosen.
-        if self._clustered is None or self._clustered[0] != pool:
-            p = self.params
-            ids = None
-            if distributed.is_main():
-                vectors = unit(vectors_of(view, able))[0]
-                ids = clusters(
-                    vectors, self._count(len(able)), p.clustering_method, p.clustering_max_iter, context.seed
-                )
-            found = distributed.broadcast(ids)
-            assert found is not None
-            self._clustered = pool, able, found
-        return self._clustered[1], self._clustered[2]
+        if self._clustered is None or self._clustered.named != named:
+            vectors = OfView(view.take(able))
+            ids = clusters(vectors, self._count(len(able)), p.clustering_method, p.clustering_max_iter, context.seed)
+            far = None if p.representative_strategy == "random" else distances(vectors, ids)
+            self._clustered = _Clusters(named, able, ids, far)
+        return self._clustered
 
-    def _representatives(self, context: Context, able: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    def _representatives(self, context: Context, pool: _Clusters) -> np.ndarray:
         """Choose the rows whose gradients are computed; return their positions in `able`."""
         rng = context.rng("representatives", context.update)
-        order = np.argsort(ids, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(ids[order])) + 1)
+        order = np.argsort(pool.ids, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(pool.ids[order])) + 1)
         count, strategy = self.params.samples_per_cluster, self.params.representative_strategy
-        return np.concatenate([representatives(group, vectors[group], count, strategy, rng) for group in groups])
+        far = pool.far
+        return np.concatenate([chosen(g, None if far is None else far[g], count, strategy, rng) for g in groups])
 
     def _inherited(
-        self,
-        context: Context,
-        able: np.ndarray,
-        ids: np.ndarray,
-        vectors: np.ndarray,
-        rows: np.ndarray,
-        gradients: View,
-        scores: np.ndarray,
+        self, context: Context, pool: _Clusters, rows: np.ndarray, gradients: View, scores: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return every row's cluster score (N, J), and its likeness to the cluster's best representative (N,)."""
         place = np.full(len(context.rows), -1)
-        place[able] = np.arange(len(able))
-        of = ids[place[rows]]  # the cluster of each representative
-        sums: np.ndarray | None = None
-        for at, block in gradients.blocks():
-            directions, is_long = unit(block.astype(np.float64))
-            if sums is None:
-                sums = np.zeros((int(ids.max()) + 1, block.shape[1]))
-            np.add.at(sums, of[at[is_long]], directions[is_long])  # unlike `sums[...] +=`, with every row of a cluster
-        means, is_known = unit(np.zeros((int(ids.max()) + 1, 1)) if sums is None else sums)
-        by_cluster = np.full((len(means), len(context.targets)), -np.inf)
-        for j, name in enumerate(context.targets):
-            target = target_vectors(context.features(self.params.target_spec, name), name)
-            by_cluster[is_known, j] = means[is_known] @ unit(target)[0].mean(axis=0)
-        sets = np.full((len(context.rows), len(context.targets)), -np.inf)
-        sets[able] = by_cluster[ids]
-        best = np.full(len(means), -1)
+        place[pool.able] = np.arange(len(pool.able))
+        of = pool.ids[place[rows]]  # the cluster of each representative
+        targets = {name: context.features(self.params.target_spec, name) for name in context.targets}
+        means = np.stack([unit(target_vectors(view, name))[0].mean(axis=0) for name, view in targets.items()], axis=1)
+        sets = np.full((len(context.rows), len(targets)), -np.inf)
+        sets[pool.able] = _by_cluster(gradients, of, int(pool.ids.max()) + 1, means)[pool.ids]
+        best = np.full(int(pool.ids.max()) + 1, -1)
         # From the worst on, so that the best representative of a cluster is the one that stays.
-        for i in np.argsort(scores.max(axis=1), kind="stable"):
-            best[of[i]] = place[rows[i]]
+        order = np.argsort(scores.max(axis=1), kind="stable")
+        best[of[order]] = place[rows[order]]
+        vectors = OfView(self.embeddings(context).take(pool.able))
+        leaders, at = np.unique(np.maximum(best, 0), return_inverse=True)  # -1: nobody is in it
+        directions = vectors.take(leaders)
+        likeness = [(some, (v * directions[at[pool.ids[some]]]).sum(axis=1)[:, None]) for some, v in share(vectors)]
         ties = np.zeros(len(context.rows))
-        ties[able] = (vectors * vectors[best[ids]]).sum(axis=1)
+        ties[pool.able] = joined(likeness, len(vectors), 1)[:, 0]
         return sets, ties
+
+
+@dataclass(frozen=True)
+class _Clusters:
+    """The clusters of n rows.
+
+    Attributes:
+        named: digest of their keys.
+        able: (n,) the rows, by key.
+        ids: (n,) the cluster of each.
+        far: (n,) the distance of each from its centroid; None where nobody asks.
+    """
+
+    named: str
+    able: np.ndarray
+    ids: np.ndarray
+    far: np.ndarray | None
+
+
+def _by_cluster(gradients: View, of: np.ndarray, count: int, means: np.ndarray) -> np.ndarray:
+    """Return the cosine of each cluster's mean unit gradient with every set's mean direction, (count, J).
+
+    It is -inf without a gradient. Some clusters at a time, as a gradient can be wider than an embedding.
+
+    Args:
+        gradients: of R representatives.
+        of: (R,) the cluster of each.
+        count: clusters.
+        means: (D, J) of the sets' unit gradients.
+    """
+    found = np.full((count, means.shape[1]), -np.inf)
+    together = max(1, _NUMBERS // len(means))
+    for start in range(0, count, together):
+        some = np.flatnonzero((of >= start) & (of < start + together))
+        sums = np.zeros((min(together, count - start), len(means)))
+        for at, block in gradients.take(some).blocks():
+            directions, is_long = unit(block.astype(np.float64))
+            # Unlike `sums[...] +=`, with every row of a cluster.
+            np.add.at(sums, of[some[at[is_long]]] - start, directions[is_long])
+        sums, is_known = unit(sums)
+        found[start : start + together][is_known] = sums[is_known] @ means
+    return found

@@ -28,8 +28,8 @@ from dataflex.selectors.parts.similarity import (
     set_scores,
     target_vectors,
     unit,
-    vectors_of,
 )
+from dataflex.selectors.parts.streamed import OfView, Streamed
 from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientVectors, PolicyVectors
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def speaking(names: Iterable[str], views: Sequence[Mapping[str, View]]) -> list[
 
 def neighbourhood(
     view: View, targets: Mapping[str, View], similarity: Similarity
-) -> tuple[Callable[[int], tuple[np.ndarray, np.ndarray]], Callable[[np.ndarray], np.ndarray]]:
+) -> tuple[Callable[[int], tuple[np.ndarray, np.ndarray]], Callable[[np.ndarray], Streamed]]:
     """Return the functions of `Judgement.nearest` and `Judgement.vectors`.
 
     Distances are Euclidean, between unit vectors for cosines, where the order is that of the cosines. For inner
@@ -212,8 +212,7 @@ def neighbourhood(
             return np.sqrt(np.maximum(2 - 2 * scores, 0)), rows  # rounding can put a cosine a little above 1
         return scores.max(initial=0) - scores, rows
 
-    def vectors(rows: np.ndarray) -> np.ndarray:
-        found = vectors_of(view, rows)
-        return unit(found)[0] if similarity == "cosine" else found
+    def vectors(rows: np.ndarray) -> Streamed:
+        return OfView(view.take(rows), is_unit=similarity == "cosine")
 
     return nearest, vectors

@@ -12,17 +12,16 @@ from pydantic import Field
 
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.spec import FeatureSpec
-from dataflex.rows import Status
+from dataflex.rows import Status, by_key
 from dataflex.selectors.base import Context, NativeSelector, Need, Selection, View
 from dataflex.selectors.parts.choice import RoundRobin, TopK
 from dataflex.selectors.parts.judgement import Judgement
 from dataflex.selectors.parts.regression import kernel_ridge
-from dataflex.selectors.parts.sampling import by_key
 from dataflex.selectors.parts.similarity import joined, set_scores, shared_blocks, unit, vectors_of
 from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientFields
 
 MOST = 16_384
-"""Rows that a regression takes: its kernel is then 2 GB."""
+"""Rows that a regression takes: its kernel is then 2 GB, of which the solver makes a copy."""
 
 
 class PropagatedFields(GradientFields):

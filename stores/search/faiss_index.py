@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -16,6 +17,8 @@ Metric = Literal["cosine", "ip", "l2"]
 Kind = Literal["auto", "flat", "ivf"]
 IVF_ROWS = 1_000_000
 """Usable rows from which `auto` takes an inverted file instead of exact search."""
+HELD_BYTES = 1 << 28
+"""Vectors that an index may hold on every rank; a larger store is streamed, which is no slower."""
 _DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs")
 _GPU_MOST = 2048  # neighbours that FAISS can return from a GPU
 _TRAIN_PER_LIST = 64  # rows per list that k-means sees; FAISS warns below 39 and subsamples above 256
@@ -140,9 +143,11 @@ def _prepared(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     return unit
 
 
-def kind_for(rows: int, approximate_above: int = IVF_ROWS) -> Literal["flat", "ivf"]:
-    """Return the kind of index that `auto` takes for so many usable rows."""
-    return "ivf" if rows >= approximate_above else "flat"
+def kind_for(rows: int, width: int, approximate_above: int = sys.maxsize) -> Literal["flat", "ivf"] | None:
+    """Return the kind of index that a search among so many usable rows uses; None: none, it streams the store."""
+    if rows >= approximate_above:
+        return "ivf"
+    return "flat" if 4 * rows * width <= HELD_BYTES else None
 
 
 def load_faiss() -> Any:

@@ -1,6 +1,6 @@
 """What a representation and a similarity say of every row, from which a rule chooses.
 
-N training rows, J target sets, M target rows in all of them, R some rows, D numbers per vector.
+N training rows, J target sets, M target rows in all of them, R some rows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataflex.selectors.base import Context
+from dataflex.selectors.parts.streamed import Streamed
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Judgement:
         nearest: k -> (distances (M, k), rows (M, k)) of the k nearest usable rows to each of the M target rows, nearest
             first; None if the rule does not look at neighbours.
         reach: the largest k that `nearest` takes.
-        vectors: rows (R,) -> their vectors (R, D), between which distances are taken; None if there are none.
+        vectors: rows (R,) -> their vectors, between which distances are taken; None if there are none.
     """
 
     context: Context
@@ -36,7 +37,7 @@ class Judgement:
     ties: np.ndarray | None = None
     nearest: Callable[[int], tuple[np.ndarray, np.ndarray]] | None = None
     reach: int = 0
-    vectors: Callable[[np.ndarray], np.ndarray] | None = None
+    vectors: Callable[[np.ndarray], Streamed] | None = None
 
     @property
     def usable(self) -> np.ndarray:

@@ -11,6 +11,8 @@ import numpy as np
 
 _PAIRS = 1000
 """Known rows whose distances give the kernel's width."""
+_NUMBERS = 1 << 22
+"""Numbers of the kernel between new rows and known ones that are held at a time."""
 
 
 def kernel_ridge(known: np.ndarray, values: np.ndarray, damping: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -35,13 +37,28 @@ def kernel_ridge(known: np.ndarray, values: np.ndarray, damping: float) -> Calla
     width = width if width > 0 else 1.0
 
     def kernel(vectors: np.ndarray) -> np.ndarray:
-        return np.exp(-_squared(vectors, known) / (2 * width**2))
+        closeness = _squared(vectors, known)
+        closeness /= -2 * width**2
+        return np.exp(closeness, out=closeness)
 
-    weights = np.linalg.solve(kernel(known) + damping * np.eye(len(known)), values - mean)
-    return lambda vectors: kernel(vectors.astype(np.float64)) @ weights + mean
+    matrix = kernel(known)
+    matrix[np.diag_indices(len(known))] += damping
+    weights = np.linalg.solve(matrix, values - mean)
+    together = max(1, _NUMBERS // len(known))
+
+    def predict(vectors: np.ndarray) -> np.ndarray:
+        parts = [vectors[s : s + together].astype(np.float64) for s in range(0, max(1, len(vectors)), together)]
+        return np.concatenate([kernel(part) @ weights + mean for part in parts])
+
+    return predict
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return squared Euclidean distances, (len(a), len(b))."""
+    """Return squared Euclidean distances, (len(a), len(b)); nothing else of that size is held."""
     # As one matrix product, which rounding can make negative where two vectors are alike.
-    return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0)
+    found: np.ndarray = 2 * a @ b.T
+    squares, theirs = (a**2).sum(axis=1), (b**2).sum(axis=1)
+    together = max(1, _NUMBERS // max(1, len(b)))
+    for some in (slice(s, s + together) for s in range(0, len(a), together)):
+        np.subtract(squares[some, None] + theirs, found[some], out=found[some])
+    return np.maximum(found, 0, out=found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dataflex.errors import CoverageError
-from dataflex.selectors.parts.sampling import by_key
+from dataflex.rows import by_key
 
 
 def ranking(scores: np.ndarray, keys: np.ndarray, ties: np.ndarray | None = None) -> np.ndarray:

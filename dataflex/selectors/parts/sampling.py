@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from dataflex.errors import CoverageError
+from dataflex.rows import by_key
 
 
 def sample(logits: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generator, replacement: bool) -> np.ndarray:
@@ -41,12 +42,6 @@ def sample(logits: np.ndarray, keys: np.ndarray, k: int, rng: np.random.Generato
         return order[rng.choice(len(order), size=k, p=chances / chances.sum())]
     scores = known + rng.gumbel(size=len(order))
     return order[np.argsort(-scores, kind="stable")[:k]]
-
-
-def by_key(keys: np.ndarray) -> np.ndarray:
-    """Return the order of rows by (row key, position), (N,)."""
-    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, 2)  # two big-endian words sort as their bytes do
-    return np.lexsort((np.arange(len(keys)), words[:, 1], words[:, 0]))
 
 
 def logs(weights: np.ndarray) -> np.ndarray:

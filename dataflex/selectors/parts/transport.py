@@ -15,13 +15,17 @@ ties in distance keep the order given (`View.nearest`: by row key), so that the 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from dataflex.errors import ConfigError, CoverageError, MismatchError
+from dataflex.selectors.parts.similarity import joined
+from dataflex.selectors.parts.streamed import Streamed, share, streamed
 
-_BLOCK = 1 << 24  # float64 numbers held at a time
+_BLOCK = 1 << 22  # float64 numbers held at a time
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,12 @@ def kde_plan(distances: np.ndarray, density: np.ndarray, alpha: float, scale: fl
     return Plan(weights, spread)
 
 
-def kernel_density(vectors: np.ndarray, sigma: float, kde_k: int) -> np.ndarray:
-    """Return the density of each of U vectors among all of them, (U,) float64, 1 or more.
+def kernel_density(vectors: np.ndarray | Streamed, sigma: float, kde_k: int) -> np.ndarray:
+    """Return the density of each of U vectors among all of them, (U,) float64, 1 or more. Collective.
 
     It is the sum of max(0, 1 - d^2 / sigma^2) over the `kde_k` nearest of the U, the vector itself among them. Cost:
-    2 U^2 D operations; memory: a few blocks of 128 MB.
+    2 U^2 D operations, which the ranks share, and a pass over the U for every two thousand of them (two where some have
+    more than `kde_k` near ones); memory: a few blocks of 32 MB.
 
     Args:
         vectors: (U, D), of every candidate that is a neighbour, each once.
@@ -158,24 +163,52 @@ def kernel_density(vectors: np.ndarray, sigma: float, kde_k: int) -> np.ndarray:
     """
     if not sigma >= 0 or kde_k < 1:
         raise ConfigError(f"sigma is {sigma} and kde_k is {kde_k}, expected at least 0 and 1")
-    total = len(vectors)
-    if sigma == 0 or not total:
-        return np.ones(total)
-    size, together = max(1, _BLOCK // total), max(1, _BLOCK // vectors.shape[1])
-    parts = [slice(start, start + together) for start in range(0, total, together)]
-    squares = np.concatenate([(vectors[part].astype(np.float64) ** 2).sum(axis=1) for part in parts])
-    density = np.empty(total)
-    for start in range(0, total, size):
-        block = vectors[start : start + size].astype(np.float64)
-        products = np.concatenate([block @ vectors[part].astype(np.float64).T for part in parts], axis=1)
-        squared = np.maximum(squares[start : start + size, None] + squares - 2 * products, 0)
-        np.fill_diagonal(squared[:, start:], 0)  # rounding would put a row a little away from itself
-        closeness = np.maximum(1 - squared / sigma**2, 0)
-        density[start : start + size] = closeness.sum(axis=1)
-        crowded = np.flatnonzero(np.count_nonzero(closeness, axis=1) > kde_k)
-        nearest = np.partition(closeness[crowded], total - min(kde_k, total), axis=1)[:, -kde_k:]
-        density[start + crowded] = nearest.sum(axis=1)
-    return density
+    pool = streamed(vectors)
+    if sigma == 0 or not len(pool):
+        return np.ones(len(pool))
+    found = []
+    for rows, some in _tiles(share(pool)):
+        densities, counts = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+        for closeness in _closeness(pool, rows, some, sigma):
+            densities += closeness.sum(axis=1)
+            counts += np.count_nonzero(closeness, axis=1)
+        crowded = np.flatnonzero(counts > kde_k)
+        together = max(1, _BLOCK // kde_k)
+        for few in (crowded[start : start + together] for start in range(0, len(crowded), together)):
+            nearest = np.zeros((len(few), kde_k))
+            for closeness in _closeness(pool, rows[few], some[few], sigma):
+                size = kde_k + closeness.shape[1]
+                both = np.concatenate([nearest, closeness], axis=1)
+                nearest = np.partition(both, size - kde_k, axis=1)[:, -kde_k:]
+            densities[few] = nearest.sum(axis=1)
+        found.append((rows, densities[:, None]))
+    return joined(found, len(pool), 1)[:, 0]
+
+
+def _closeness(pool: Streamed, rows: np.ndarray, some: np.ndarray, sigma: float) -> Iterator[np.ndarray]:
+    """Yield max(0, 1 - d^2 / sigma^2) between some vectors (Q, D), those at `rows` (Q,), and all, (Q, b) at a time."""
+    order = np.argsort(rows)
+    squares = (some**2).sum(axis=1)
+    for others, vectors in _tiles(pool.blocks()):
+        squared = some @ vectors.T
+        squared *= -2
+        squared += squares[:, None]
+        squared += (vectors**2).sum(axis=1)
+        slot = np.minimum(np.searchsorted(rows, others, sorter=order), len(rows) - 1)
+        own = np.flatnonzero(rows[order[slot]] == others)
+        squared[order[slot[own]], own] = 0  # rounding would put a row a little away from itself
+        np.maximum(squared, 0, out=squared)
+        squared /= -(sigma**2)
+        squared += 1
+        yield np.maximum(squared, 0, out=squared)
+
+
+def _tiles(blocks: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield blocks in parts, vectors as float64, of which any two have `_BLOCK` products."""
+    size = max(1, math.isqrt(_BLOCK))
+    for rows, vectors in blocks:
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size], vectors[start : start + size].astype(np.float64)
 
 
 def _transport(plan: Plan, neighbours: np.ndarray, size: int) -> Transport:
