@@ -1,8 +1,8 @@
 """What many fragments, many launches and one slow rank cost.
 
 A store of 1,024 numbers a row as int8, 100 rows to a fragment, and what one process pays to open it, to ask it, and to
-score its rows (`benchmarks.store_scale`); the share of the rows that launches compute twice, and what they ask an object
-store; what a job takes of which one rank is slow.
+score its rows (`benchmarks.store_scale`); the share of the rows that launches compute twice, and what they ask an
+object store; what a job takes of which one rank is slow.
 
 python -m benchmarks.scale --fragments 1000 10000
 python -m benchmarks.scale --launches
