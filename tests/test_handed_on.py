@@ -69,7 +69,7 @@ def test_what_one_process_featurized_two_reuse_and_the_other_way_round(workspace
             assert [len(rows) for rows in workspace.rounds(name)] == [12, 8]
         assert workspace.rounds(f"two-trains-{by}") == workspace.rounds(f"one-trains-{by}")
     chosen = pq.read_table(workspace.folder / "out" / "two-select-one.parquet")["index"].to_pylist()
-    assert chosen == workspace.rounds("one-trains-one")[1]
+    assert sorted(chosen) == sorted(workspace.rounds("one-trains-one")[1])  # a round is shuffled
 
 
 @pytest.mark.slow
