@@ -21,6 +21,7 @@ _KEEPERS = ("torch.distributed.nn.functional", "deepspeed.comm.torch")
 _PIECE = 1 << 20
 """Numbers that are summed over ranks at a time."""
 
+
 def _group() -> Any:
     """Return `torch.distributed` if a process group is up; torch is not imported for the question."""
     torch = sys.modules.get("torch")
