@@ -65,7 +65,7 @@ class Proxy:
     port: int
     fault: str = ""
     chosen: Callable[[int, str, str], bool] = lambda number, method, path: False
-    seconds: float = 1.0
+    seconds: float = 1.5
     seen: list[str] = field(default_factory=list)
     struck: int = 0
 
