@@ -105,6 +105,7 @@ def test_it_is_bounded_in_number_and_in_time(monkeypatch: pytest.MonkeyPatch) ->
         persistently(lasting)
     assert lasting.calls == 1
     monkeypatch.setattr("dataflex.stores.retries.time.sleep", sleep)
+    assert persistently(Failing(1, seconds=0.6), 0.5) == 2  # the time begins with the first failure
     slow = Failing(100, seconds=0.3)
     with pytest.raises(TimeoutError):
         persistently(slow, 0.5)
