@@ -65,7 +65,7 @@ class Proxy:
     port: int
     fault: str = ""
     chosen: Callable[[int, str, str], bool] = lambda number, method, path: False
-    seconds: float = 1.0
+    seconds: float = 1.5
     seen: list[str] = field(default_factory=list)
     struck: int = 0
 
@@ -82,11 +82,13 @@ class Proxy:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def begin(self, fault: str = "", chosen: Callable[[int, str, str], bool] | None = None) -> None:
+    def begin(
+        self, fault: str = "", chosen: Callable[[int, str, str], bool] | None = None, seconds: float = 1.5
+    ) -> None:
         """Forget what was seen, and break what is chosen from now on."""
         with self.lock:
             self.fault, self.chosen = fault, chosen or (lambda number, method, path: False)
-            self.seen, self.struck = [], 0
+            self.seen, self.struck, self.seconds = [], 0, seconds
 
     def make_bucket(self, name: str) -> None:
         """Make a bucket, as no client of ours does."""

@@ -10,6 +10,7 @@ import itertools
 import operator
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -54,6 +55,7 @@ class RemoteFiles(Files):
         self.url = url.rstrip("/")
         self.patience = SECONDS
         """Seconds for which a request is repeated."""
+        self._weary_until = 0.0  # who tidies up after a failure does not wait as long again
         self._protocol = self.url.partition("://")[0]
         self._is_probed = False
         with self._told():
@@ -232,7 +234,7 @@ class RemoteFiles(Files):
         with self._told(writes):
             if listing is not None:
                 self.fs.invalidate_cache(listing or None)
-            return persistently(call, self.patience)
+            return persistently(call, 0 if time.monotonic() < self._weary_until else self.patience)
 
     @contextmanager
     def _told(self, writes: bool = False) -> Iterator[None]:
@@ -253,6 +255,7 @@ class RemoteFiles(Files):
             said = " ".join(str(error).split())[:_SAID] or "no reason given"
             where = f"{self.url}: {type(error).__name__}: {said}"
             if is_passing(error):
+                self._weary_until = time.monotonic() + self.patience
                 raise UnavailableError(
                     f"{where}\n  asked again for up to {self.patience:.0f} s; see that the server runs and that the "
                     "address is right; what was committed stays"

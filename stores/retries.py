@@ -13,7 +13,8 @@ from dataflex.faults import is_unreachable
 
 ATTEMPTS = 8
 SECONDS = 60.0
-"""Together they end first where a server answers at once, or hangs: S3 says `SlowDown` for some seconds to a minute."""
+"""The number ends it where a server answers at once, after 13 to 25 seconds: S3 says `SlowDown` for about so long while
+it makes room. The time ends it where a server hangs, since each time takes half a minute then."""
 FIRST, LONGEST = 0.2, 15.0
 """Seconds: of the first pause, which doubles each time, and of the longest. Half of each is chance."""
 
@@ -39,16 +40,18 @@ def persistently(call: Callable[[], T], seconds: float = SECONDS) -> T:
 
     Args:
         call: may have had its effect although it failed, so it must be one that can be repeated.
-        seconds: after which it is not called again.
+        seconds: after the first failure, within which it is called again. What went well for a while first, as a large
+            upload does, has them as well.
 
     Raises:
         Exception: that of the last call.
     """
-    until = time.monotonic() + seconds
+    until: float | None = None
     for pause in _pauses():
         try:
             return call()
         except Exception as error:
+            until = time.monotonic() + seconds if until is None else until
             if not is_passing(error) or time.monotonic() + pause > until:
                 raise
         time.sleep(pause)
