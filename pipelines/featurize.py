@@ -164,10 +164,10 @@ class FeaturizeDirector(SelectingDirector):
             found = [(specs, access.ensure(specs, rows, state)) for specs, rows, state in wanted]
         for specs, stores in found:
             for spec, store in zip(specs, stores, strict=True):
-                kind = kind_for(len(self.run.rows), store.layout.width)
-                if spec.is_indexed and kind is not None:  # a larger pool is streamed
+                if spec.is_indexed:
                     load_faiss()  # where it is missing, every rank says so
-                    if distributed.is_main():
+                    kind = kind_for(store, len(self.run.rows))
+                    if distributed.is_main() and kind is not None:  # a larger store is streamed
                         load_or_build(store, kind=kind)
         if self.settings.train_type == "dynamic_select" and self.run.selector.is_adaptive:
             choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))

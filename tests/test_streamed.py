@@ -187,7 +187,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     for rank in range(2):
         found = np.load(tmp_path / f"rank{rank}.npz")
         for method in ("kmeans", "spherical_kmeans", "farthest_first"):
-            assert (found[method] == clusters(vectors, 13, method, 10, 1)).all()  # type: ignore[arg-type]
+            assert (found[method] == clusters(vectors, 13, method, 10, 1)).all()
         np.testing.assert_array_equal(found["distances"], distances(vectors, found["kmeans"]))
         np.testing.assert_allclose(found["density"], kernel_density(vectors, 0.9, 5), rtol=1e-12)
 

@@ -32,10 +32,11 @@ def nearest(
     parts = [part for part in parts if len(part[1])]
     _check(parts, queries, k, metric)
     share = np.ascontiguousarray(queries[distributed.rank() :: distributed.world()], np.float32)
+    # Rank 0's word counts: a store that another launch writes to may be larger for a rank that looks later.
+    kinds = distributed.broadcast([kind_for(store, len(keys), approximate_above) for store, keys, _ in parts])
     found = []
-    for part in parts:
-        store, kind = part[0], kind_for(len(part[1]), part[0].layout.width, approximate_above)
-        index = None if kind is None else _index(store, metric, kind)
+    for part, kind in zip(parts, kinds, strict=True):
+        index = None if kind is None else _index(part[0], metric, kind)
         found.append(_of_part(part, index, share, k, metric))
     shares = distributed.gather(_merged(parts, found, k, metric))
     scores, rows = np.empty((len(queries), k)), np.empty((len(queries), k), np.int64)

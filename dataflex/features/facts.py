@@ -34,7 +34,7 @@ class Feature(Parameters):
 
     Attributes:
         kind: name of the kind of feature, with which the names of its stores begin.
-        is_indexed: whether featurize builds a FAISS index of the vectors ahead of the run that searches it.
+        is_indexed: whether featurize builds a FAISS index of a small store ahead of the run that searches it.
         has_direction: whether rows can be compared by the direction of their vectors.
         is_by_token: whether the vector has one number per token, padded to `cutoff_len`.
     """

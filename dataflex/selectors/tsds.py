@@ -27,8 +27,8 @@ class Tsds(Composed):
     """Draws rows near the targets, spread as far as `alpha` and `C` say, near duplicates sharing one row's chance.
 
     Source: TSDS, arXiv 2410.11303; see `dataflex.selectors.parts.transport`. Deviations: distances are between unit
-    vectors, and so C is 1 by default (5 in the official code); exact neighbours below a million rows; drawn without
-    replacement unless asked, from the run's seed.
+    vectors, and so C is 1 by default (5 in the official code); exact neighbours; drawn without replacement unless
+    asked, from the run's seed.
     """
 
     class Params(Part):

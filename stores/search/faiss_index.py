@@ -143,11 +143,17 @@ def _prepared(vectors: np.ndarray, metric: Metric) -> np.ndarray:
     return unit
 
 
-def kind_for(rows: int, width: int, approximate_above: int = sys.maxsize) -> Literal["flat", "ivf"] | None:
-    """Return the kind of index that a search among so many usable rows uses; None: none, it streams the store."""
+def kind_for(store: ParquetStore, rows: int, approximate_above: int = sys.maxsize) -> Literal["flat", "ivf"] | None:
+    """Return the kind of index that a search among some usable rows uses; None: none, it streams the store.
+
+    Args:
+        store: what would be indexed, whole.
+        rows: how many of its rows are searched.
+        approximate_above: how many are searched by an inverted file, however large it is.
+    """
     if rows >= approximate_above:
         return "ivf"
-    return "flat" if 4 * rows * width <= HELD_BYTES else None
+    return "flat" if 4 * store.rows * store.layout.width <= HELD_BYTES else None
 
 
 def load_faiss() -> Any:

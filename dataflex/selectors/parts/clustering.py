@@ -88,13 +88,15 @@ def _nearest(centroids: np.ndarray, is_inner: bool) -> Callable[[np.ndarray], np
     faiss = load_faiss()
     count, width = centroids.shape
     index: Any = faiss.IndexFlat(width, faiss.METRIC_INNER_PRODUCT if is_inner else faiss.METRIC_L2)
-    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
-        index = faiss.index_cpu_to_all_gpus(index)
+    resources: Any = None
+    if (gpus := getattr(faiss, "get_num_gpus", lambda: 0)()) > 0:  # each rank on its own
+        resources = faiss.StandardGpuResources()
+        index = faiss.index_cpu_to_gpu(resources, distributed.local_rank() % gpus, index)
     index.add(centroids)
     # As in `dataflex.stores.search.candidates`, of vectors of length 1 at most, for both of two scores.
     slack = 4 * (width + 8) * 2.0**-24 * (1 if is_inner else 4)
 
-    def search(vectors: np.ndarray) -> np.ndarray:
+    def search(vectors: np.ndarray, _resources: Any = resources) -> np.ndarray:  # which must live as long as the index
         ids = np.zeros(len(vectors), np.int64)
         pending, proposals = np.arange(len(vectors)), min(4, count)
         while len(pending):
