@@ -4,8 +4,8 @@ A store of 1,024 numbers a row as int8, 100 rows to a fragment, and what one pro
 score its rows (`benchmarks.store_scale`); the share of the rows that launches compute twice, and what they ask an
 object store; what a job takes of which one rank is slow.
 
-python -m benchmarks.scale --fragments 1000 10000
-python -m benchmarks.scale --launches
+python -m benchmarks.scale --fragments 1000 10000      # and what launches share
+python -m benchmarks.scale --launches                  # that alone
 python -m benchmarks.scale --launches --s3
 python -m benchmarks.scale --slow-rank
 """
@@ -121,12 +121,11 @@ def main() -> None:
             proxy.make_bucket("bucket")
             share_work(lambda number: f"s3://bucket/{number}", proxy)
             requests(f"s3://bucket/{len(LAUNCHES)}", proxy)
-    elif args.launches:
+    else:
+        for fragments in () if args.launches else args.fragments:
+            looks(fragments)
         with tempfile.TemporaryDirectory() as root:
             share_work(lambda number: f"{root}/{number}", None)
-    else:
-        for fragments in args.fragments:
-            looks(fragments)
 
 
 if __name__ == "__main__":
