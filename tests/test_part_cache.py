@@ -33,7 +33,9 @@ class Far(LocalFiles):
 
     def fetch(self, wanted: Sequence[Extent]) -> list[bytes | None]:
         found = super().fetch(wanted)
-        self.asked += sum(len(part or b"") for part in found)
+        self.asked += sum(
+            len(part or b"") for (path, _, _), part in zip(wanted, found, strict=True) if "/data/" in path
+        )
         return found
 
 

@@ -211,7 +211,7 @@ def test_no_method_holds_the_pools_vectors(tmp_path: Path, method: str, monkeypa
     cls, params = METHODS[method]
     peaks, sizes, width = [], (9_000, 27_000), 512
     for size in sizes:
-        view = kept(tmp_path / str(size), grouped(size, width, 50), parts=size // 3000)
+        view = kept(tmp_path / str(size), grouped(size, width, 50), parts=size // 1000)
         rows = pool(size)
         rows = replace(rows, keys=view.keys)
 
