@@ -14,7 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from dataflex.errors import DataflexError
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.files import Files
-from dataflex.stores.log import Entry
+from dataflex.stores.log import Entry, parse
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"log-(\d+)-([0-9a-f]{64})\.parquet")
@@ -83,7 +83,8 @@ def write_compacted(files: Files, folder: str, held: Mapping[str, Held]) -> None
     rows = [len(each.keys) for each in held.values()]
     columns = {
         "about": [
-            json.dumps([name, asdict(replace(each.entry, contents=None)), *each.stamp]) for name, each in held.items()
+            json.dumps([name, replace(each.entry, contents=None).document[0], *each.stamp])
+            for name, each in held.items()
         ],
         "contents": [each.entry.contents for each in held.values()],
         "row_keys": _joined([each.keys for each in held.values()], rows),
@@ -168,7 +169,8 @@ def _parsed(data: bytes) -> dict[str, Held]:
         # What only a reader of a fragment's values needs stays text until then.
         inside = batch.column("contents").to_pylist()
         for (name, entry, size, modified), text, some, states in zip(about, inside, keys, status, strict=True):
-            made = Entry(**{**entry, "contents": text})
+            # As from the log itself: what an entry says becomes a path, and the size of what is read.
+            made = parse({**entry, **({} if text is None else {"contents": text})}, name, "the compacted log")
             if not len(some) == len(states) == made.rows:
                 raise ValueError(f"{name}: {made.rows} rows, {len(some)} keys, {len(states)} statuses")
             found[name] = Held(made, (size, modified), some, states)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from pathlib import Path
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, CorruptionError
 
 _log = logging.getLogger(__name__)
+_NAME = re.compile(r"[0-9a-f]{64}")
 _KEPT = 0.9
 """Share of the limit that is left when the oldest files have been removed."""
 
@@ -37,7 +39,7 @@ class PartCache:
     def read(self, sha256: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return what is kept of bytes `start` to `stop` of a file: zeros where nothing is, and less beyond its end."""
         try:
-            with open(self._folder / sha256, "rb") as file:
+            with open(self._path(sha256), "rb") as file:
                 file.seek(start)
                 found = file.read(None if stop is None else stop - start)
         except OSError:
@@ -54,7 +56,8 @@ class PartCache:
             self._unseen += len(data)
             if self._unseen > self._limit // 20:
                 self._make_room()
-            handle = os.open(self._folder / sha256, os.O_WRONLY | os.O_CREAT, 0o600)
+            # No link is followed: where the folder is others' as well, one could lead to any file of this user.
+            handle = os.open(self._path(sha256), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
                 os.pwrite(handle, data, start)
             finally:
@@ -65,25 +68,35 @@ class PartCache:
             return
         self._use(sha256)
 
+    def _path(self, sha256: str) -> Path:
+        if not _NAME.fullmatch(sha256):  # it becomes a part of a path
+            raise CorruptionError(f"{sha256!r} names no file of the cache: it is no SHA-256")
+        return self._folder / sha256
+
     def _use(self, sha256: str) -> None:
         if sha256 not in self._used:  # once for each process: the oldest go first, and to the hour is enough
             with contextlib.suppress(OSError):
-                os.utime(self._folder / sha256)
+                os.utime(self._path(sha256))
             self._used.add(sha256)
 
     def _make_room(self) -> None:
+        """Remove the oldest files; what is called otherwise than ours is not ours."""
         self._unseen = 0
+        about = {}
         with os.scandir(self._folder) as entries:
-            about = {entry.name: entry.stat() for entry in entries if entry.is_file(follow_symlinks=False)}
+            for entry in entries:
+                with contextlib.suppress(OSError):  # another process makes room too
+                    if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        about[entry.name] = entry.stat(follow_symlinks=False)
         held = sum(512 * each.st_blocks for each in about.values())
         if held <= self._limit:
             return
         for name in sorted(about, key=lambda name: about[name].st_mtime):
             if held <= _KEPT * self._limit:
                 break
-            with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            with contextlib.suppress(OSError):  # gone by now, or another user's
                 os.unlink(self._folder / name)
-            held -= 512 * about[name].st_blocks
+                held -= 512 * about[name].st_blocks
 
 
 def part_cache() -> PartCache | None:

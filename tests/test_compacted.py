@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dataflex.rows import KEY_DTYPE, Status
@@ -206,3 +208,35 @@ def test_a_root_that_takes_nothing_costs_time_alone(
     again.compact()
     assert "is not compacted" in caplog.text
     assert again.contains(every_key()).all()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"data": "../../../victim"},
+        {"data": "0" * 63 + "/"},
+        {"bytes": "x"},
+        {"rows": "5"},
+        {"status": 1},
+        {"more": 1},
+    ],
+)
+def test_an_entry_that_the_log_could_not_hold_is_not_believed(
+    store: ParquetStore, tmp_path: Path, said: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where its digest is right, as a writer's who means harm would be."""
+    files = LocalFiles(tmp_path)
+    [path] = [file.path for file in files.stored(f"{store.folder}/derived")]
+    table = pq.read_table(tmp_path / path)
+    about = [json.loads(text) for text in table.column("about").to_pylist()]
+    about[3][1] |= said
+    table = table.set_column(0, table.schema.field("about"), pa.array([json.dumps(each) for each in about]))
+    files.remove(path)
+    pq.write_table(table, tmp_path / "crafted", compression="NONE", use_dictionary=False)
+    sha256 = files.sha256("crafted")
+    (tmp_path / "crafted").rename(tmp_path / store.folder / "derived" / f"log-{COUNT * ROWS}-{sha256}.parquet")
+    assert len(read_compacted(files, store.folder)) == (0 if said else COUNT)
+    assert ("the log is read instead" in caplog.text) == bool(said)
+    assert opened(tmp_path).contains(every_key()).all()
+    assert len(problems(store)) == bool(said)

@@ -93,7 +93,7 @@ ODD: dict[str, tuple[str, Any, dict[str, Any], str]] = {
 
 ELSEWHERE = {
     "hub": ({"hf_hub_url": "nobody/nothing"}, "Offline"),
-    "s3": ({"cloud_file_name": "s3://bucket/x.json"}, "s3fs"),
+    "gs": ({"cloud_file_name": "gs://bucket/x.json"}, "gcsfs"),
     "cloud": ({"cloud_file_name": "ftp://x/y.json"}, "Unsupported protocol"),
     "script": ({"script_url": "x.py"}, "no longer supported"),
     "none": ({"file_name": "none.json"}, "not found"),

@@ -186,3 +186,50 @@ def test_folder_and_limit_are_named_by_the_environment(tmp_path: Path, monkeypat
         monkeypatch.setenv("DATAFLEX_CACHE_GB", said)
         with pytest.raises(ConfigError, match="DATAFLEX_CACHE_GB"):
             open_files("memory://dataflex-cached")
+
+
+@pytest.mark.parametrize("name", ["../../victim", "/etc/victim", "", "0" * 63, "0" * 64 + "\n", "0" * 63 + "G"])
+def test_what_is_no_sha256_names_no_file(tmp_path: Path, name: str) -> None:
+    cache = PartCache(tmp_path / "a" / "cache", 1 << 30)
+    with pytest.raises(CorruptionError, match="no SHA-256"):
+        cache.keep(name, 0, b"x")
+    with pytest.raises(CorruptionError, match="no SHA-256"):
+        cache.read(name)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ("0" * 64)).symlink_to(tmp_path / "victim")
+    PartCache(tmp_path / "cache", 1 << 30).keep("0" * 64, 0, b"theirs")
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+def test_what_is_called_otherwise_is_not_removed(tmp_path: Path) -> None:
+    others = tmp_path / "checkpoint.safetensors"
+    others.write_bytes(bytes(500_000))
+    os.utime(others, (0, 0))
+    cache = PartCache(tmp_path, 100_000)
+    for number in range(30):
+        cache.keep(f"{number:064x}", 0, bytes(8192))
+    assert others.stat().st_size == 500_000
+    assert 2 <= len(list(tmp_path.iterdir())) <= 16
+
+
+def test_another_process_that_makes_room_too_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(30):
+        (tmp_path / f"{number:064x}").write_bytes(bytes(8192))
+    unlink = os.unlink
+
+    def twice(path: Path) -> None:
+        unlink(path)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", twice)
+    cache = PartCache(tmp_path, 100_000)
+    cache.keep("f" * 64, 0, b"abc")
+    assert cache.read("f" * 64) == b"abc"
+    assert not caplog.records
