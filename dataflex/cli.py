@@ -405,8 +405,7 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     from dataflex.status import reported
 
     settings = _settings(run, overrides)
-    if distributed.is_main():
-        _look_at(settings.store_root)
+    _look_at(settings.store_root)  # in every process: one that ends alone leaves the others waiting for it
     # After the run file is checked: what is wrong with it is then said once, and in a second.
     launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
     for note in settings.notes if distributed.is_main() else ():

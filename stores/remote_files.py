@@ -55,7 +55,7 @@ class RemoteFiles(Files):
         self.url = url.rstrip("/")
         self.patience = SECONDS
         """Seconds for which a request is repeated."""
-        self._weary_until = 0.0  # who tidies up after a failure does not wait as long again
+        self._gone_until = 0.0
         self._protocol = self.url.partition("://")[0]
         self._is_probed = False
         with self._told():
@@ -123,7 +123,9 @@ class RemoteFiles(Files):
     def remove(self, path: str) -> None:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError):
-            self._ask(lambda: self.fs.rm_file(f"{self._root}/{path}"))
+            # Who tidies up after the server was gone for a minute does not wait another for it.
+            is_gone = time.monotonic() < self._gone_until
+            self._ask(lambda: self.fs.rm_file(f"{self._root}/{path}"), patience=0 if is_gone else None)
 
     def prune(self, folder: str) -> None:
         """Do nothing: an object store has no folders that outlive their files."""
@@ -223,21 +225,25 @@ class RemoteFiles(Files):
                 "commits need; use a local or shared folder, or an object store with conditional writes (S3, GCS)"
             )
 
-    def _ask(self, call: Callable[[], T], listing: str | None = None, writes: bool = False) -> T:
+    def _ask(
+        self, call: Callable[[], T], listing: str | None = None, writes: bool = False, patience: float | None = None
+    ) -> T:
         """Call what can be repeated, again while an error passes, and say in words what is left.
 
         Args:
             call: asks the server.
             listing: what it may know from a listing that fsspec kept, in which other writers' files would be missing.
             writes: whether it writes.
+            patience: seconds for which it is asked again; `self.patience` by default.
         """
-        with self._told(writes):
+        patience = self.patience if patience is None else patience
+        with self._told(writes, patience):
             if listing is not None:
                 self.fs.invalidate_cache(listing or None)
-            return persistently(call, 0 if time.monotonic() < self._weary_until else self.patience)
+            return persistently(call, patience)
 
     @contextmanager
-    def _told(self, writes: bool = False) -> Iterator[None]:
+    def _told(self, writes: bool = False, patience: float = 0) -> Iterator[None]:
         """Say in words what the server or its client library refuses; that a file is there or not is for the caller.
 
         Raises:
@@ -255,11 +261,10 @@ class RemoteFiles(Files):
             said = " ".join(str(error).split())[:_SAID] or "no reason given"
             where = f"{self.url}: {type(error).__name__}: {said}"
             if is_passing(error):
-                self._weary_until = time.monotonic() + self.patience
-                raise UnavailableError(
-                    f"{where}\n  asked again for up to {self.patience:.0f} s; see that the server runs and that the "
-                    "address is right; what was committed stays"
-                ) from error
+                self._gone_until = time.monotonic() + self.patience
+                advice = "see that the server runs and that the address is right; what was committed stays"
+                again = f"asked again for up to {patience:.0f} s; " if patience else ""
+                raise UnavailableError(f"{where}\n  {again}{advice}") from error
             raise ConfigError(
                 f"{where}\n  expected a bucket or folder that can be {'written to' if writes else 'read'}; check the "
                 "URL (dataflex.store), its options and your credentials"
