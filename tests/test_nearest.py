@@ -286,6 +286,28 @@ def test_numbers_whose_squares_float32_does_not_hold(tmp_path: Path, metric: str
 
 
 @pytest.mark.parametrize("_way", ["streamed"], indirect=True)
+@pytest.mark.parametrize("metric", METRICS)
+def test_long_rows_that_come_last_are_ranked_exactly(
+    tmp_path: Path, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their float32 scores are off by more than the spread of all that came before."""
+    for module in (candidates, search):
+        monkeypatch.setattr(module, "BLOCK", 16)
+    rng = np.random.default_rng(15)
+    for seed in range(15):
+        query = unit(rng.standard_normal((1, 64)))
+        short, across = unit(rng.standard_normal((300, 64))), rng.standard_normal((30, 64))
+        long = 1e8 * unit(across - (across @ query.T) * query) + 0.33 * query
+        vectors = np.concatenate([short, long]).astype(np.float32)
+        store, keys = made(tmp_path / str(seed), vectors)
+        agree(StoreView.of(store, keys), keys, vectors, query.astype(np.float32), 5, metric)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("_way", ["streamed"], indirect=True)
 def test_a_large_store_is_searched_without_an_index(tmp_path: Path) -> None:
     store, keys = made(tmp_path / "root", np.random.default_rng(7).standard_normal((50, WIDTH)))
     StoreView.of(store, keys).nearest(np.ones((2, WIDTH), np.float32), 3, "ip")

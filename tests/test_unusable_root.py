@@ -13,7 +13,7 @@ from benchmarks.object_store import Proxy
 from dataflex.doctor import disk
 from dataflex.errors import ConfigError, UnavailableError
 from dataflex.stores.root import StoreRoot, refuse_unusable
-from tests.command import run
+from tests.command import LAUNCHED, run
 from tests.roots import LAYOUT
 
 pytestmark = pytest.mark.usefixtures("run_file")
@@ -111,7 +111,16 @@ def test_the_doctor_looks_at_it_too(bucket: str) -> None:
     assert "found no bucket" in bad.found
 
 
-def test_store_commands_name_what_is_wrong(bucket: str, closed: int, capsys: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_every_process_looks_for_itself(rank: str, bucket: str, capsys: Any, monkeypatch: Any) -> None:
+    """One that ended alone would leave the others waiting for it, for half an hour."""
+    for name, value in (LAUNCHED | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    code, _, _ = run(capsys, "featurize", "run.yaml", f"dataflex.store=s3://{bucket}-no/x")
+    assert code == 2
+
+
+def test_store_commands_name_what_is_wrong(bucket: str, capsys: Any) -> None:
     code, _, err = run(capsys, "store", "ls", "--root", f"s3://{bucket}-no/x")
     assert code == 2
     assert "found no bucket" in err

@@ -97,17 +97,17 @@ class _Held:
         self.scores = np.full((queries, room), -np.inf, np.float32)
         self.places = np.zeros((queries, room), np.int32)
         self.counts = np.zeros(queries, np.int64)
-        self.floor = np.full(queries, -np.inf, np.float32)
+        self.floor = np.full(queries, -np.inf)  # the k-th best exact score is no less
         self.is_full = np.zeros(queries, bool)
 
     def add(self, scores: np.ndarray, places: np.ndarray, slack: np.ndarray) -> None:
         """Take in the scores (M, b) of rows at places (b,)."""
         room = self.scores.shape[1]
-        passing = self._passing(scores)
+        passing = self._passing(scores, slack)
         counts = passing.sum(axis=1)
         if (self.counts + counts > room).any():
             self._compact(slack)
-            passing = self._passing(scores)
+            passing = self._passing(scores, slack)
             counts = passing.sum(axis=1)
             self.is_full |= self.counts + counts > room
             passing[self.is_full], counts[self.is_full] = False, 0
@@ -123,17 +123,19 @@ class _Held:
         query, slot = np.nonzero(np.arange(self.scores.shape[1]) < self.counts[:, None])
         return query, self.places[query, slot].astype(np.int64), self.is_full
 
-    def _passing(self, scores: np.ndarray) -> np.ndarray:
-        passing: np.ndarray = ~(scores < self.floor[:, None])  # NaN passes, as nothing is known of it
+    def _passing(self, scores: np.ndarray, slack: np.ndarray) -> np.ndarray:
+        """Say which rows can be as good as the k-th. Their slack, not that of the rows that made the floor, counts."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            least = np.nextafter((self.floor - slack).astype(np.float32), np.float32(-np.inf))
+        passing: np.ndarray = ~(scores < least[:, None])  # NaN passes, as nothing is known of it
         return passing
 
     def _compact(self, slack: np.ndarray) -> None:
         """Drop what is too far below the k-th best to be one of them."""
         room = self.scores.shape[1]
         kth = np.partition(self.scores, room - self.k, axis=1)[:, room - self.k].astype(np.float64)
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.floor = (kth - 2 * slack).astype(np.float32)
-        keep = self._passing(self.scores) & (np.arange(room) < self.counts[:, None])
+        self.floor = np.fmax(self.floor, kth - slack)
+        keep = self._passing(self.scores, slack) & (np.arange(room) < self.counts[:, None])
         query, slot = np.nonzero(keep)
         self.counts = keep.sum(axis=1)
         there = spread(np.zeros(len(keep), np.int64), self.counts)[1]
