@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from dataflex.errors import ConfigError, DataflexError
@@ -120,6 +120,19 @@ def broadcast(value: T, source: int = 0) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def from_main(call: Callable[[], T]) -> T:
+    """Return on every rank what rank 0 gets: what all go by must be one thing, whatever each would read. Collective.
+
+    Raises:
+        DataflexError: that of rank 0.
+    """
+    found: list[T] = []
+    with together():
+        if is_main():
+            found.append(call())
+    return broadcast(found)[0]
+
+
 def is_any(value: bool, device: Any) -> bool:
     """Say whether a value is true on any rank. Collective: one number of four bytes.
 
@@ -162,7 +175,7 @@ def summed(values: Any) -> Any:
     """
     if world() == 1:
         return values
-    flat = values.reshape(-1)
+    flat = values.reshape(-1).copy()  # the caller's own stays what it is
     for start in range(0, len(flat), _PIECE):
         flat[start : start + _PIECE] = sum(gather(flat[start : start + _PIECE]))
     return flat.reshape(values.shape)

@@ -91,7 +91,26 @@ def test_farthest_first_is_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (clusters(vectors, 30, "farthest_first", 1, 2) == expected).all()
 
 
-def test_duplicates_leave_no_cluster_empty_and_no_row_out() -> None:
+@pytest.mark.parametrize("is_inner", [True, False])
+@pytest.mark.parametrize("spread", [0.3, 0.03, 0.003])
+def test_the_nearest_centroid_is_found_where_all_point_much_the_same_way(is_inner: bool, spread: float) -> None:
+    """Embeddings of language models do; float32 then tells few distances apart."""
+    rng = np.random.default_rng(0)
+    vectors = (rng.standard_normal(64) / 8 + spread * rng.standard_normal((500, 64)) / 8).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    centroids, pool = vectors[:300], vectors[300:]
+    products = pool.astype(np.float64) @ centroids.T.astype(np.float64)
+    merits = products if is_inner else products - (centroids.astype(np.float64) ** 2).sum(axis=1) / 2
+    assert (clustering._nearest(centroids.copy(), is_inner)(pool) == merits.argmax(axis=1)).all()
+
+
+def test_a_row_of_zeros_is_one_centre_and_no_more() -> None:
+    vectors = grouped(500, 12, 10)
+    vectors[100] = 0
+    assert len(np.unique(clusters(vectors, 20, "farthest_first", 1, 0))) == 20
+
+
+def test_equal_rows_share_a_cluster() -> None:
     """Fewer distinct vectors than clusters: the equal ones cannot be told apart, and still every row has one."""
     vectors = np.repeat(grouped(6, 4, 6), 20, axis=0)
     ids = clusters(vectors, 30, "kmeans", 5, 0)

@@ -7,6 +7,7 @@ depend neither on the number of ranks nor on the order of the storage. Memory: K
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -55,7 +56,7 @@ def _kmeans(pool: Streamed, count: int, iterations: int, seed: int, is_spherical
     faiss = load_faiss()
     first = np.empty(len(pool), np.int32)
     faiss.rand_perm(faiss.swig_ptr(first), len(pool), seed + 1)
-    centroids = pool.take(first[:count])
+    centroids = distributed.from_main(lambda: pool.take(first[:count]))
     ids = np.full(len(pool), -1, np.int64)  # of this rank's share
     for iteration in range(iterations + 1):
         nearest = _nearest(centroids, is_spherical)
@@ -82,8 +83,9 @@ def _kmeans(pool: Streamed, count: int, iterations: int, seed: int, is_spherical
 def _nearest(centroids: np.ndarray, is_inner: bool) -> Callable[[np.ndarray], np.ndarray]:
     """Return the function that gives the nearest centroid of each unit vector (b, D), the first of equal ones.
 
-    FAISS proposes some in float32, on a GPU where it sees one, and those that rounding may have put in the wrong order
-    are compared in float64: so the answer does not depend on which vectors come together.
+    FAISS finds it in float32, on a GPU where it sees one; where a second one is as near within rounding, as is the rule
+    where all vectors point much the same way, all are compared in float64. So the answer does not depend on which
+    vectors come together.
     """
     faiss = load_faiss()
     count, width = centroids.shape
@@ -97,34 +99,27 @@ def _nearest(centroids: np.ndarray, is_inner: bool) -> Callable[[np.ndarray], np
     slack = 4 * (width + 8) * 2.0**-24 * (1 if is_inner else 4)
 
     def search(vectors: np.ndarray, _resources: Any = resources) -> np.ndarray:  # which must live as long as the index
-        ids = np.zeros(len(vectors), np.int64)
-        pending, proposals = np.arange(len(vectors)), min(4, count)
-        while len(pending):
-            merits, found = index.search(np.ascontiguousarray(vectors[pending], np.float32), proposals)
-            merits = merits if is_inner else -merits
-            is_near = merits >= merits[:, :1] - slack
-            ids[pending] = found[:, 0]
-            several = np.flatnonzero(is_near[:, 1:].any(axis=1))
-            ids[pending[several]] = _exact(vectors[pending[several]], centroids, found[several], is_inner)
-            # Where all that were proposed are near, others may be.
-            pending = pending[is_near[:, -1]] if proposals < count else pending[:0]
-            proposals = min(4 * proposals, count)
+        merits, found = index.search(np.ascontiguousarray(vectors, np.float32), min(2, count))
+        ids = np.asarray(found[:, 0], np.int64)
+        unsure = np.flatnonzero(np.abs(merits[:, 0] - merits[:, -1]) <= slack) if count > 1 else ids[:0]
+        together = max(1, 4 * _NUMBERS // count)
+        for some in (unsure[start : start + together] for start in range(0, len(unsure), together)):
+            ids[some] = _exact(vectors[some], centroids, is_inner)
         return ids
 
     return search
 
 
-def _exact(vectors: np.ndarray, centroids: np.ndarray, found: np.ndarray, is_inner: bool) -> np.ndarray:
-    """Return which of the centroids found (b, C) is nearest to each vector (b, D), by float64."""
-    best = np.empty(len(vectors), np.int64)
-    together = max(1, _NUMBERS // (found.shape[1] * vectors.shape[1]))
-    for start in range(0, len(vectors), together):
-        some = slice(start, start + together)
-        theirs = np.sort(found[some], axis=1)  # so that `argmax` takes the first of equals
-        own, near = vectors[some, None].astype(np.float64), centroids[theirs].astype(np.float64)
-        merits = (own * near).sum(axis=2) if is_inner else -((own - near) ** 2).sum(axis=2)
-        best[some] = np.take_along_axis(theirs, merits.argmax(axis=1)[:, None], axis=1)[:, 0]
-    return best
+def _exact(vectors: np.ndarray, centroids: np.ndarray, is_inner: bool) -> np.ndarray:
+    """Return the centroid nearest to each vector (b, D) by float64, the first of those that differ by rounding alone."""
+    merits = np.empty((len(vectors), len(centroids)))
+    together = max(1, _NUMBERS // centroids.shape[1])
+    for start in range(0, len(centroids), together):
+        some = centroids[start : start + together].astype(np.float64)
+        merits[:, start : start + together] = vectors.astype(np.float64) @ some.T
+        if not is_inner:
+            merits[:, start : start + together] -= (some**2).sum(axis=1) / 2
+    return np.round(merits, 12, out=merits).argmax(axis=1)
 
 
 def _add(sums: np.ndarray, counts: np.ndarray, ids: np.ndarray, vectors: np.ndarray) -> None:
@@ -166,7 +161,7 @@ def _farthest_first(pool: Streamed, count: int, seed: int) -> np.ndarray:
     distance = np.full(len(pool), -np.inf)
     fresh, known = [int(np.random.default_rng(seed).integers(len(pool)))], 0
     while True:
-        centres = pool.take(np.asarray(fresh)).astype(np.float64)
+        centres = distributed.from_main(partial(pool.take, np.asarray(fresh))).astype(np.float64)
         for rows, vectors in share(pool):
             for start in range(0, len(rows), together := max(1, _NUMBERS // len(fresh))):
                 at = rows[start : start + together]
@@ -193,6 +188,19 @@ def _next_centres(pool: Streamed, distance: np.ndarray, most: int) -> list[int]:
     beyond = float(left[order[_FAR]]) if len(order) > _FAR else -np.inf
     rows = np.sort(far[order[:_FAR]])  # so that `argmax` takes the first of equals
     left = left[order[:_FAR]][np.argsort(far[order[:_FAR]])]
+    return distributed.from_main(lambda: _farthest(pool, rows, left, beyond, most))
+
+
+def _farthest(pool: Streamed, rows: np.ndarray, left: np.ndarray, beyond: float, most: int) -> list[int]:
+    """Return up to `most` of some rows (r,), each the farthest from all centres before it.
+
+    Args:
+        pool: has the vectors.
+        rows: (r,) sorted.
+        left: (r,) their distances from the centres there are.
+        beyond: no row that is not among these is farther.
+        most: how many.
+    """
     vectors, centres = pool.take(rows), list[int]()
     while len(centres) < most:
         farthest = int(left.argmax())
@@ -204,8 +212,10 @@ def _next_centres(pool: Streamed, distance: np.ndarray, most: int) -> list[int]:
 
 
 def _squared(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Return squared distances of unit vectors, (b, K), equal where only rounding tells them apart."""
-    return np.round(2 - 2 * vectors.astype(np.float64) @ centres.T, 12)
+    """Return squared distances of unit vectors and zeros, (b, K), equal where only rounding tells them apart."""
+    own = vectors.astype(np.float64)
+    squares = (own**2).sum(axis=1)[:, None] + (centres**2).sum(axis=1)
+    return np.maximum(np.round(squares - 2 * own @ centres.T, 12), 0)
 
 
 def distances(vectors: Streamed, ids: np.ndarray) -> np.ndarray:
