@@ -216,11 +216,16 @@ class ParquetStore:
         keys: np.ndarray | None = None,
     ) -> Iterator[Encoded]:
         """Yield the blocks of `scan` with vectors as codes and scale: a search need not decode D numbers per row."""
-        snapshot = self._current(refresh=True)
-        found = snapshot.locations.all() if keys is None else np.unique(snapshot.locations.find(_checked(keys)))
+        # As in `read`: a search goes through the same rows many times.
+        snapshot = self._current(refresh=keys is None)
+        found = snapshot.locations.all() if keys is None else snapshot.locations.find(_checked(keys))
+        if keys is not None and (found < 0).any():
+            snapshot = self._current(refresh=True)
+            found = snapshot.locations.find(keys)
+        found = np.unique(found)
         held: list[Encoded] = []
         free = block_rows
-        for _, part in snapshot.groups(np.sort(found[found >= 0]), self._columns(columns), vectors):
+        for _, part in snapshot.groups(found[found >= 0], self._columns(columns), vectors):
             start = 0
             while start < len(part.keys):
                 piece = part.take(slice(start, start + free))

@@ -18,7 +18,7 @@ FORMAT = 2
 
 _log = logging.getLogger(__name__)
 _LIMIT = 16 << 20  # bytes; a recipe with every tensor of a large model in it is far below
-_AT_ONCE = 1000  # documents, of which memory must hold so many
+_AT_ONCE, _SHORT = 1000, 256 << 10  # documents, and bytes of each, that memory must hold
 
 
 def seal(body: dict[str, Any], version: int = 1) -> bytes:
@@ -70,10 +70,12 @@ def read_records(files: Files, paths: Sequence[str]) -> Iterator[dict[str, Any] 
         part = paths[start : start + _AT_ONCE]
         found: list[bytes | None] | None = None
         with contextlib.suppress(CorruptionError):  # something else than a file lies at one of the paths: at which?
-            found = files.fetch([(path, 0, _LIMIT + 1) for path in part])
+            found = files.fetch([(path, 0, _SHORT) for path in part])
         for number, path in enumerate(part):
             try:
-                data = files.read(path, _LIMIT + 1) if found is None else found[number]
+                data = b"" if found is None else found[number]
+                if found is None or (data is not None and len(data) == _SHORT):
+                    data = files.read(path, _LIMIT + 1)
                 yield None if data is None else _unsealed(files, path, data)
             except FileNotFoundError:
                 yield None

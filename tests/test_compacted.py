@@ -240,3 +240,17 @@ def test_an_entry_that_the_log_could_not_hold_is_not_believed(
     assert ("the log is read instead" in caplog.text) == bool(said)
     assert opened(tmp_path).contains(every_key()).all()
     assert len(problems(store)) == bool(said)
+
+
+def test_rows_that_are_known_are_read_again_without_a_look_at_the_log(store: ParquetStore, tmp_path: Path) -> None:
+    files = Counting(tmp_path)
+    reader = opened(tmp_path, files)
+    assert reader.contains(every_key()).all()
+    files.seen.clear()
+    for _ in range(3):
+        assert sum(len(block.keys) for block in reader.scan(7, keys=every_key())) == COUNT * ROWS
+    assert not [path for path in files.seen if path.endswith("/log")]
+    store.append("another", values_of(77))
+    keys = np.concatenate([every_key(), keys_of(77)])
+    assert sum(len(block.keys) for block in reader.scan(7, keys=keys)) == len(keys)
+    assert sum(len(block.keys) for block in reader.scan(7)) == len(keys)

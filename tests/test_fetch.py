@@ -139,15 +139,17 @@ def test_documents_are_read_together_and_each_for_itself(kind: str, tmp_path: Pa
     documents = {
         "whole": seal({"x": 1}),
         "cut": seal({"x": 1})[:-5],
+        "long": seal({"x": "y" * 300_000}),
         "newer": json.dumps({**newer, "digest": digest(newer)}).encode(),
     }
     for name, data in documents.items():
         assert files.create(f"a/{name}.json", data)
     if kind == "local":
         (tmp_path / "a" / "folder.json").mkdir()
-    names = ["whole", "none", "cut", "newer", "folder" if kind == "local" else "none", "whole"]
+    names = ["whole", "none", "cut", "newer", "folder" if kind == "local" else "none", "whole", "long"]
     found = list(read_records(files, [f"a/{name}.json" for name in names]))
     assert found[0] == found[5] == {"x": 1, "format": 1}
+    assert found[6] == {"x": "y" * 300_000, "format": 1}
     assert found[1] is None
     assert isinstance(found[2], CorruptionError)
     assert isinstance(found[3], MismatchError)

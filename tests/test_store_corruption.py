@@ -325,6 +325,10 @@ def test_a_log_entry_that_lies_about_its_rows_is_found(store: ParquetStore, tmp_
     entry = unseal(path.read_bytes(), "it")
     path.write_bytes(seal({**entry, "status": {"ok": 39, "nonfinite": 1, "no_labels": 0}}))
     assert len(harm(opened(tmp_path))) == 1
+    path.write_bytes(seal({**entry, "bytes": int(entry["bytes"]) + 10}))
+    with pytest.raises(CorruptionError, match="were committed"):
+        opened(tmp_path).contains(KEYS)
+    assert len(harm(opened(tmp_path))) == 1
     path.write_bytes(seal({**entry, "keys": keys_digest(FRAGMENTS[1].keys)}))
     with pytest.raises(CorruptionError, match="row keys are not those committed"):
         opened(tmp_path).contains(KEYS)

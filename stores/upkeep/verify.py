@@ -67,7 +67,11 @@ def _fault(files: Files, path: str, layout: Layout | None, entries: Sequence[Ent
             return f"{files.name(path)} is damaged: its SHA-256 is not the one committed"
         if layout is None:
             return None
+        with files.open(path) as file:
+            size = file.size()
         for entry in entries:
+            if entry.bytes != size:
+                return f"{files.name(path)} has {size} bytes, of which fragment {entry.fragment} says {entry.bytes}"
             if entry.contents is not None and not _agrees(files, path, layout, entry):
                 return f"the log entry of fragment {entry.fragment} does not say what {files.name(path)} holds"
         with Fragment(files, path, layout) as fragment:

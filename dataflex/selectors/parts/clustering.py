@@ -111,7 +111,7 @@ def _nearest(centroids: np.ndarray, is_inner: bool) -> Callable[[np.ndarray], np
 
 
 def _exact(vectors: np.ndarray, centroids: np.ndarray, is_inner: bool) -> np.ndarray:
-    """Return the centroid nearest to each vector (b, D) by float64, the first of those that differ by rounding alone."""
+    """Return the centroid nearest to each vector (b, D) by float64, the first of those that are as near."""
     merits = np.empty((len(vectors), len(centroids)))
     together = max(1, _NUMBERS // centroids.shape[1])
     for start in range(0, len(centroids), together):
