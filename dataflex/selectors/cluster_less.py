@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from dataflex import distributed
 from dataflex.components.compatibility import accepted
 from dataflex.errors import ConfigError
 from dataflex.fingerprint import keys_digest
@@ -166,7 +167,8 @@ class _Clusters:
 def _by_cluster(gradients: View, of: np.ndarray, count: int, means: np.ndarray) -> np.ndarray:
     """Return the cosine of each cluster's mean unit gradient with every set's mean direction, (count, J).
 
-    It is -inf without a gradient. Some clusters at a time, as a gradient can be wider than an embedding.
+    It is -inf without a gradient. Collective: each rank reads the gradients of its own clusters, of some at a time, as a
+    gradient can be wider than an embedding.
 
     Args:
         gradients: of R representatives.
@@ -174,9 +176,9 @@ def _by_cluster(gradients: View, of: np.ndarray, count: int, means: np.ndarray) 
         count: clusters.
         means: (D, J) of the sets' unit gradients.
     """
-    found = np.full((count, means.shape[1]), -np.inf)
+    found = []
     together = max(1, _NUMBERS // len(means))
-    for start in range(0, count, together):
+    for start in list(range(0, count, together))[distributed.rank() :: distributed.world()]:
         some = np.flatnonzero((of >= start) & (of < start + together))
         sums = np.zeros((min(together, count - start), len(means)))
         for at, block in gradients.take(some).blocks():
@@ -184,5 +186,7 @@ def _by_cluster(gradients: View, of: np.ndarray, count: int, means: np.ndarray) 
             # Unlike `sums[...] +=`, with every row of a cluster.
             np.add.at(sums, of[some[at[is_long]]] - start, directions[is_long])
         sums, is_known = unit(sums)
-        found[start : start + together][is_known] = sums[is_known] @ means
-    return found
+        cosines = np.full((len(sums), means.shape[1]), -np.inf)
+        cosines[is_known] = sums[is_known] @ means
+        found.append((np.arange(start, start + len(sums)), cosines))
+    return joined(found, count, means.shape[1])
