@@ -24,7 +24,7 @@ from dataflex.selectors.embedding import RdsPlus
 from dataflex.selectors.less import Less
 from dataflex.selectors.near import Near
 from dataflex.selectors.parts import clustering, transport
-from dataflex.selectors.parts.clustering import chosen, clusters, distances, representatives
+from dataflex.selectors.parts.clustering import chosen, clusters, distances
 from dataflex.selectors.parts.regression import kernel_ridge
 from dataflex.selectors.parts.similarity import unit
 from dataflex.selectors.parts.streamed import OfArray, OfView
@@ -135,7 +135,8 @@ def test_distances_give_the_same_representatives(tmp_path: Path, strategy: Any) 
     for group in (np.flatnonzero(ids == cluster) for cluster in np.unique(ids)):
         if len(group) < 3 or {*group} & {0, *range(120, 125)}:
             continue  # of two rows, or equal ones, both are as far, but for rounding
-        expected = representatives(group, vectors[group], 3, strategy, rng)
+        own = ((vectors[group] - vectors[group].mean(axis=0)) ** 2).sum(axis=1)
+        expected = chosen(group, own, 3, strategy, rng)
         assert chosen(group, far[group], 3, strategy, rng).tolist() == expected.tolist()
 
 

@@ -167,8 +167,8 @@ class _Clusters:
 def _by_cluster(gradients: View, of: np.ndarray, count: int, means: np.ndarray) -> np.ndarray:
     """Return the cosine of each cluster's mean unit gradient with every set's mean direction, (count, J).
 
-    It is -inf without a gradient. Collective: each rank reads the gradients of its own clusters, of some at a time, as a
-    gradient can be wider than an embedding.
+    It is -inf without a gradient. Collective: each rank reads the gradients of its own clusters, of some at a time, as
+    a gradient can be wider than an embedding.
 
     Args:
         gradients: of R representatives.

@@ -235,13 +235,6 @@ def distances(vectors: Streamed, ids: np.ndarray) -> np.ndarray:
     return joined(found, len(vectors), 1)[:, 0].astype(np.float32)
 
 
-def representatives(
-    members: np.ndarray, vectors: np.ndarray, count: int, strategy: Strategy, rng: np.random.Generator
-) -> np.ndarray:
-    """Return up to `count` rows that stand for a cluster, as `chosen` does, given their vectors (m, D)."""
-    return chosen(members, ((vectors - vectors.mean(axis=0)) ** 2).sum(axis=1), count, strategy, rng)
-
-
 def chosen(
     members: np.ndarray, far: np.ndarray | None, count: int, strategy: Strategy, rng: np.random.Generator
 ) -> np.ndarray:
