@@ -15,7 +15,7 @@ from dataflex.selectors.cluster_less import ClusterLess
 from dataflex.selectors.embedding import Embedding, RdsPlus
 from dataflex.selectors.less import Less
 from dataflex.selectors.near import Near
-from dataflex.selectors.parts.clustering import clusters, representatives
+from dataflex.selectors.parts.clustering import chosen, clusters
 from dataflex.selectors.parts.regression import kernel_ridge
 from dataflex.selectors.propagated import InfluenceDistillation
 from dataflex.selectors.tsds import Tsds
@@ -175,8 +175,9 @@ def test_representatives_by_distance(strategy: Any, expected: list[int]) -> None
     """Their centroid is 2.4; by distance: 4, 2, 1, 9."""
     members, vectors = np.array([1, 2, 4, 9]), np.array([[0.0], [1.5], [2.5], [5.6]])
     rng = np.random.default_rng(0)
-    assert representatives(members, vectors, 2, strategy, rng).tolist() == expected
-    drawn = [tuple(representatives(members, vectors, 2, "random", rng)) for _ in range(20)]
+    far = ((vectors - vectors.mean(axis=0)) ** 2).sum(axis=1)
+    assert chosen(members, far, 2, strategy, rng).tolist() == expected
+    drawn = [tuple(chosen(members, None, 2, "random", rng)) for _ in range(20)]
     assert len(set(drawn)) > 1
 
 
