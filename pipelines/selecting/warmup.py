@@ -83,7 +83,7 @@ class WarmState:
         if self.lineage is None:
             return None
         self.run.access.note("state", self.lineage)
-        found = distributed.broadcast(self._find() if distributed.is_main() else None)
+        found = distributed.from_main(self._find)
         if found is None:
             if distributed.is_main():
                 self._explain(self.run.access.root.states.infos())
@@ -99,7 +99,8 @@ class WarmState:
     @property
     def reached(self) -> int:
         """Steps that a run that begins alike starts behind."""
-        return self._end if self.loaded or self._find() is not None else 0
+        find = self.run.access.root.states.find
+        return self._end if self.loaded or any(find(name) is not None for name in self._names) else 0
 
     def _find(self) -> tuple[str, dict[str, Any]] | None:
         """Return the name and the record of a kept state that serves.
