@@ -18,9 +18,8 @@ _NUMBERS = 1 << 22
 def kernel_ridge(known: np.ndarray, values: np.ndarray, damping: float) -> Callable[[np.ndarray], np.ndarray]:
     """Return the function that predicts values (b, J) from vectors (b, D).
 
-    The kernel is exp(-d^2 / (2 h^2)), h the median distance between the first 1,000 known rows; `damping` times the mean
-    of the kernel's diagonal (1) is added to it. Values are centred, so that far from all known rows their mean is
-    predicted.
+    The kernel is exp(-d^2 / (2 h^2)), h the median distance between known rows, the first 1,000; `damping` times the
+    mean of the kernel's diagonal (1) is added. Values are centred: far from all known rows their mean is predicted.
 
     Args:
         known: (L, D) vectors of rows whose values are known.
