@@ -46,6 +46,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Make the tiny model and its datasets."""
+    import gc
+
+    import llamafactory.train.tuner  # noqa: F401  every trainer's end collects garbage, and would go through it all
+
+    gc.freeze()
     from examples.quickstart import model, pool
 
     made = Tiny(tmp_path_factory.mktemp("tiny") / "model", tmp_path_factory.mktemp("tiny") / "data")

@@ -28,6 +28,7 @@ def status(workspace: Any, name: str) -> tuple[str, int, str]:
     return found["state"], found["exit_code"], found["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_process_that_is_gone_ends_in_words_and_its_work_is_kept(workspace: Any) -> None:
     path = write(workspace, warmup_step=0)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,6 @@ import pytest
 
 from benchmarks.launches import launched, synthetic
 from dataflex.access.grid import SMALLEST
-from dataflex.launch import free_port
 from dataflex.stores.root import StoreRoot
 from tests.processes import TORCHRUN, environment
 
@@ -39,24 +36,11 @@ def test_two_launches_compute_every_row_once(tmp_path: Path) -> None:
     check(tmp_path / "root")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_without_leases_what_is_committed_first_is_kept(tmp_path: Path) -> None:
     rows = launched(str(tmp_path / "root"), 2, CELLS, 0.05, leases=False)
     assert CELLS * SMALLEST <= sum(rows) <= 1.3 * CELLS * SMALLEST  # 40 cells are few to go past each other in
-    check(tmp_path / "root")
-
-
-@pytest.mark.timeout(300)
-def test_a_slow_rank_takes_fewer_cells(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command += [str(free_port()), "-m", "benchmarks.launches", str(tmp_path / "root"), "--worker"]
-    command += ["--cells", str(CELLS), "--seconds", "0.05", "--slow-rank", "6"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    done = {line["rank"]: line["computed"] for line in map(json.loads, ran.stdout.splitlines())}
-    assert done[0] + done[1] == CELLS * SMALLEST
-    assert 0 < done[1] < done[0]
     check(tmp_path / "root")
 
 
@@ -91,6 +75,7 @@ distributed.leave()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_rank_that_does_one_cell_while_the_other_does_three_has_a_quarter_of_them(tmp_path: Path) -> None:
     """Whatever the clock says: the slow one waits at each of its cells until the other has done three more."""

@@ -141,7 +141,7 @@ def test_many_requests_that_fail_at_a_time(fault: str, bucket: str, proxy: Proxy
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.parametrize("fault", ["500", "429", "dropped", "hangs", "cut"])
+@pytest.mark.parametrize("fault", ["500", "429", "dropped", pytest.param("hangs", marks=pytest.mark.slow), "cut"])
 def test_what_fails_for_good_is_told_in_one_message(fault: str, bucket: str, proxy: Proxy) -> None:
     url = f"s3://{bucket}/x"
     store = StoreRoot(url).open("gradient", {"r": 1}, LAYOUT)

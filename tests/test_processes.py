@@ -77,6 +77,7 @@ def values(store: Path) -> dict[tuple[str, bytes], np.ndarray]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_two_processes_featurize_as_one_and_either_finishes_the_others_work(workspace: Any) -> None:
     """Features at given checkpoints, where the state is the same whatever the processes."""
     made = workspace.write("made", component_name="random", lora_dropout=0.0, update_times=1, dataflex=None)

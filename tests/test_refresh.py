@@ -95,7 +95,10 @@ def test_a_shifted_view_adds_the_shift_but_to_zeros(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shifted, [[15, 26], [np.nan, np.nan], [0, 0], [11, 22], [11, 22]])
 
 
-@pytest.mark.parametrize("refresh", [{"policy": "rotating", "refresh_fraction": 0.25}, {"policy": "full"}])
+@pytest.mark.parametrize(
+    "refresh",
+    [{"policy": "rotating", "refresh_fraction": 0.25}, pytest.param({"policy": "full"}, marks=pytest.mark.slow)],
+)
 def test_the_benchmark_chooses_as_a_run_does(workspace: Any, refresh: dict[str, Any]) -> None:
     """Rows of a run under the policy, and of one that computes everything and emulates the policy."""
     section = {"store": str(workspace.folder / "store"), "storage": "float32", "refresh": refresh}

@@ -242,6 +242,7 @@ def test_data_is_durable_before_the_log_names_it(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     """Each writer dies within two commits of the zeroth to third that it reported, however slow the machine is."""
     rng = np.random.default_rng(int(time.time()))

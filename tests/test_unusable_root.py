@@ -77,7 +77,7 @@ def test_credentials_that_are_missing(
     assert err.count("\n") == 2
 
 
-@pytest.mark.parametrize("endpoint", ["closed", "silent", "no url"])
+@pytest.mark.parametrize("endpoint", ["closed", pytest.param("silent", marks=pytest.mark.slow), "no url"])
 def test_an_endpoint_that_does_not_answer(
     endpoint: str, closed: int, silent: int, bucket: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

@@ -31,6 +31,7 @@ def test_another_division_of_the_global_batch_takes_the_state(workspace: Any, ca
     assert len(StoreRoot(workspace.folder / "store").states.infos()) == 3
 
 
+@pytest.mark.slow
 def test_a_state_that_is_named_with_the_division_serves_who_divides_alike(
     workspace: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
