@@ -14,7 +14,6 @@ R rows, D numbers per vector.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -229,7 +228,7 @@ def parse(text: str, columns: Mapping[str, Column], rows: int, size: int, where:
             if len({chunk.rows for chunk in group.values()}) != 1:
                 raise ValueError("columns of different length")
             groups.append(group)
-    except (ValueError, binascii.Error) as error:
+    except ValueError as error:  # a `binascii.Error` is one
         raise CorruptionError(f"{where} is damaged: it says of its data file what cannot be ({error})") from error
     found = Contents(groups)
     if found.starts[-1] != rows:
