@@ -193,6 +193,15 @@ def select(
 
 
 @app.command()
+def evaluate(run: RunFile, overrides: Overrides = None) -> None:
+    """Measure the model that the run begins with on `dataflex.test_dataset`; `train` does so at its end."""
+    with _started("evaluate", run, overrides) as settings:
+        from dataflex.pipelines.evaluate import evaluate
+
+        evaluate(settings)
+
+
+@app.command()
 def validate(run: RunFile, overrides: Overrides = None) -> None:
     """Check a run file and say what follows from it; imports neither torch nor LLaMA-Factory."""
     settings = _settings(run, overrides)

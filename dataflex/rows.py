@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
@@ -133,9 +133,11 @@ class RowSets:
         train: the training rows.
         targets: evaluation sets by name; `eval_dataset` names them, `val_size` makes one named `validation`.
         raw: dataset name -> raw records with all their fields, as loaded.
+        tests: the sets that the model is measured on in the end, by name.
     """
 
     module: dict[str, Any]
     train: Rows
     targets: Mapping[str, Rows]
     raw: Mapping[str, Sequence[Mapping[str, Any]]]
+    tests: Mapping[str, Rows] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.stores.search.faiss_cache import load_or_build
 from dataflex.stores.search.faiss_index import kind_for, load_faiss
-from dataflex.trainers.directing import DirectedTrainer, Directing
+from dataflex.trainers.directing import DirectedTrainer, Directing, RoundDirector
 from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def featurize(settings: Settings, is_worker: bool = False) -> None:
 
 
 def run_until_update(
-    settings: Settings, verb: str, directed: Callable[[DirectedTrainer, str | None], SelectingDirector]
+    settings: Settings, verb: str, directed: Callable[[DirectedTrainer, str | None], RoundDirector]
 ) -> None:
     """Run the workflow up to the first update, leaving the run's own output folder as it is."""
     # One folder for all processes of a launch, another for every other launch at the same time, on whatever node.
@@ -85,7 +85,7 @@ def run_until_update(
             arguments,
             Directing(directed, settings.schedule, interrupts=True),
             is_training=False,
-            exclude_targets=settings.dataflex.exclude_targets,
+            options=settings.dataflex,
         )
     finally:
         if distributed.is_main():

@@ -17,7 +17,7 @@ from dataflex.config.idle import idle_note, known_steps
 from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.features.need import Need
-from dataflex.features.spec import BASE
+from dataflex.features.spec import BASE, LossSpec
 from dataflex.fingerprint import difference, digest
 from dataflex.live.state import ModelState
 from dataflex.method import Method
@@ -52,6 +52,7 @@ class Run:
         rounds: those that are run, in order; empty where LLaMA-Factory itself orders the rows.
         rows: training rows.
         targets: target sets by name.
+        tests: sets that the model is measured on in the end, by name.
         eligible: training rows with supervised tokens, the only ones that are ever trained on.
         state: names the state of the live model.
         access: gives features.
@@ -68,6 +69,7 @@ class Run:
     rounds: Sequence[Round]
     rows: Rows
     targets: Mapping[str, Rows]
+    tests: Mapping[str, Rows]
     eligible: np.ndarray
     state: ModelState
     access: FeatureAccess
@@ -195,6 +197,7 @@ def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Se
         rounds=rounds,
         rows=found.train,
         targets=found.targets,
+        tests=found.tests,
         eligible=eligible,
         state=state,
         access=FeatureAccess(root, state, settings.dataflex, record, settings.llamafactory.get("cutoff_len", 2048)),
@@ -206,8 +209,8 @@ def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Se
         since=since,
     )
     specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
-    if specs:
-        run.access.reach(bool(run.live_needs) and settings.dataflex.must_write(settings.schedule))
+    if specs or run.tests:
+        run.access.reach(settings.dataflex.must_write(settings.schedule, bool(run.live_needs)))
     if any(spec.gradient for spec in specs):
         state.refuse_quantised()
     check_reference(run)  # its tokenizer first: of another one, the weights would be of another shape too
@@ -219,7 +222,12 @@ def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Se
     wanted = [(need.spec, rows) for need in run.needs for rows in sets[need.of]]
     wanted += [(spec, run.rows) for each in methods for spec in each.asked]
     wanted += [(spec, rows) for spec in settings.dataflex.features for some in sets.values() for rows in some]
+    wanted += [(LossSpec(), rows) for rows in run.tests.values()]
     run.access.require(wanted)
+    responses = settings.dataflex.test_responses
+    if responses is not None:
+        for rows in run.tests.values():
+            run.access.require_rewards(responses, rows)
     return run
 
 

@@ -32,5 +32,5 @@ def train(settings: Settings) -> None:
         directing,
         settings.keys.early_stopping_min_delta,
         settings.dataflex.checkpoint_on_signal,
-        exclude_targets=settings.dataflex.exclude_targets,
+        options=settings.dataflex,
     )

@@ -83,7 +83,7 @@ def unread(folder: str) -> str:
     from dataflex.config.problems import Origin, Problems
 
     problems = Problems()
-    check_files({"dataset": "x", "dataset_dir": folder}, Origin(Path("run.yaml")), problems)
+    check_files({"dataset": "x", "dataset_dir": folder}, (), Origin(Path("run.yaml")), problems)
     with pytest.raises(ConfigError) as raised:
         problems.raise_if_any()
     return str(raised.value)

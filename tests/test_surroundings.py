@@ -68,7 +68,7 @@ def test_folders_that_may_not_be_written_to(tmp_path, monkeypatch):
                 (DataflexKeys.model_validate({"refresh": {"policy": "static"}}), Schedule(3, 2, 2), False),
             ]:
                 problems = Problems()
-                check_store(folder, folder, section.must_write(updates), Origin(Path("run.yaml")), problems)
+                check_store(folder, folder, section.must_write(updates, True), Origin(Path("run.yaml")), problems)
                 with pytest.raises(ConfigError, match="every update computes") if writes else contextlib.nullcontext():
                     problems.raise_if_any()
         finally:

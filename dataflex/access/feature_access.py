@@ -23,7 +23,7 @@ from dataflex.access.views import StoreView
 from dataflex.config.keys import DataflexKeys
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.features.need import StateName
-from dataflex.features.spec import ENGINE_VERSION, FeatureSpec
+from dataflex.features.spec import ENGINE_VERSION, FeatureSpec, PolicyGradientSpec
 from dataflex.fingerprint import keys_digest
 from dataflex.live.state import ModelState
 from dataflex.rows import Rows, Status
@@ -113,6 +113,30 @@ class FeatureAccess:
     def passes(self, specs: Sequence[FeatureSpec], rows: Rows) -> int:
         """Return the rows that `ensure` goes through: every one once for each source."""
         return len(rows) * len({self._source(spec) for spec in specs})
+
+    def require_rewards(self, spec: PolicyGradientSpec, rows: Rows) -> None:
+        """Refuse, before the first step, responses that could not be written or judged. Collective.
+
+        Raises:
+            DataflexError: they could not.
+        """
+        self._source(spec).require([(spec, rows)])
+
+    def rewards(self, spec: PolicyGradientSpec, rows: Rows) -> np.ndarray:
+        """Return what the live model's responses to each row's prompt are worth, (N,) float64. Collective.
+
+        Raises:
+            UnavailableError: what writes or judges does not answer; what it has answered is kept.
+        """
+        source = self._source(spec)
+        assert isinstance(source, PolicySource)
+        mine, found = np.arange(distributed.rank(), len(rows), distributed.world()), np.full(len(rows), np.nan)
+        scores = np.empty(0)
+        with stop.held(), distributed.together():
+            scores = source.rewards(rows, mine, spec)
+        for rank, some in enumerate(distributed.gather(scores)):
+            found[rank :: distributed.world()] = some
+        return found
 
     def ensure(
         self, specs: Sequence[FeatureSpec], rows: Rows, state: StateName = None, among: Rows | None = None

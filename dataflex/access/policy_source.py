@@ -94,10 +94,13 @@ class PolicySource:
         assert isinstance(spec, PolicyGradientSpec)
         recipe = self._state.recipe(spec.gradient)
         rewards = [{"weight": each.weight, **reward_identity(self._reward(each))} for each in spec.reward]
+        self._note_stores(spec)
+        return {**recipe, "feature": {**spec.recipe(), "reward": rewards}, **self._words}
+
+    def _note_stores(self, spec: PolicyGradientSpec) -> None:
         self._note(folder_name("response", self._response_recipe(spec)))
         for each in spec.reward:
             self._note(folder_name("reward", self._reward_recipe(each)))
-        return {**recipe, "feature": {**spec.recipe(), "reward": rewards}, **self._words}
 
     def width(self, spec: FeatureSpec) -> int:
         """Return D."""
@@ -134,6 +137,25 @@ class PolicySource:
             for spec in specs
             if isinstance(spec, PolicyGradientSpec)
         ]
+
+    def rewards(self, rows: Rows, at: np.ndarray, spec: PolicyGradientSpec) -> np.ndarray:
+        """Return what the responses to rows `at` are worth, (n,) float64: the mean of each row's; NaN of one unscored.
+
+        Nothing is differentiated. Written and scored is what no store has.
+
+        Raises:
+            UnavailableError: as `compute`.
+        """
+        self._note_stores(spec)
+        targets = [self._target(rows, int(row)) for row in at]
+        usable = [row for row, target in enumerate(targets) if len(target.prompt)]
+        asked = [targets[row] for row in usable]
+        found = np.full(len(targets), np.nan)
+        if asked:
+            texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in self._responses(asked, spec)]
+            scores = self._scores([t for t in asked for _ in range(spec.mc_samples)], texts, spec)
+            found[usable] = scores.reshape(len(asked), -1).mean(axis=1)
+        return found
 
     def _values(self, targets: Sequence[Prompt], spec: PolicyGradientSpec) -> FeatureValues:
         count = spec.mc_samples

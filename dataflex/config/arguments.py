@@ -128,10 +128,12 @@ _OURS: dict[Way, str] = {
         train_type component_name warmup_step update_step update_times train_step static_mix mixture_sample_rule
         init_mixture_proportions mixer_eval_dataset freeze_gate refresh mixture weighter storage exclude_targets
     """,
-    # `components_cfg_file` and `plugins` say where parameters and code stand, which enter themselves.
+    # `components_cfg_file` and `plugins` say where parameters and code stand, which enter themselves; the target rows
+    # that are drawn do so too. What a run is measured on has no part in what it trains.
     "no value": """
         components_cfg_file early_stopping_min_delta store on_missing keep_warmup features plugins token_budget
         fragment_rows nonfinite_limit checkpoint_on_signal leases warmup_split
+        target_rows target_seed test_dataset test_reward test_tokens
     """,
 }
 ARGUMENTS: dict[str, Way] = {name: way for way, names in _LLAMAFACTORY.items() for name in names.split()}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dataflex.config.keys import DataflexKeys
 from dataflex.config.llamafactory_keys import template_names
 from dataflex.config.problems import NOTHING, Origin, Problems
 from dataflex.environment import is_on
@@ -150,6 +151,25 @@ class Combinations:
         elif not self._values.get("eval_dataset") and not self._values.get("val_size"):
             why = "The rows of eval_dataset, or those that val_size splits off, are what is left out"
             self._problems.add(self._origin, at, "eval_dataset or val_size beside it", True, why=why)
+
+    def check_tests(self, train_type: str, section: DataflexKeys) -> None:
+        """Refuse to measure a run that LLaMA-Factory makes alone, and keys that say how without saying on what."""
+
+        def refuse(key: str, expected: str, found: Any, why: str = "") -> None:
+            self._problems.add(self._origin, f"dataflex.{key}", expected, found, why=why)
+
+        tests, reward = ",".join(section.test_dataset), section.test_reward
+        if tests and train_type == "static":
+            why = "With train_type: static LLaMA-Factory trains untouched; component_name: random trains on rounds"
+            refuse("test_dataset", "none, or a dynamic train_type", tests, why)
+        if tests and section.on_missing == "error":
+            refuse("on_missing", "compute beside test_dataset, whose losses are of a model just trained", "error")
+        if reward is not None and not tests:
+            refuse("test_reward", "test_dataset beside it, whose prompts are responded to", reward.type)
+        if "test_tokens" in section.model_fields_set and reward is None:
+            refuse("test_tokens", "test_reward beside it, which judges the responses", section.test_tokens)
+        if "target_seed" in section.model_fields_set and section.target_rows is None:
+            refuse("target_seed", "target_rows beside it, the number of rows to draw", section.target_seed)
 
     def check_features(self) -> None:
         """Refuse models that features cannot be computed of."""

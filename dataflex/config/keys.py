@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dataflex.components.params import Parameters
-from dataflex.features.spec import FeatureSpec
+from dataflex.features.reward import RewardSpec
+from dataflex.features.spec import FeatureSpec, PolicyGradientSpec
 from dataflex.schedule import MOST_STEPS, Schedule
 from dataflex.selectors.base import RefreshPolicy
 
@@ -178,6 +179,19 @@ class DataflexKeys(Parameters):
     exclude_targets: bool = Field(
         False, description="leave training rows out that are identical to a row of a target set, as the model is fed it"
     )
+    target_rows: int | None = Field(
+        None, ge=1, description="rows of each target set that methods are shown, drawn once; default: all"
+    )
+    target_seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of that draw, apart from the training's seed")
+    test_dataset: tuple[str, ...] = Field(
+        (),
+        description="registered datasets on which the model is measured when the training is over: loss per token; no "
+        "row of them may stand in the training set or a target set",
+    )
+    test_reward: RewardSpec | None = Field(
+        None, description="what the likeliest response to each prompt of them is worth as well, {type: exact_match}"
+    )
+    test_tokens: int = Field(512, ge=1, description="tokens of such a response, at most")
     nonfinite_limit: float = Field(
         0.01,
         ge=0,
@@ -185,7 +199,33 @@ class DataflexKeys(Parameters):
         description="share of a dataset's distinct rows that may be NaN or infinite; more end it",
     )
 
-    def must_write(self, schedule: Schedule) -> bool:
-        """Say whether the run is certain to compute features of the live model and write them into the stores."""
+    @field_validator("test_dataset", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Take names as LLaMA-Factory writes them, between commas, or as a list."""
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @property
+    def test_responses(self) -> PolicyGradientSpec | None:
+        """How responses to test prompts are written and judged, as a feature says it; None where none are."""
+        if self.test_reward is None:
+            return None
+        return PolicyGradientSpec(
+            reward=(self.test_reward,),
+            max_new_tokens=self.test_tokens,
+            on_policy="sampled",
+            top_k=1,  # the likeliest token
+            mc_samples=1,
+            estimator="vanilla",
+        )
+
+    def must_write(self, schedule: Schedule, is_live: bool) -> bool:
+        """Say whether the run is certain to compute something and write it into the stores.
+
+        Args:
+            schedule: of the run.
+            is_live: whether its methods ask for features of the live model.
+        """
         has_several_updates = schedule.update_step > 0 and (schedule.update_times != 1 or schedule.num_train_epochs > 1)
-        return self.on_missing == "compute" and self.refresh.policy != "static" and has_several_updates
+        is_refreshed = is_live and self.refresh.policy != "static" and has_several_updates
+        return bool(self.test_dataset) or (self.on_missing == "compute" and is_refreshed)

@@ -88,7 +88,7 @@ class _Loading:
         root = store_root(section.store, getattr(params, "cache_dir", None) if found and found.needs else None)
         # Only features of the live model are certain to be written: a run that reads may name a read-only root.
         live = any(need.state is None for each in (found, weighter) if each for need in each.needs)
-        self._check_surroundings(llamafactory, section.store, root, live and section.must_write(schedule))
+        self._check_surroundings(llamafactory, section, root, section.must_write(schedule, live))
         self.problems.raise_if_any()
         return Settings(
             path=self.origin.file,
@@ -106,15 +106,17 @@ class _Loading:
             notes=tuple(self.notes),
         )
 
-    def _check_surroundings(self, llamafactory: Mapping[str, Any], store: str | None, root: str, writes: bool) -> None:
+    def _check_surroundings(
+        self, llamafactory: Mapping[str, Any], section: DataflexKeys, root: str, writes: bool
+    ) -> None:
         """Check that the files, folders and packages that the keys name are there."""
-        check_files(llamafactory, self.origin, self.problems)
+        check_files(llamafactory, section.test_dataset, self.origin, self.problems)
         check_evaluation(llamafactory, self.origin, self.problems)
         check_trackers(llamafactory, self.origin, self.problems)
         check_outputs(llamafactory, self.origin, self.problems)
         self.notes += check_mappings(llamafactory, self.origin, self.problems)
         self.notes += repeated(llamafactory)
-        check_store(store, root, writes, self.origin, self.problems)
+        check_store(section.store, root, writes, self.origin, self.problems)
         self.notes += missing_packages(llamafactory)
 
     def _llamafactory_keys(self) -> dict[str, Any]:
@@ -263,6 +265,7 @@ class _Loading:
         check.check_signals()
         if section.exclude_targets:
             check.check_exclusion(flat.train_type)
+        check.check_tests(flat.train_type, section)
         is_dynamic = flat.train_type != "static"
         needs = tuple(need for each in (found, weighter) if each for need in each.needs)
         specs = [
@@ -296,14 +299,14 @@ class _Loading:
             check.check_targets()
         else:
             check.check_evaluation()
-        if specs:
+        if specs or section.test_dataset:
             check.check_features()
         if any(spec.gradient for spec in specs):
             is_live = bool(section.features) or any(need.state is None for need in needs)
             check.check_gradients(schedule, is_live)
         if any(spec.needs_moments for spec in specs):
             check.check_adam()
-        if any(spec.rewards for spec in specs):
+        if section.test_reward is not None or any(spec.rewards for spec in specs):
             check.check_policies()
         check.check_encoders(dict.fromkeys(spec.encoder for spec in specs if spec.encoder is not None))
         for state in dict.fromkeys(need.state for need in needs if need.state not in (None, BASE)):

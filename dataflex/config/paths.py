@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ _FORMATTINGS = ("alpaca", "sharegpt", "openai")
 _PEEK = 1 << 20  # bytes in which the first record of a file has to end to be looked at
 
 
-def check_files(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
+def check_files(values: Mapping[str, Any], tests: Sequence[str], origin: Origin, problems: Problems) -> None:
     """Note every local file that is named and not there.
 
     Args:
         values: LLaMA-Factory's keys.
+        tests: `dataflex.test_dataset`.
         origin: where they were written.
         problems: takes what is wrong.
     """
@@ -40,7 +41,7 @@ def check_files(values: Mapping[str, Any], origin: Origin, problems: Problems) -
     resumed = values.get("resume_from_checkpoint")
     if isinstance(resumed, str) and not os.path.isdir(resumed):
         problems.add(origin, "resume_from_checkpoint", "the folder of a checkpoint, or true for the newest", resumed)
-    _check_datasets(values, origin, problems)
+    _check_datasets(values, tests, origin, problems)
 
 
 def names(value: Any) -> list[str]:
@@ -88,7 +89,7 @@ def json_object(file: Path, problems: Problems) -> dict[str, Any] | None:
     return None
 
 
-def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problems) -> None:
+def _check_datasets(values: Mapping[str, Any], tests: Sequence[str], origin: Origin, problems: Problems) -> None:
     """Check that datasets are registered in dataset_info.json, and that the files of their entries are there."""
     directory = values.get("dataset_dir", "data")
     for key in ("dataset", "eval_dataset"):
@@ -96,6 +97,7 @@ def _check_datasets(values: Mapping[str, Any], origin: Origin, problems: Problem
         if isinstance(given, str) and given and not all(part.strip() for part in given.split(",")):
             problems.add(origin, key, "a name between any two commas", given)
     wanted = [(key, name) for key in ("dataset", "eval_dataset") for name in names(values.get(key))]
+    wanted += [("dataflex.test_dataset", name) for name in tests]
     if not wanted or not isinstance(directory, str) or directory == "ONLINE" or directory.startswith("REMOTE:"):
         return
     path = Path(directory) / "dataset_info.json"

@@ -122,6 +122,35 @@ def load_rows(
     return RowSets(get_dataset_module(DatasetDict(fed)), sets.pop("train"), _target_sets(sets, targets), raw)
 
 
+def load_tests(
+    names: Sequence[str],
+    template: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: str,
+    tokenizer: Any,
+    processor: Any = None,
+) -> dict[str, Rows]:
+    """Load and process datasets that a run is measured on, each for itself, as its evaluation datasets are.
+
+    The other arguments are those of `load_rows`.
+
+    Raises:
+        DataflexError: as `load_rows`.
+    """
+    processing = Processing(stage, data_args, training_args, template, tokenizer, processor)
+    first = training_args.main_process_first(desc="load tests", local=not data_args.data_shared_file_system)
+    with distributed.together(), first, explained(f"datasets {', '.join(names)}"):
+        parts, raw = load_records(names, 0, stage, model_args, data_args, training_args)
+        sources = [RecordSource(place_of(n, data_args.dataset_dir), each) for n, each in zip(names, raw, strict=True)]
+        noted = [processing.rows(part, True, sources) for part in parts]
+    return {
+        name: _rows(rows, rows.remove_columns([c for c in NOTES if c in rows.column_names]), part, processing, names)
+        for name, rows, part in zip(names, noted, parts, strict=True)
+    }
+
+
 def _rows(noted: Dataset, fed: Dataset, records: Dataset, processing: Processing, names: Sequence[str]) -> Rows:
     """Read the notes into arrays."""
     examples = TokenRows(fed, processing.tokenizer.pad_token_id)

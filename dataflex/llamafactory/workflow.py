@@ -19,15 +19,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from dataflex import distributed
 from dataflex.checkpoints.marks import mark_complete, require_whole
 from dataflex.checkpoints.pickles import refused
+from dataflex.config.keys import DataflexKeys
 from dataflex.errors import ConfigError
 from dataflex.explanation import explained, raised_in
 from dataflex.llamafactory import tokenized
-from dataflex.llamafactory.exclusion import without_targets
+from dataflex.llamafactory.exclusion import drawn_targets, with_tests, without_targets
 from dataflex.llamafactory.learning_rates import check_schedule
 from dataflex.llamafactory.loaded import check_loaded
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.provenance import made_from
-from dataflex.llamafactory.row_sets import load_rows
+from dataflex.llamafactory.row_sets import load_rows, load_tests
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
 from dataflex.rows import RowSets
 from dataflex.trainers.directing import Directing, Stopped
@@ -53,7 +54,7 @@ def run(
     early_stopping_min_delta: float = 0.0,
     checkpoint_on_signal: bool = True,
     is_training: bool = True,
-    exclude_targets: bool = False,
+    options: DataflexKeys | None = None,
 ) -> None:
     """Train as `llamafactory-cli train` does; with our trainer and rows unless `directing` is None.
 
@@ -65,7 +66,7 @@ def run(
         early_stopping_min_delta: with `early_stopping_steps`, what counts as an improvement.
         checkpoint_on_signal: whether a training that a signal stops leaves a checkpoint.
         is_training: whether the run is a training, and not one that only computes features.
-        exclude_targets: whether training rows that are identical to target rows are left out.
+        options: the `dataflex:` mapping: which target rows there are, which training rows, what is measured on.
 
     Raises:
         ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
@@ -96,7 +97,7 @@ def run(
             with _begun_at(resumption), _worded(str(arguments["stage"])), judged(arguments):
                 tuner.run_exp(arguments, callbacks)
             return
-        load = functools.partial(_loaded, exclude_targets)
+        load = functools.partial(_loaded, options or DataflexKeys())
         with _substituted(str(arguments["stage"]), directing, load, resumption, stopping), contextlib.suppress(Stopped):
             tuner.run_exp(arguments, callbacks)
 
@@ -124,9 +125,13 @@ def _refuser(error: Exception) -> str | None:
     return module if module.partition(".")[0] in _REFUSERS or module.startswith(_OPTIMIZERS) else None
 
 
-def _loaded(exclude_targets: bool, *args: Any, **kwargs: Any) -> RowSets:
+def _loaded(options: DataflexKeys, *args: Any, **kwargs: Any) -> RowSets:
     sets = load_rows(*args, **kwargs)
-    return without_targets(sets) if exclude_targets else sets
+    if options.test_dataset:
+        sets = with_tests(sets, load_tests(options.test_dataset, *args, **kwargs))
+    if options.exclude_targets:
+        sets = without_targets(sets)
+    return sets if options.target_rows is None else drawn_targets(sets, options.target_rows, options.target_seed)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from dataflex.errors import MismatchError
 from dataflex.fingerprint import keys_digest
 from dataflex.mixers.base import NativeMixer, Statistics, normalised
 from dataflex.pipelines.json_state import kept_by_json
+from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.mixing.domains import MixtureManager, domains_of
 from dataflex.pipelines.mixing.drawing import Drawing
 from dataflex.pipelines.mixing.mixture_log import MixRecord, by_name, in_order, named
@@ -235,6 +236,7 @@ class MixingDirector:
             "proportions": named(names, shares.now),
             "realised_rows": named(names, served),
             "passes": named(names, served / self.domains.rows),
+            "test": measure(self.run, self.trainer.output_dir),
         }
         path = self.trainer.output_dir / "dataflex_summary.json"
         write_summary(path, "train", self.run, about)

@@ -14,6 +14,7 @@ from dataflex.checkpoints.marks import FOLDER
 from dataflex.config.settings import Settings
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.live.moments import MOMENTS_FILE
+from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.run import open_run
 from dataflex.pipelines.selecting import update, warmup
 from dataflex.pipelines.selecting.beginning import Begun, begin
@@ -125,7 +126,8 @@ class SelectingDirector:
         """Write the run's summary."""
         trainer = self.run.trainer
         self.warm.release()
-        self.summarise(trainer.output_dir / "dataflex_summary.json", steps=trainer.state.global_step)
+        measured = measure(self.run, trainer.output_dir)
+        self.summarise(trainer.output_dir / "dataflex_summary.json", steps=trainer.state.global_step, test=measured)
 
     def summarise(self, path: Path, **more: Any) -> None:
         """Write what the run came to. Collective."""

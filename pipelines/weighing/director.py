@@ -15,6 +15,7 @@ from dataflex.components.user_code import code_digest
 from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.json_state import kept_by_json
+from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.run import Run, open_run
 from dataflex.pipelines.summary import write_summary
 from dataflex.pipelines.weighing.anchors import Anchors
@@ -95,7 +96,8 @@ class WeighingDirector:
         """Write the run's summary."""
         trainer = self.run.trainer
         path = trainer.output_dir / "dataflex_summary.json"
-        write_summary(path, "train", self.run, {"steps": trainer.state.global_step})
+        measured = measure(self.run, trainer.output_dir)
+        write_summary(path, "train", self.run, {"steps": trainer.state.global_step, "test": measured})
         if distributed.is_main():
             self.run.access.record.finish()
 

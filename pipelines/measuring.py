@@ -1,0 +1,83 @@
+"""What a model is worth on rows that it has not seen: the run's test sets, which no choice looks at."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataflex import distributed
+from dataflex.access.fragments import Tally
+from dataflex.features.spec import LossSpec
+from dataflex.pipelines.run import Run
+from dataflex.rows import Rows, Status
+from dataflex.whole import replacing
+
+log = logging.getLogger(__name__)
+
+FILE = "test.parquet"
+"""In a run's folder: `dataset`, `record`, `row_key`, `tokens`, `loss_sum` in nats, and `reward` where one judges."""
+
+
+def measure(run: Run, folder: Path) -> dict[str, Any]:
+    """Measure the live model on every test set and write each row's figures into `FILE`. Collective.
+
+    Losses stand in the stores under the model's own content, so a model is measured once however often it is asked for.
+    A row without a supervised token has no loss and enters nothing; one whose loss is not finite makes its set's so.
+
+    Args:
+        run: the run.
+        folder: takes the file.
+
+    Returns:
+        Test set -> rows, supervised tokens, `loss` (nats per supervised token of the whole set) and, where the run file
+        names a reward, its mean over the rows that it could score (`reward`, `scored`).
+    """
+    access = run.access
+    kept, access.tally = access.tally, Tally()  # what measuring costs is no cost of the method
+    try:
+        tables = {name: _measured(run, name, rows) for name, rows in run.tests.items()}
+    finally:
+        access.tally = kept
+    if tables and distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / FILE) as temporary:
+            pq.write_table(pa.concat_tables(tables.values()), temporary, write_page_checksum=True)
+    found = {name: _summary(table) for name, table in tables.items()}
+    for name, about in found.items():
+        more = f", reward {about['reward']:.4g} of {about['scored']} responses" if about.get("scored") else ""
+        log.info("test set %s: loss %.4f per token of %d rows%s", name, about["loss"], about["rows"], more)
+    return found
+
+
+def _measured(run: Run, name: str, rows: Rows) -> pa.Table:
+    """Return the figures of each row of a set. Collective."""
+    spec = LossSpec()
+    (store,) = run.access.ensure([spec], rows)
+    view = run.access.view(spec, rows, store, is_target=True)
+    losses = np.where(view.status == Status.NONFINITE, np.nan, view.scalar("loss_sum").astype(np.float64))
+    columns = {
+        "dataset": pa.array([name] * len(rows), pa.string()),
+        "record": rows.index,
+        "row_key": pa.array([key.tobytes() for key in rows.keys], pa.binary(16)),
+        "tokens": rows.supervised.astype(np.int64),
+        "loss_sum": np.where(rows.supervised > 0, losses, 0.0),
+    }
+    responses = run.settings.dataflex.test_responses
+    if responses is not None:
+        rewards = run.access.rewards(responses, rows)
+        columns["reward"] = pa.array(rewards, pa.float64(), mask=np.isnan(rewards))
+    return pa.table(columns)
+
+
+def _summary(table: pa.Table) -> dict[str, Any]:
+    tokens, losses = table["tokens"].to_numpy(), table["loss_sum"].to_numpy()
+    about = {"rows": table.num_rows, "tokens": int(tokens.sum()), "loss": float(losses.sum() / tokens.sum())}
+    if "reward" in table.column_names:
+        rewards = table["reward"].drop_null().to_numpy()
+        about |= {"reward": float(rewards.mean()) if len(rewards) else None, "scored": len(rewards)}
+    return about
