@@ -202,6 +202,34 @@ def evaluate(run: RunFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(
+    run: RunFile,
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Methods, and base, full, random_length:METHOD, ...")
+    ],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each method, from the run file's seed on.")] = 3,
+    targets: Annotated[str, typer.Option(metavar="NAME,...", help="Target sets, each shown to methods alone.")] = "",
+    target_seeds: Annotated[int, typer.Option(min=1, help="Draws of dataflex.target_rows for each.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Train methods alike, measure them on dataflex.test_dataset, and say how far each is from random rows.
+
+    Interrupted, the same command goes on; what is finished is kept.
+    """
+    from dataflex.pipelines.compare import compare
+    from dataflex.pipelines.comparing.table import plain, shown
+    from dataflex.status import reported
+
+    settings = _settings(run, overrides)
+    _look_at(settings.store_root)
+    with reported("compare", settings.llamafactory["output_dir"]):
+        table = compare(run, overrides or [], _names(methods), seeds, _names(targets), target_seeds, jobs)
+    _print([plain(line) for line in table], as_json, shown(table))
+
+
+@app.command()
 def validate(run: RunFile, overrides: Overrides = None) -> None:
     """Check a run file and say what follows from it; imports neither torch nor LLaMA-Factory."""
     settings = _settings(run, overrides)
@@ -387,6 +415,10 @@ def fit_proportions(
     if output is not None:
         write(found, runs, output)
     _print(found, as_json, lines_of(found))
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _look_at(root: str) -> None:

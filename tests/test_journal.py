@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from dataflex.checkpoints.marks import incomplete_reason, mark_complete, newest_complete, require_whole, unmark
@@ -18,9 +20,18 @@ from dataflex.schedule import Round
 from dataflex.trainers.journal import Journal
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.rounds import DecidedRound, micro_batches
+from tests.held import pool
 
 ROUND = Round(2, "update", 10, 2, 0, 2)
 KEYS = np.frombuffer(np.random.default_rng(0).bytes(16 * 9), dtype=KEY_DTYPE)
+ROWS = replace(
+    pool(9),
+    keys=KEYS,
+    dataset=np.array([0] * 5 + [1] * 4, np.int32),
+    index=np.array([0, 1, 3, 4, 7, 2, 1, 0, 5]),
+    length=np.arange(9, dtype=np.int32) + 20,
+    names=("first", "second", "target"),
+)
 
 
 def decided() -> DecidedRound:
@@ -33,7 +44,7 @@ def decided() -> DecidedRound:
 def test_a_round_comes_back_as_it_was(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "rounds")
     assert journal.read(ROUND, KEYS, 2) is None
-    journal.write(decided(), KEYS)
+    journal.write(decided(), ROWS)
     found = journal.read(ROUND, KEYS, 2)
     assert found is not None
     assert found.rows.tolist() == [3, 1, 1, 8]
@@ -41,11 +52,25 @@ def test_a_round_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found.ages.tolist() == [0, -1, 3, 0]
     assert found.info == {"method": "x"}
     assert [p.name for p in (tmp_path / "rounds").iterdir()] == ["round-00002.parquet"]
+    table = pq.read_table(journal.path(2))
+    assert table["dataset"].to_pylist() == ["first", "first", "first", "second"]
+    assert table["record"].to_pylist() == [4, 1, 1, 5]
+    assert table["tokens"].to_pylist() == [23, 21, 21, 28]
+
+
+def test_a_round_without_the_later_columns_is_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(decided(), ROWS)
+    table = pq.read_table(journal.path(2))
+    pq.write_table(table.drop_columns(["dataset", "record", "tokens"]), journal.path(2))
+    found = journal.read(ROUND, KEYS, 2)
+    assert found is not None
+    assert found.rows.tolist() == [3, 1, 1, 8]
 
 
 def test_a_round_of_other_data_or_another_schedule_is_refused(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.write(decided(), KEYS)
+    journal.write(decided(), ROWS)
     with pytest.raises(MismatchError, match="not the rows of this training set"):
         journal.read(ROUND, KEYS[::-1], 2)
     with pytest.raises(MismatchError, match="not the rows of this training set"):
@@ -56,14 +81,14 @@ def test_a_round_of_other_data_or_another_schedule_is_refused(tmp_path: Path) ->
 
 def test_a_round_of_another_batch_is_refused(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.write(decided(), KEYS)
+    journal.write(decided(), ROWS)
     with pytest.raises(MismatchError, match=r"global batch of 4\. Resume with .* that give 2 rows per step"):
         journal.read(ROUND, KEYS, 4)
 
 
 def test_a_damaged_round_is_never_used(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.write(decided(), KEYS)
+    journal.write(decided(), ROWS)
     path = journal.path(2)
     whole = path.read_bytes()
     for cut in (0, 1, len(whole) // 2, len(whole) - 1):
@@ -77,7 +102,7 @@ def test_a_damaged_pool_is_named(tmp_path: Path) -> None:
     journal.write_pool(1, np.zeros(3), np.zeros(3, np.int32))
     path = tmp_path / "pool-00001.parquet"
     whole = path.read_bytes()
-    journal.write(decided(), KEYS)
+    journal.write(decided(), ROWS)
     for damaged in (b"", whole[:20], whole[:-1], bytes(len(whole)), journal.path(2).read_bytes()):
         path.write_bytes(damaged)
         with pytest.raises(CorruptionError, match="pool-00001"):
@@ -99,7 +124,7 @@ def test_the_pool_keeps_what_cannot_be_chosen_apart(tmp_path: Path) -> None:
 
 def test_rounds_travel_with_a_checkpoint(tmp_path: Path) -> None:
     journal, copy = Journal(tmp_path / "a"), Journal(tmp_path / "b")
-    journal.write(decided(), KEYS)
+    journal.write(decided(), ROWS)
     journal.copy_to(tmp_path / "b", [1, 2])
     journal.clear()
     assert journal.numbers() == []

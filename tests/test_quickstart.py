@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from examples.quickstart import build, demo, pool, tasks
+from tests import held
 
 if TYPE_CHECKING:
     from conftest import Tiny
@@ -225,7 +227,7 @@ def test_shares_are_read_from_a_journal(tmp_path: Path) -> None:
     for number, picked in enumerate(chosen):
         round = Round(number, "update" if number else "warmup", 2 * number, 2, 0, number)
         decided = DecidedRound(round, np.array(picked), np.full(4, np.nan), np.full(4, -1, np.int32), {})
-        journal.write(decided, keys)
+        journal.write(decided, replace(held.pool(10), keys=keys))
     summary = tmp_path / "dataflex_summary.json"
     summary.write_text(json.dumps({"rows": 10}), "utf-8")
     assert dict(measure.shares(tmp_path, rows, "a")) == {"warm-up": 0.5, "update 1": 0.75, "update 2": 0.0}

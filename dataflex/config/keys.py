@@ -192,6 +192,9 @@ class DataflexKeys(Parameters):
         None, description="what the likeliest response to each prompt of them is worth as well, {type: exact_match}"
     )
     test_tokens: int = Field(512, ge=1, description="tokens of such a response, at most")
+    arms: dict[str, dict[str, Any]] = Field(
+        {}, description="variants of this run for `dataflex compare`: name -> the (dotted) keys that differ"
+    )
     nonfinite_limit: float = Field(
         0.01,
         ge=0,
@@ -203,7 +206,9 @@ class DataflexKeys(Parameters):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Take names as LLaMA-Factory writes them, between commas, or as a list."""
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(","))
+        return tuple(value) if isinstance(value, list) else value  # strictly, only JSON's own may become a tuple
 
     @property
     def test_responses(self) -> PolicyGradientSpec | None:

@@ -44,6 +44,19 @@ def check_files(values: Mapping[str, Any], tests: Sequence[str], origin: Origin,
     _check_datasets(values, tests, origin, problems)
 
 
+def dataset_files(wanted: Sequence[str], directory: str) -> dict[str, list[Path]]:
+    """Return the files of each registered dataset; none of one that is not on this machine, or not registered."""
+    problems, info = Problems(), Path(directory) / "dataset_info.json"
+    entries = (json_object(info, problems) if info.is_file() else None) or {}
+    found: dict[str, list[Path]] = {}
+    for name in wanted:
+        entry = entries.get(name)
+        file = entry.get("file_name") if isinstance(entry, dict) and not any(key in entry for key in REMOTE) else None
+        path = None if file is None else info.parent / str(file)
+        found[name] = [] if path is None else sorted(path.iterdir()) if path.is_dir() else [path]
+    return found
+
+
 def names(value: Any) -> list[str]:
     """Return the items of a comma-separated text or of a list."""
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []

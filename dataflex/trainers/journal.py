@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataflex.errors import CorruptionError, MismatchError
-from dataflex.rows import keys_from
+from dataflex.rows import Rows, keys_from
 from dataflex.schedule import Round
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.whole import replacing
@@ -25,15 +25,21 @@ _SCHEMA = pa.schema(
         ("row_key", pa.binary(16)),
         ("score", pa.float64()),
         ("age", pa.int32()),
+        ("dataset", pa.dictionary(pa.int32(), pa.string())),
+        ("record", pa.int64()),
+        ("tokens", pa.int32()),
     ]
 )
+_NEEDED = ("index", "row_key", "score", "age")
+"""Columns that a round is read from."""
 
 
 class Journal:
     """Rounds under one folder.
 
     Columns: `position` in training order, `index` in the processed training set, `row_key`, `score` (null where the
-    method gives none), `age` of the features behind the score in updates (null where there are none).
+    method gives none), `age` of the features behind the score in updates (null where there are none); then what joins a
+    row with the data it came from: `dataset`, `record` (position in that dataset), and its length in `tokens`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -47,22 +53,25 @@ class Journal:
         """Return the numbers of the rounds recorded, in order."""
         return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.parquet"))
 
-    def write(self, decided: DecidedRound, keys: np.ndarray) -> None:
+    def write(self, decided: DecidedRound, rows: Rows) -> None:
         """Record a round durably: it is visible whole or not at all.
 
         Args:
             decided: the round.
-            keys: row keys of the whole training set.
+            rows: the whole training set.
         """
-        round = decided.round
+        round, chosen = decided.round, decided.rows
         about = {"round": _fields(round), **decided.info}
         table = pa.table(
             {
                 "position": np.arange(len(decided.rows)),
-                "index": decided.rows,
-                "row_key": pa.array([k.tobytes() for k in keys[decided.rows]], pa.binary(16)),
+                "index": chosen,
+                "row_key": pa.array([k.tobytes() for k in rows.keys[chosen]], pa.binary(16)),
                 "score": pa.array(decided.scores, pa.float64(), mask=np.isnan(decided.scores)),
                 "age": pa.array(decided.ages, pa.int32(), mask=decided.ages < 0),
+                "dataset": pa.DictionaryArray.from_arrays(pa.array(rows.dataset[chosen]), list(rows.names)),
+                "record": rows.index[chosen],
+                "tokens": rows.length[chosen],
             },
             schema=_SCHEMA.with_metadata({b"dataflex": json.dumps(about).encode()}),
         )
@@ -83,7 +92,7 @@ class Journal:
         path = self.path(round.number)
         if not path.is_file():
             return None
-        table = _read(path, _SCHEMA.names)
+        table = _read(path, _NEEDED)
         try:
             about = dict(json.loads((table.schema.metadata or {})[b"dataflex"]))
             found = about.pop("round")

@@ -85,7 +85,7 @@ class SelectingDirector:
             )
         decided = distributed.broadcast(decided)
         if distributed.is_main():
-            self.run.journal.write(decided, self.run.rows.keys)
+            self.run.journal.write(decided, self.run.rows)
         log.info("%s", _line(decided, self.run.rows))
         self._diagnosed(decided)
         return decided

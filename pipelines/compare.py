@@ -1,0 +1,215 @@
+"""`dataflex compare`: train several methods alike, measure them on rows that none has seen, and say what came out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataflex.config import load
+from dataflex.config.paths import names
+from dataflex.errors import ConfigError, DataflexError, UnavailableError
+from dataflex.features.spec import FeatureSpec
+from dataflex.fingerprint import digest
+from dataflex.fingerprint import plain as as_plain
+from dataflex.pipelines.comparing.arms import arms_of
+from dataflex.pipelines.comparing.running import Outcome, Task, run_all
+from dataflex.pipelines.comparing.table import Line, lines, plain, records, shown
+from dataflex.pipelines.comparing.trials import Trial, trials_of
+from dataflex.trainers.journal import Journal
+from dataflex.whole import replacing
+
+log = logging.getLogger(__name__)
+
+SCHEMA = pa.schema(
+    {
+        **dict.fromkeys(("arm", "target", "test", "folder"), pa.string()),
+        **dict.fromkeys(("seed", "target_seed", "steps", "rows", "tokens", "scored"), pa.int64()),
+        **dict.fromkeys(("computed", "reused", "gradients"), pa.int64()),
+        **dict.fromkeys(("loss", "reward", "seconds", "feature_seconds", "gradients_per_chosen_row"), pa.float64()),
+    }
+)
+"""Columns of `compare.parquet`: one row for each run and test set."""
+
+
+def compare(
+    run: Path,
+    given: Sequence[str],
+    methods: Sequence[str],
+    seeds: int = 3,
+    targets: Sequence[str] = (),
+    target_seeds: int = 1,
+    jobs: int = 1,
+) -> list[Line]:
+    """Train and measure every method under every seed, and write what came out under the run's `output_dir`.
+
+    Every run is an ordinary one, in a folder of its own under `compare/`. One that was finished under the same identity
+    is kept, one that was interrupted goes on. What several methods ask for at the first update is computed once.
+
+    Args:
+        run: the run file that all of them vary.
+        given: `key=value` in place of the run file's values.
+        methods: what is compared, see `dataflex.pipelines.comparing.arms`.
+        seeds: trainings of each, from the run file's `seed` on.
+        targets: target sets that methods are shown one at a time; none: those of the run file, together.
+        target_seeds: draws of `dataflex.target_rows` for each method that is shown targets.
+        jobs: runs at a time.
+
+    Returns:
+        The table, which is written as `compare.md` and `compare.json`; all runs stand in `compare.parquet`.
+
+    Raises:
+        ConfigError: a name, a number or a run file that follows is wrong; nothing was run then.
+        MismatchError: a folder holds another run.
+        DataflexError: a run failed; the others were run, and the table tells of the missing ones.
+        Interrupted: a signal asked for it.
+    """
+    base = load(run, given)
+    if not base.dataflex.test_dataset:
+        raise ConfigError(
+            f"{run}: dataflex.test_dataset: found none; expected registered datasets, of rows that are neither trained "
+            "on nor shown to a method, to measure each model on"
+        )
+    arms = arms_of(methods, base)
+    trials = trials_of(run, given, arms, seeds, targets, target_seeds, base)
+    mirrored = {trial.name: _mirrored(trial, trials) for trial in trials}
+    for trial, of in ((trial, mirrored[trial.name]) for trial in trials):
+        if of is not None and of.settings.train_type != "dynamic_select":
+            raise ConfigError(
+                f"--methods: {trial.arm.name}: {of.arm.name} chooses no rows whose lengths could be taken"
+            )
+    out = Path(base.llamafactory["output_dir"])
+    todo: list[tuple[Trial, list[str]]] = []
+    for trial in trials:
+        of = mirrored[trial.name]
+        file = {"dataflex.params": {"lengths": str(_lengths_file(trial))}} if of is not None else {}
+        command = trial.command(run, given, file)
+        if not trial.begin(trial.identity(of), command):
+            todo.append((trial, command))
+    log.info("%d runs, %d of them finished before", len(trials), len(trials) - len(todo))
+    outcome = Outcome()
+    for wave in _waves(run, given, todo, mirrored):
+        for trial, of in ((t, mirrored[t.name]) for t, _ in todo if t.name in {task.name for task in wave}):
+            if of is not None:
+                _write_lengths(trial, of)
+        done = run_all(wave, jobs)
+        outcome.codes |= done.codes
+        outcome.reasons |= done.reasons
+    found = records(trials)
+    table = lines(trials, found)
+    _write(out, found, table)
+    _judge(trials, outcome, out)
+    return table
+
+
+def _waves(
+    run: Path, given: Sequence[str], todo: Sequence[tuple[Trial, list[str]]], mirrored: Mapping[str, Trial | None]
+) -> list[list[Task]]:
+    """Return what is run together: features that several ask for and the runs, then those that mirror others."""
+    first: list[Task] = []
+    second: list[Task] = []
+    shared = _shared(run, given, [trial for trial, _ in todo])
+    for trial, command in todo:
+        after = [shared[trial.name].name] if trial.name in shared else []
+        task = Task(trial.name, command, trial.log, trial.folder, trial.verb, after)
+        (first if mirrored[trial.name] is None else second).append(task)
+    ahead = list({task.name: task for task in shared.values()}.values())
+    return [wave for wave in ([*ahead, *first], second) if wave]
+
+
+def _shared(run: Path, given: Sequence[str], trials: Sequence[Trial]) -> dict[str, Task]:
+    """Return, by the name of a run, the featurize of what it and others ask for of the same model at the first update.
+
+    Features are found by content, so a run that was grouped with others in vain computes its own.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.settings.train_type == "dynamic_select" and _live(trial):
+            arguments = {
+                k: v for k, v in trial.settings.llamafactory.items() if k not in ("output_dir", "eval_dataset")
+            }
+            story = as_plain([arguments, trial.settings.schedule.warmup_step, trial.target_seed])
+            groups.setdefault(digest(story), []).append(trial)
+    tasks: dict[str, Task] = {}
+    for name, group in groups.items():
+        if len({trial.arm.name for trial in group}) < 2:
+            continue
+        head = group[0]
+        specs = dict.fromkeys(spec for trial in group for spec in _live(trial))
+        sets = dict.fromkeys(each for trial in group for each in names(trial.settings.llamafactory.get("eval_dataset")))
+        folder = head.root / f"features-{name[:8]}"
+        more: dict[str, Any] = {"dataflex.features": [spec.model_dump(mode="json") for spec in specs]}
+        more |= {"eval_dataset": ",".join(sets)} if sets else {}
+        command = replace(head, verb="featurize").command(run, given, {**more, "output_dir": str(folder)})
+        what = f"features for {len(group)} runs, seed {head.seed} ({name[:8]})"
+        task = Task(what, command, folder.with_name(f"{folder.name}.log"), folder, "featurize")
+        tasks |= {trial.name: task for trial in group}
+    return tasks
+
+
+def _live(trial: Trial) -> list[FeatureSpec]:
+    """Return the features that a run asks for of the model that it trains."""
+    return [need.spec for need in trial.settings.needs if need.state is None]
+
+
+def _mirrored(trial: Trial, trials: Sequence[Trial]) -> Trial | None:
+    """Return the run whose lengths a run has: of the same seed, and of the first target and draw."""
+    if trial.arm.mirrors is None:
+        return None
+    return next(each for each in trials if (each.arm.name, each.seed) == (trial.arm.mirrors, trial.seed))
+
+
+def _lengths_file(trial: Trial) -> Path:
+    return trial.folder.with_name(f"{trial.folder.name}-lengths.parquet")
+
+
+def _write_lengths(trial: Trial, of: Trial) -> None:
+    """Write the lengths that another run chose, update by update, where there are any."""
+    journal = Journal(of.folder / "rounds")
+    parts: list[pa.Table] = []
+    for number in journal.numbers():
+        table = pq.read_table(journal.path(number))
+        about = json.loads(table.schema.metadata[b"dataflex"])["round"]
+        if about["kind"] == "update":
+            tokens = table["tokens"]
+            parts.append(pa.table({"update": pa.array([len(parts)] * len(tokens), pa.int64()), "tokens": tokens}))
+    if parts:
+        with replacing(_lengths_file(trial)) as temporary:
+            pq.write_table(pa.concat_tables(parts), temporary)
+
+
+def _write(out: Path, found: Sequence[Mapping[str, Any]], table: Sequence[Line]) -> None:
+    """Write what came out: every run, and the table."""
+    columns = {name: [record.get(name) for record in found] for name in SCHEMA.names}
+    with replacing(out / "compare.parquet") as temporary:
+        pq.write_table(pa.table(columns, schema=SCHEMA), temporary)
+    with replacing(out / "compare.json") as temporary:
+        temporary.write_text(json.dumps([plain(line) for line in table], indent=1) + "\n", "utf-8")
+    with replacing(out / "compare.md") as temporary:
+        temporary.write_text("\n".join(shown(table)) + "\n", "utf-8")
+
+
+def _judge(trials: Sequence[Trial], outcome: Outcome, out: Path) -> None:
+    """Raise if a run did not come to its end.
+
+    Raises:
+        UnavailableError: every one of them may be tried again as it is.
+        DataflexError: another reason.
+    """
+    failed = [trial for trial in trials if trial.summary is None]
+    if not failed:
+        return
+    codes = {outcome.codes.get(trial.name) for trial in failed}
+    first = failed[0].name
+    text = (
+        f"compare: {len(failed)} of {len(trials)} runs did not finish; the first, {first}: "
+        f"{outcome.reasons.get(first, 'it was not begun')}\n  the table in {out / 'compare.md'} is of the others; the "
+        "same command runs what is missing"
+    )
+    raise UnavailableError(text) if codes == {75} else DataflexError(text)
