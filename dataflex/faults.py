@@ -43,8 +43,8 @@ _LOST = re.compile(
     r"|Application timeout caused pair closure|remote process exited|Watchdog caught collective operation timeout"
     r"|recvValue failed|sendBytes failed|(wait|store->get).* timeout|Broken pipe"
     # Of the store itself, where the process that holds it is the one that is gone.
-    r"|\AConnection reset by peer|failed to recv, got 0 bytes",
-    re.DOTALL,
+    r"|\AConnection reset by peer|failed to (recv|send), |Connection was likely closed",
+    re.DOTALL | re.IGNORECASE,  # one sentence begins in capitals or not, as it is the whole message or a part of one
 )
 """How gloo, NCCL and the store that processes meet at tell that another has gone; they share no class for it."""
 _OF_RUST = re.compile(r"\(os error (\d+)\)|Os \{ code: (\d+)")

@@ -84,6 +84,8 @@ def test_the_other_ends_by_itself_where_no_launcher_ends_it(
         "[pair.cc:534] gloo/transport/tcp/pair.cc: Connection closed by peer [127.0.0.1]:1",
         "Connection reset by peer",  # by the store of torch.distributed
         "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+        "failed to send, got -1 bytes",
         "Broken pipe",
     ],
 )

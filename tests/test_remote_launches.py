@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 @pytest.mark.parametrize(
     ("launches", "apart", "cells", "leases", "most"),
-    [(2, 0.0, 100, True, 1.03), (4, 0.3, 100, True, 1.06), (2, 0.0, 500, False, 1.03)],
+    [(2, 0.0, 100, True, 1.03), (4, 0.3, 100, True, 1.06), (2, 0.0, 200, False, 1.06)],
 )
 def test_launches_share_the_work(
     launches: int, apart: float, cells: int, leases: bool, most: float, bucket: str
