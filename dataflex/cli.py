@@ -70,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         try:
             _refuse_empty(sys.argv[1:] if arguments is None else arguments)
+            if arguments is None:  # as a command, and not called by a program
+                stop.last()
             app(args=arguments, prog_name="dataflex")
         finally:
             _flush()

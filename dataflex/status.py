@@ -146,6 +146,7 @@ def reported(verb: str, folder: str | os.PathLike[str] | None) -> Iterator[None]
             report.fail(error)
             raise
         else:
+            stop.over()
             report.finish()
         finally:
             _current = None

@@ -32,10 +32,12 @@ class _Asked:
         self.is_leaving = False  # an `Interrupted` is on its way up
         self.is_droppable = False  # a block of `droppable` is open
         self.is_late = False  # `PATIENCE` is over
+        self.is_over = False  # all is done, so a signal changes nothing any more
 
 
 _now = _Asked()
 _is_listening = False
+_is_last = False  # what `listening` surrounds is the last that this process does
 
 
 @contextlib.contextmanager
@@ -51,9 +53,20 @@ def listening() -> Iterator[None]:
     try:
         yield
     finally:
-        _now, _is_listening = _Asked(), False
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+        is_over, _now, _is_listening = _now.is_over, _Asked(), False
+        for number, handler in kept.items():  # ended by a signal now, a command that has done all would seem to fail
+            signal.signal(number, signal.SIG_IGN if is_over and _is_last else handler)
+
+
+def over() -> None:
+    """Let signals change nothing from here on: all is done, and the rest of the block is quick."""
+    _now.is_over = True
+
+
+def last() -> None:
+    """Note that this process ends behind the next `listening`."""
+    global _is_last
+    _is_last = True
 
 
 @contextlib.contextmanager
@@ -113,6 +126,8 @@ def _answer(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _now.owner:  # a forked child inherits this and has nothing to say
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+        return
+    if _now.is_over:
         return
     is_first, sent = _now.by is None, signal.Signals(number)
     if is_first:

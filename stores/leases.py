@@ -21,6 +21,8 @@ from dataflex.stores.files import Files
 
 SECONDS = 60.0
 """A lease holds so long; it is renewed three times as often. What another machine was at when it died waits as long."""
+_WAITED = 5.0
+"""Seconds for which who gives a lease back waits for the end of its last renewal."""
 
 
 class Lease:
@@ -56,7 +58,7 @@ class Lease:
             yield
         finally:
             done.set()
-            renewing.join()
+            renewing.join(_WAITED)  # for no server that hangs: what is renewed after all expires
             self._free(self._paths)
 
     def _take(self, path: str) -> bool:

@@ -8,15 +8,19 @@ a hole, half a write, or a flipped bit, is no more than missing. Any number of p
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
+import stat
 from pathlib import Path
 
 from dataflex.errors import ConfigError, CorruptionError
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"[0-9a-f]{64}")
+_ODD = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+"""What opening a link, a folder, a socket or a pipe without a reader ends in."""
 _KEPT = 0.9
 """Share of the limit that is left when the oldest files have been removed."""
 
@@ -39,7 +43,10 @@ class PartCache:
     def read(self, sha256: str, start: int = 0, stop: int | None = None) -> bytes:
         """Return what is kept of bytes `start` to `stop` of a file: zeros where nothing is, and less beyond its end."""
         try:
-            with open(self._path(sha256), "rb") as file:
+            handle = self._opened(sha256, os.O_RDONLY)
+            if handle is None:
+                return b""
+            with open(handle, "rb") as file:
                 file.seek(start)
                 found = file.read(None if stop is None else stop - start)
         except OSError:
@@ -56,8 +63,9 @@ class PartCache:
             self._unseen += len(data)
             if self._unseen > self._limit // 20:
                 self._make_room()
-            # No link is followed: where the folder is others' as well, one could lead to any file of this user.
-            handle = os.open(self._path(sha256), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            handle = self._opened(sha256, os.O_WRONLY | os.O_CREAT)
+            if handle is None:
+                return
             try:
                 os.pwrite(handle, data, start)
             finally:
@@ -67,6 +75,24 @@ class PartCache:
             _log.warning("what is read from the object store is not kept in %s: %s", self._folder, error)
             return
         self._use(sha256)
+
+    def _opened(self, sha256: str, flags: int) -> int | None:
+        """Open a file of the cache; None where something else has its name, which is left alone.
+
+        No link is followed, nor a file written to that has another name as well: where the folder is others' too, it
+        could be any file of this user. And nobody is waited for at the other end of a pipe.
+        """
+        try:
+            handle = os.open(self._path(sha256), flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        except OSError as error:
+            if error.errno in _ODD:
+                return None
+            raise
+        about = os.fstat(handle)
+        if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
+            return handle
+        os.close(handle)
+        return None
 
     def _path(self, sha256: str) -> Path:
         if not _NAME.fullmatch(sha256):  # it becomes a part of a path
@@ -105,7 +131,7 @@ def part_cache() -> PartCache | None:
     Raises:
         ConfigError: the limit is no number.
     """
-    said = os.environ.get("DATAFLEX_CACHE_GB", "50")
+    said = os.environ.get("DATAFLEX_CACHE_GB") or "50"
     try:
         limit = float(said)
         if not 0 <= limit < float("inf"):

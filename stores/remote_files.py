@@ -9,6 +9,7 @@ import io
 import itertools
 import operator
 import os
+import sys
 import tempfile
 import time
 import uuid
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 import pyarrow as pa
 
-from dataflex.errors import ConfigError, DataflexError, UnavailableError
+from dataflex.errors import ConfigError, DataflexError, Interrupted, UnavailableError
 from dataflex.stores.extents import LONGEST, merged
 from dataflex.stores.files import Extent, Files, Stored
 from dataflex.stores.remote_file import BUFFER, RemoteFile
@@ -237,6 +238,8 @@ class RemoteFiles(Files):
             patience: seconds for which it is asked again; `self.patience` by default.
         """
         patience = self.patience if patience is None else patience
+        if isinstance(sys.exc_info()[1], KeyboardInterrupt | Interrupted):
+            patience = 0  # whoever was asked to stop tidies up at once or not at all
         with self._told(writes, patience):
             if listing is not None:
                 self.fs.invalidate_cache(listing or None)

@@ -11,10 +11,10 @@ from typing import TypeVar
 from dataflex.errors import DataflexError
 from dataflex.faults import is_unreachable
 
-ATTEMPTS = 8
+ATTEMPTS = 12
 SECONDS = 60.0
-"""The number ends it where a server answers at once, after 13 to 25 seconds: S3 says `SlowDown` for about so long while
-it makes room. The time ends it where a server hangs, since each time takes half a minute then."""
+"""It is the time that ends it, in which a server may be started anew; S3 says `SlowDown` for less, while it makes room.
+A server that is always back at once and never well is asked no more than the number."""
 FIRST, LONGEST = 0.2, 15.0
 """Seconds: of the first pause, which doubles each time, and of the longest. Half of each is chance."""
 

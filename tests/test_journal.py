@@ -132,6 +132,23 @@ def test_rounds_travel_with_a_checkpoint(tmp_path: Path) -> None:
     assert copy.read(ROUND, KEYS, 2) is not None
 
 
+def test_a_round_that_is_a_link_is_copied(tmp_path: Path) -> None:
+    """As in a checkpoint made of a kept state, which may be gone when the run goes on."""
+    Journal(tmp_path / "kept").write(decided(), ROWS)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "round-00002.parquet").symlink_to(tmp_path / "kept" / "round-00002.parquet")
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "round-00002.parquet").symlink_to(tmp_path / "nowhere")  # of an earlier run
+    Journal(linked).copy_to(own, [2])
+    (tmp_path / "kept" / "round-00002.parquet").unlink()
+    found = Journal(own).read(ROUND, KEYS, 2)
+    assert found is not None
+    assert found.rows.tolist() == [3, 1, 1, 8]
+    assert [path.name for path in own.iterdir()] == ["round-00002.parquet"]
+
+
 def make_checkpoint(folder: Path) -> Path:
     (folder / "sub").mkdir(parents=True)
     for name in ("trainer_state.json", "optimizer.pt", "sub/rng.pth"):

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,32 @@ def test_the_first_who_asks_has_it_until_it_gives_it_back(files: Files) -> None:
         assert not second.take()
     assert second.take()
     assert not first.take()
+
+
+def test_who_gives_a_lease_back_waits_for_no_server_that_hangs(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "SECONDS", 0.03)
+    monkeypatch.setattr(leases, "_WAITED", 0.1)
+    hangs, begun = threading.Event(), threading.Event()
+
+    def output(path: str) -> Any:
+        begun.set()
+        hangs.wait(30)
+        raise OSError
+
+    monkeypatch.setattr(files, "output", output)
+    lease = Lease(files, PATHS)
+    assert lease.take()
+
+    def interrupted() -> None:
+        with lease.held():
+            assert begun.wait(10)
+            raise KeyboardInterrupt
+
+    before = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - before < 20
+    hangs.set()
 
 
 def test_a_lease_of_two_stores_is_had_whole_or_not_at_all(files: Files) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.object_store import FAULTS, Proxy
-from dataflex.errors import UnavailableError
+from dataflex.errors import Interrupted, UnavailableError
 from dataflex.stores import parquet, remote_files, retries
 from dataflex.stores.files import Files
 from dataflex.stores.leases import Lease
@@ -185,7 +186,10 @@ def test_botocore_repeats_once_and_no_more(bucket: str, proxy: Proxy, monkeypatc
 
 
 @pytest.mark.usefixtures("at_once")
-def test_who_tidies_up_after_a_failure_does_not_wait_as_long_again(bucket: str, proxy: Proxy) -> None:
+def test_who_tidies_up_after_a_failure_does_not_wait_as_long_again(
+    bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "ATTEMPTS", 4)
     files = open_files(f"s3://{bucket}/x")
     assert isinstance(files, RemoteFiles)
     proxy.begin("500", lambda *_: True)
@@ -200,6 +204,22 @@ def test_who_tidies_up_after_a_failure_does_not_wait_as_long_again(bucket: str, 
 
 
 @pytest.mark.usefixtures("at_once")
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("asked", [KeyboardInterrupt(), Interrupted("SIGTERM: stopped")])
+def test_who_was_asked_to_stop_tidies_up_at_once(asked: BaseException, bucket: str, proxy: Proxy) -> None:
+    files = open_files(f"s3://{bucket}/x")
+    proxy.begin("500", lambda *_: True)
+
+    def stopped() -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(files.remove, "a/b")
+            raise asked
+
+    with pytest.raises(UnavailableError):
+        stopped()
+    assert len(proxy.seen) == 1
+
+
 def test_two_writers_commit_each_fragment_once(bucket: str, proxy: Proxy) -> None:
     """Each answer to a commit of the first is lost, so both find their fragments taken."""
     proxy.begin("lost", lambda number, method, path: method == "PUT" and "/log/" in path and number % 2 == 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -204,6 +206,30 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "cache" / ("0" * 64)).symlink_to(tmp_path / "victim")
     PartCache(tmp_path / "cache", 1 << 30).keep("0" * 64, 0, b"theirs")
     assert (tmp_path / "victim").read_bytes() == b"mine"
+
+
+def test_what_is_no_file_of_its_own_is_left_alone(root: Path) -> None:
+    """A pipe, whose other end nobody is at; a folder; a socket; a file that has another name as well."""
+    cache = root.parent / "cache"
+    store, far = opened(root)
+    assert_right(store, root)
+    (names := [path.name for path in cache.iterdir()]).sort()
+    assert len(names) == FRAGMENTS
+    for path in cache.iterdir():
+        path.unlink()
+    victim = root.parent / "victim"
+    victim.write_bytes(b"mine")
+    os.mkfifo(cache / names[0])
+    (cache / names[1]).mkdir()
+    os.link(victim, cache / names[2])
+    with socket.socket(socket.AF_UNIX) as there, contextlib.chdir(cache):
+        there.bind(names[3])
+    for _ in range(2):
+        store, far = opened(root)
+        assert_right(store, root)
+    assert far.asked > 0
+    assert victim.read_bytes() == b"mine"
+    assert (cache / names[4]).is_file()  # the others are kept all the same
 
 
 def test_what_is_called_otherwise_is_not_removed(tmp_path: Path) -> None:

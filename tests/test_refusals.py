@@ -209,6 +209,7 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ("dataflex: {storage: no}", ["dataflex.storage: found false; expected float32, float16 or int8"]),
         ("dataflex: {plugins: [./none.py]}", ["dataflex.plugins.0: found './none.py'; expected a file"]),
         ("dataflex: {store: '${oc.env:HOME}'}", ["dataflex.store: found '${oc.env:HOME}'; expected plain text"]),
+        ("dataflex: {store: 's3:/bucket/x'}", ["dataflex.store: found 's3:/bucket/x'; expected s3://..., or a path"]),
         ("dataflex: {params: [1]}", ["dataflex.params: found [1]; expected a mapping of keys to values"]),
         (
             "component_name: loss\ndataflex: {params: {focus_weight: .inf}}",

@@ -93,13 +93,13 @@ def test_it_is_bounded_in_number_and_in_time(monkeypatch: pytest.MonkeyPatch) ->
     pauses: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr("dataflex.stores.retries.time.sleep", lambda seconds: pauses.append(seconds))
-    assert persistently(Failing(7)) == 8 == retries.ATTEMPTS
-    longest = [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8]
+    assert persistently(Failing(11)) == 12 == retries.ATTEMPTS
+    longest = [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 15, 15, 15, 15]
     assert all(most / 2 <= pause <= most for pause, most in zip(pauses, longest, strict=True))
     for_good = Failing(100)
     with pytest.raises(TimeoutError):
         persistently(for_good)
-    assert for_good.calls == 8
+    assert for_good.calls == 12
     lasting = Failing(100, ValueError())
     with pytest.raises(ValueError, match=r"^$"):
         persistently(lasting)

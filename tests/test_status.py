@@ -34,6 +34,45 @@ def test_it_runs_and_finishes(tmp_path: Path) -> None:
     assert status(tmp_path / "new") == ("finished", 0)
 
 
+OVER = """
+import sys, time
+from dataflex import stop
+from dataflex.status import reported
+
+stop.last()
+with reported("train", sys.argv[1]):
+    pass
+print("over", flush=True)
+time.sleep(3)
+"""
+
+
+@pytest.mark.parametrize("number", stop.SIGNALS)
+def test_a_signal_after_the_end_does_not_make_a_failure_of_it(tmp_path: Path, number: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", OVER, str(tmp_path)], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(number)
+    assert child.returncode == 0
+    assert status(tmp_path) == ("finished", 0)
+
+
+def test_a_signal_while_the_end_is_written_down_changes_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    from dataflex.status import Report
+
+    finish = Report.finish
+
+    def signalled(report: Report) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        finish(report)
+
+    monkeypatch.setattr(Report, "finish", signalled)
+    with reported("train", tmp_path):
+        pass
+    assert status(tmp_path) == ("finished", 0)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a program that calls it goes on as before
+
+
 @pytest.mark.parametrize(
     ("error", "state", "code"),
     [

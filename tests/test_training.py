@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataflex.errors import ConfigError, CoverageError
-from tests.workspace import assert_equal_weights
+from tests.workspace import assert_equal_weights, cut_back
 
 
 def test_training_from_a_featurized_state_is_training_through(workspace: Any) -> None:
@@ -30,6 +30,14 @@ def test_training_from_a_featurized_state_is_training_through(workspace: Any) ->
     assert (featurized["computed"], trained["computed"], through["computed"]) == (69, 69, 138)
     assert workspace.rounds("ahead") == workspace.rounds("through")
     assert [len(rows) for rows in workspace.rounds("ahead")] == [12, 8, 8]
+    assert_equal_weights(workspace.weights("ahead"), workspace.weights("through"))
+    # The state may go, and the folder be moved: what was taken from the store is the run's own.
+    out = workspace.folder / "out" / "ahead"
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+    shutil.rmtree(workspace.folder / "b" / "states")
+    cut_back(out, 5)
+    workspace.run("train", ahead)
+    assert workspace.rounds("ahead") == workspace.rounds("through")
     assert_equal_weights(workspace.weights("ahead"), workspace.weights("through"))
 
 

@@ -127,6 +127,9 @@ def check_store(store: str | None, root: str, writes: bool, origin: Origin, prob
     """
     if text := malformed(root):
         problems.say(origin, "dataflex.store", text)
+    elif store and (found := re.match(r"(\w{2,}):/(?!/)", store)):
+        expected = f"{found[1]}://..., or a path that does not begin like a URL (./{store})"
+        problems.add(origin, "dataflex.store", expected, store)
     elif "://" in root:
         return
     elif os.path.lexists(root) and not os.path.isdir(root):

@@ -143,17 +143,24 @@ class Journal:
         return scores, table["updated"].to_numpy()
 
     def copy_to(self, folder: str | os.PathLike[str], numbers: Sequence[int]) -> None:
-        """Link (or copy) recorded rounds into another folder; those already there stay."""
+        """Link (or copy) recorded rounds into another folder; those already there stay.
+
+        What is itself a symbolic link, as in a checkpoint made of a kept state, is copied: where it leads to may go.
+        """
         target = Journal(folder)
         target.folder.mkdir(parents=True, exist_ok=True)
         for source in (path for number in numbers for path in (self.path(number), self._pool(number))):
             copy = target.folder / source.name
             if copy.exists() or not source.exists():
                 continue
-            try:
-                os.link(source, copy)
-            except OSError:  # another file system
-                shutil.copyfile(source, copy)
+            copy.unlink(missing_ok=True)  # a link that leads nowhere
+            with replacing(copy) as temporary:
+                try:
+                    if source.is_symlink():
+                        raise OSError
+                    os.link(source, temporary)
+                except OSError:  # or another file system
+                    shutil.copyfile(source, temporary)
 
     def clear(self) -> None:
         """Remove the rounds of an earlier run."""
