@@ -53,6 +53,8 @@ Older = Annotated[bool, typer.Option("--older-engine", help="What an older versi
 Finished = Annotated[bool, typer.Option("--include-finished", help="The runs named may be finished ones.")]
 Grace = Annotated[float, typer.Option(metavar="HOURS", help="What is younger is taken to be in use.")]
 Delete = Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")]
+_CALM = {"LLAMAFACTORY_VERBOSITY": "WARNING", "TRANSFORMERS_VERBOSITY": "warning", "TQDM_DELAY": "5"}
+"""Of the libraries below, where nobody has set it and --verbose is not given."""
 Name = Annotated[str, typer.Argument(metavar="STORE", help="Name of a store, or how it begins.")]
 
 RunTable = Annotated[Path, typer.Argument(metavar="RUNS.csv", help="CSV or .parquet, columns mix.* and metric.*.")]
@@ -104,6 +106,8 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 
 def _leave_bars() -> None:
     """Close the progress bars that are still drawn, so that an error stands on a line of its own below them."""
+    if shown := sys.modules.get("dataflex.display"):
+        shown.close()
     if tqdm := sys.modules.get("tqdm.std"):
         for bar in list(getattr(tqdm.tqdm, "_instances", ())):
             bar.close()
@@ -148,6 +152,11 @@ def options(
     format = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=format, datefmt="%H:%M:%S", handlers=[_Stderr()])
     logging.getLogger("dataflex").setLevel(logging.DEBUG if verbose else level)
+    if not verbose:
+        # Before these are imported: LLaMA-Factory and Transformers then say what is wrong and no more, and a bar of
+        # `datasets` shows only where it takes long.
+        for name, value in _CALM.items():
+            os.environ.setdefault(name, value)
     # As under torchrun's -m, so that modules beside the run file's command are found either way; last, to hide nothing.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

@@ -74,7 +74,7 @@ def test_what_a_method_does_not_have_is_left_out() -> None:
     losses: Any = [(LossSpec(), Held(scalars={"loss_sum": np.ones(11)}))]
     found = diagnose(rows, Selection(np.array([3, 4, 4])), losses, np.array([4, 5]))
     assert found.plain() == {"sources": {"pool": 3}, "overlap": 0.5}
-    assert found.metrics() == {"dataflex/overlap": 0.5, "dataflex/sources/pool": 3}
+    assert found.metrics() == {"dataflex/overlap": 0.5, "dataflex/sources/pool": 3, "dataflex/share/pool": 1.0}
     assert Diagnostics(**json.loads(json.dumps(found.plain()))) == found
 
 

@@ -119,13 +119,13 @@ def assert_as_one(workspace: Any, method: str, name: str) -> None:
     assert first
     for key, weight in first.items():
         np.testing.assert_allclose(second[key], weight, atol=2e-3 * float(weight.abs().max()), err_msg=name)
-    keys = ["loss", "weight_max"] if method in (*WEIGHTERS, "both") else ["loss"]
+    keys = ["loss", "dataflex/weight_max"] if method in (*WEIGHTERS, "both") else ["loss"]
     for key in keys:
         expected = logged(workspace, one, key)
         assert len(expected) == 6
         np.testing.assert_allclose(logged(workspace, name, key), expected, rtol=1e-3, err_msg=f"{name}: {key}")
-    if "weight_max" in keys:
-        assert max(abs(weight - 1) for weight in logged(workspace, one, "weight_max")) > 0.01
+    if "dataflex/weight_max" in keys:
+        assert max(abs(weight - 1) for weight in logged(workspace, one, "dataflex/weight_max")) > 0.01
     if method in RUNS:
         for key in ["proportions", "alpha"] if method == "doremi" else ["proportions"]:
             shares = recorded(workspace, one, key)

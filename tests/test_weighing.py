@@ -108,7 +108,7 @@ def test_an_example_alone_cannot_be_compared(workspace):
     with pytest.raises(ConfigError, match="found optimizer steps of one example"):
         workspace.run("train", weigh(workspace, "alone", "loss", {"normalisation": "batch"}, **shaped((1, 1))))
     workspace.run("train", weigh(workspace, "pair", "loss", {"normalisation": "batch"}, **keys))
-    assert max(logged(workspace, "pair", "weight_max")) > 1.1
+    assert max(logged(workspace, "pair", "dataflex/weight_max")) > 1.1
 
 
 # ---- adapt

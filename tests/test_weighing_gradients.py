@@ -111,11 +111,11 @@ def test_a_step_of_the_loss_weighter_equals_loops(workspace, batches, scope, red
     means = [[float(alone.losses(*one).detach().mean()) for one in batch] for batch in examples(batches)]
     groups = [linupper(m, 0.2) for m in (means if scope == "micro_batch" else [[m for batch in means for m in batch]])]
     spread = {
-        "weight_mean": 1.0,
-        "weight_max": max(max(group) for group in groups),
-        "weight_ess": float(np.mean([sum(g) ** 2 / sum(w * w for w in g) / len(g) for g in groups])),
+        "dataflex/weight_mean": 1.0,
+        "dataflex/weight_max": max(max(group) for group in groups),
+        "dataflex/weight_ess": float(np.mean([sum(g) ** 2 / sum(w * w for w in g) / len(g) for g in groups])),
     }
-    assert spread["weight_ess"] < 0.9
+    assert spread["dataflex/weight_ess"] < 0.9
     for key, value in spread.items():
         assert logged(workspace, "one", key) == pytest.approx([value], rel=1e-5)
     expected, found = alone.gradient(loss), step_taken(workspace, "one", 4.0)

@@ -56,6 +56,7 @@ class FeatureAccess:
         self._state = state
         self._options = options
         self._model = ModelSource(state, options.token_budget, cutoff_len)
+        self._model.on_batch = self.progress.batch
         self._encoders: dict[str, EncoderSource] = {}
         self._policy_source: PolicySource | None = None
         self._has_loss = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +74,8 @@ class ModelSource:
         self._token_budget = token_budget
         self._cutoff_len = cutoff_len
         self._ran = False
+        self.on_batch: Callable[[int, int], None] | None = None
+        """Told the rows and tokens of each batch that is done, as far as each row is counted once."""
         self.is_collective = not state.sharding.has_whole_weights
 
     @cached_property
@@ -142,9 +144,10 @@ class ModelSource:
         together = [spec for spec in specs if spec not in of_excerpts]
         found: dict[FeatureSpec, FeatureValues] = {}
         alone: list[list[FeatureSpec]] = [[spec] for spec in of_excerpts]
-        for group in [together, *alone] if together else alone:
+        for number, group in enumerate([together, *alone] if together else alone):
             seen = [excerpt(example, group[0]) for example in examples]
-            values = self.engine.compute(seen, group, min_batches=min_batches)
+            told = None if number else self.on_batch
+            values = self.engine.compute(seen, group, min_batches=min_batches, on_batch=told)
             found |= {spec: self._as_wide(spec, each) for spec, each in zip(group, values, strict=True)}
         return [found[spec] for spec in specs]
 

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import traceback
@@ -270,6 +271,9 @@ def _importing(name: str, module_name: str) -> Iterator[None]:
     try:
         yield
         USERS.add(module_name)
+        ours, theirs = logging.getLogger("dataflex"), logging.getLogger(module_name)
+        if ours.level and not theirs.level:
+            theirs.setLevel(ours.level)  # heard as far as we are
     except (DataflexError, Interrupted, KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # whatever code may raise: a script without a guard ends with SystemExit

@@ -123,13 +123,17 @@ class FeatureEngine:
         return any(hasattr(p, "ds_id") for p in self.model.parameters())
 
     def compute(
-        self, examples: Sequence[Mapping[str, Any]], specs: Sequence[FeatureSpec], min_batches: int = 0
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        specs: Sequence[FeatureSpec],
+        min_batches: int = 0,
+        on_batch: Callable[[int, int], None] | None = None,
     ) -> list[FeatureValues]:
         """Return the values of each feature, rows in the order of `examples`.
 
         Each batch is one forward pass, and one backward pass if any gradient is asked for. Under sharded parameters
         (ZeRO-3, FSDP) every rank must run as many: give each the largest `count_batches` of all ranks as `min_batches`,
-        and the missing ones are run on a dummy row.
+        and the missing ones are run on a dummy row. `on_batch` is told the rows and tokens of each batch that is done.
 
         Raises:
             ConfigError: a specification cannot be computed together with this model or these moments.
@@ -153,6 +157,8 @@ class FeatureEngine:
                 values = values or [_empty(part, len(examples)) for part in parts]
                 for whole, part in zip(values, parts, strict=True):
                     _place(part, rows, whole)
+                if on_batch is not None:
+                    on_batch(len(rows), sum(lengths[i] for i in rows))
         return values
 
     def _target(self, spec: GradientSpec, directions: dict[str, Direction | None]) -> Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,8 @@ from dataflex.llamafactory.place import Place
 from dataflex.llamafactory.records import DATASET, INDEX, MEDIA, column_of
 
 KEY, LENGTH, SUPERVISED, TRUNCATED = (f"__dataflex_{name}__" for name in ("key", "length", "supervised", "truncated"))
+log = logging.getLogger(__name__)
+
 NOTES = (INDEX, DATASET, KEY, LENGTH, SUPERVISED, TRUNCATED)
 """Columns beside the tokens, taken off before a trainer sees the rows."""
 
@@ -112,7 +115,7 @@ class Processing:
                 raise DataflexError(f"{places}: {found}; expected at least cutoff_len tokens in all, for one block")
             first = records[0]
             raise DataflexError(f"{found}; {sources[first[DATASET]].about(first[INDEX])}")
-        if self.training_args.should_log:
+        if self.training_args.should_log and log.isEnabledFor(logging.DEBUG):
             print("eval example:" if is_eval else "training example:")
             noting.encoder.print_data_example(next(iter(rows)))
         return rows

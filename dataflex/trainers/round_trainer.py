@@ -57,6 +57,7 @@ class RoundTrainer(DataflexTrainer):
 
     def _decide(self, round: Round) -> DecidedRound | None:
         assert self.director is not None
+        self.shown.phase("warm-up" if round.kind == "warmup" else f"update {round.update}")
         try:
             with same_random_state():
                 decided = self.director.decide(round)
@@ -64,6 +65,8 @@ class RoundTrainer(DataflexTrainer):
             if self.stopping.is_due(self.args, self.state):
                 self._save_checkpoint(self.model, trial=None)
             raise
+        if round.kind == "update":
+            self.shown.phase(f"round {round.number}")
         if decided is None:
             self.control.should_training_stop = True
             self._stopped = self.directing.interrupts

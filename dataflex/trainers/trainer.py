@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import DistributedType
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from dataflex import distributed
@@ -27,8 +29,11 @@ from dataflex.trainers.directing import Directing, Director, Stopped
 from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.micro_batch import ROWS
 from dataflex.trainers.resumption import Resumption
+from dataflex.trainers.shown import OURS, OwnNumbers, Shown
 from dataflex.trainers.stopping import Stopping
 from dataflex.trainers.weighing import Weighing
+
+log = logging.getLogger(__name__)
 
 
 class DataflexTrainer(FirstStepJudged):
@@ -84,6 +89,11 @@ class DataflexTrainer(FirstStepJudged):
         self.parameter_groups: Sequence[dict[str, Any]] = ()
         self._stopped = False
         super().__init__(**kwargs)
+        self.shown = Shown()
+        self.add_callback(OwnNumbers)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(self.shown)
 
     @property
     def output_dir(self) -> Path:
@@ -100,7 +110,10 @@ class DataflexTrainer(FirstStepJudged):
             self.compute_loss_func = self._loss
             self.train_dataset = self.train_dataset.add_column(ROWS, np.arange(len(self.train_dataset)))
             self.data_collator = _WithRows(self.data_collator)
-        output = super().train(director.start, *args, **kwargs)
+        try:
+            output = super().train(director.start, *args, **kwargs)
+        finally:
+            self.shown.close()
         director.finish()
         if self._stopped:
             raise Stopped
@@ -182,8 +195,13 @@ class DataflexTrainer(FirstStepJudged):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what Transformers does, and the spread of the weights beside the loss."""
         if self._weighing is not None and "loss" in logs:
-            logs |= self._weighing.report()
+            logs |= {f"{OURS}{name}": value for name, value in self._weighing.report().items()}
         super().log(logs, *args, **kwargs)
+
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Print the numbers of the end, which stand in files as well, where more is to be said."""
+        if log.isEnabledFor(logging.DEBUG):
+            super().log_metrics(split, metrics)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate without moving the random state, so that evaluating more often trains the same weights."""

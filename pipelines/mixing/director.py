@@ -20,7 +20,7 @@ from dataflex.pipelines.json_state import kept_by_json
 from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.mixing.domains import MixtureManager, domains_of
 from dataflex.pipelines.mixing.drawing import Drawing
-from dataflex.pipelines.mixing.mixture_log import MixRecord, by_name, in_order, named
+from dataflex.pipelines.mixing.mixture_log import MixRecord, by_name, in_order, metrics, named
 from dataflex.pipelines.mixing.shares import Shares
 from dataflex.pipelines.mixing.signals import freeze_routers, signals
 from dataflex.pipelines.mixing.watch import Watch
@@ -68,6 +68,7 @@ class MixingDirector:
         if settings.keys.freeze_gate:
             freeze_routers(trainer.model)
         self._last_rows: np.ndarray | None = None
+        self._told = -1
         self._resumed: Mapping[str, Any] | None = None
         self.watch = Watch(self.run, self.mixer, members, settings.keys.warmup_step, self._ahead)
         self.weighing = self.watch.weighing
@@ -248,6 +249,13 @@ class MixingDirector:
         if distributed.is_main():
             self.run.access.record.finish()
 
+    def _tell(self, round: Round, line: Mapping[str, Any]) -> None:
+        """Show what was decided to whoever follows the training, no more often than losses are."""
+        step, every = round.first_step, max(1, int(self.trainer.args.logging_steps))
+        if round.number >= 0 and step == self.trainer.state.global_step and step // every != self._told // every:
+            self._told = step
+            self.trainer.log(metrics(line))
+
     def _log(self, round: Round) -> None:
         """Append what was decided to the run's log."""
         names, shares, pending = self.domains.names, self.shares.now, self.shares.pending
@@ -268,6 +276,7 @@ class MixingDirector:
             is_by_domain = isinstance(value, list) and len(value) == len(names)
             line[key] = named(names, value) if is_by_domain else value
         self.record.add(line)
+        self._tell(round, line)
         if round.number == 0 or self.settings.schedule.update_step >= 100:
             text = ", ".join(f"{n} {p:.3f}" for n, p in zip(names, shares, strict=True))
             log.info("step %d: proportions %s", round.first_step, text)

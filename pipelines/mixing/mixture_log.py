@@ -105,3 +105,13 @@ def in_order(names: Sequence[str], state: Any) -> Any:
 def named(names: Sequence[str], values: Any) -> dict[str, Any]:
     """Return values by domain."""
     return dict(zip(names, np.asarray(values).tolist(), strict=True))
+
+
+def metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return a line of the log as numbers by name, for a training log: one for each domain, or one alone."""
+    found: dict[str, float] = {}
+    for key, value in line.items():
+        if key not in ("step", "steps", "kind", "unit", "rows_before"):
+            parts = {f"{key}/{n}": each for n, each in value.items()} if isinstance(value, Mapping) else {key: value}
+            found |= {f"dataflex/{name}": each for name, each in parts.items() if type(each) in (int, float)}
+    return found

@@ -67,7 +67,8 @@ class Diagnostics:
                 found |= {f"dataflex/{name}/{part}": number for part, number in value.items()}
             else:
                 found[f"dataflex/{name}"] = value
-        return found
+        chosen = sum(self.sources.values())
+        return found | {f"dataflex/share/{name}": count / chosen for name, count in self.sources.items()}
 
     def __str__(self) -> str:
         """Say what there is in one line, sources left out: the line of the round has them."""

@@ -95,7 +95,7 @@ class SelectingDirector:
         found = Diagnostics(**decided.info.get("diagnostics", {}))
         if text := str(found):
             log.info("update %d: %s", decided.round.update, text)
-        metrics, trainer = found.metrics(), self.run.trainer
+        metrics, trainer = found.metrics() | _work(decided), self.run.trainer
         if metrics and decided.round.first_step == trainer.state.global_step:
             trainer.log(metrics)
 
@@ -156,6 +156,17 @@ class SelectingDirector:
         if found is None and begun:
             raise CoverageError(f"{self.run.journal.path(round.number)}: missing; the checkpoint was trained on it")
         return found if found is not None and (begun or found.info.get("identity") == self.run.identity) else None
+
+
+def _work(decided: DecidedRound) -> dict[str, float]:
+    """Return what a round took, and how old the features behind it are, for a training log."""
+    found: dict[str, float] = {
+        name: decided.info[name] for name in ("computed", "reused", "seconds") if name in decided.info
+    }
+    ages = decided.ages[decided.ages >= 0]
+    if len(ages):
+        found |= {"age_mean": float(ages.mean()), "age_most": int(ages.max())}
+    return {f"dataflex/{name}": value for name, value in found.items()}
 
 
 def _line(decided: DecidedRound, rows: Rows) -> str:
