@@ -9,12 +9,13 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dataflex import distributed, stop
-from dataflex.errors import Cancelled, ConfigError, CorruptionError, DataflexError, Interrupted, MismatchError
+from dataflex import distributed, mix_verbs, stop, store_verbs
+from dataflex.answer import Json, answer
+from dataflex.errors import Cancelled, ConfigError, DataflexError, Interrupted
 from dataflex.faults import of_user_code, told
 
 if TYPE_CHECKING:
@@ -31,10 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,
 )
-store_app = typer.Typer(help="Look at stores of features, and make room.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(store_app, name="store")
-mix_app = typer.Typer(help="Find proportions of domains.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(mix_app, name="mix")
+app.add_typer(store_verbs.app, name="store")
+app.add_typer(mix_verbs.app, name="mix")
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file: LLaMA-Factory's keys and DataFlex's.")]
 Overrides = Annotated[
@@ -43,28 +42,8 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Each takes the place of the file's value; dotted keys reach into mappings."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Root = Annotated[str | None, typer.Option(help="Path or URL; default: as for a run file that names no store.")]
-ByRun = Annotated[bool, typer.Option("--by-run", help="By the runs that refer to them.")]
-Runs = Annotated[list[str] | None, typer.Option("--run", metavar="RUN", help="Output folder or id; repeatable.")]
-Unreferenced = Annotated[bool, typer.Option("--unreferenced", help="What no run refers to.")]
-Leftovers = Annotated[bool, typer.Option("--leftovers", help="Files of crashes that no reader opens.")]
-Older = Annotated[bool, typer.Option("--older-engine", help="What an older version computed and no run refers to.")]
-Finished = Annotated[bool, typer.Option("--include-finished", help="The runs named may be finished ones.")]
-Grace = Annotated[float, typer.Option(metavar="HOURS", help="What is younger is taken to be in use.")]
-Delete = Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")]
 _CALM = {"LLAMAFACTORY_VERBOSITY": "WARNING", "TRANSFORMERS_VERBOSITY": "warning", "TQDM_DELAY": "5"}
 """Of the libraries below, where nobody has set it and --verbose is not given."""
-Name = Annotated[str, typer.Argument(metavar="STORE", help="Name of a store, or how it begins.")]
-
-RunTable = Annotated[Path, typer.Argument(metavar="RUNS.csv", help="CSV or .parquet, columns mix.* and metric.*.")]
-Weights = Annotated[str | None, typer.Option(metavar="METRIC=WEIGHT,...", help="Default: all metrics equal.")]
-Prior = Annotated[str | None, typer.Option(help="natural, uniform, or a JSON file; default: natural by --sizes.")]
-Kl = Annotated[float, typer.Option(help="Weight of KL(x || prior), in units of the metrics per nat.")]
-Sizes = Annotated[Path | None, typer.Option(metavar="JSON", help="Tokens of each domain.")]
-Tokens = Annotated[float | None, typer.Option(help="Tokens of the run that the proportions are for.")]
-Cap = Annotated[float | None, typer.Option(help="Most epochs over a domain; default: 4 where --tokens is given.")]
-Proportions = Annotated[Path | None, typer.Option("--output", metavar="JSON", help="File of proportions to write.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -237,7 +216,7 @@ def compare(
     _look_at(settings.store_root)
     with reported("compare", settings.llamafactory["output_dir"]):
         table = compare(run, overrides or [], _names(methods), seeds, _names(targets), target_seeds, jobs)
-    _print([plain(line) for line in table], as_json, shown(table))
+    answer([plain(line) for line in table], as_json, shown(table))
 
 
 @app.command()
@@ -256,7 +235,7 @@ def list_methods(as_json: Json = False) -> None:
     from dataflex.config.methods import methods, table
 
     found = methods()
-    _print(found, as_json, table(found))
+    answer(found, as_json, table(found))
 
 
 @app.command()
@@ -278,7 +257,7 @@ def doctor(
         if not as_json:
             print("\n".join(finding.lines()), flush=True)
     if as_json:
-        _print([asdict(finding) for finding in found], True, [])
+        answer([asdict(finding) for finding in found], True, [])
     if wrong := [finding.about for finding in found if finding.level == "error"]:
         raise DataflexError(f"no run can work before this is mended: {', '.join(dict.fromkeys(wrong))}")
 
@@ -308,124 +287,6 @@ def version() -> None:
             print(f"{name} {version(name)}")
         except PackageNotFoundError:
             print(f"{name} not installed")
-
-
-@store_app.command("ls")
-def list_stores(by_run: ByRun = False, root: Root = None, as_json: Json = False) -> None:
-    """List the stores: name, rows, bytes."""
-    if by_run:
-        from dataflex.stores.upkeep.listing import by_runs, lines_of
-
-        listed = by_runs(_files(root))
-        _print(listed, as_json, lines_of(listed))
-        return
-    where, stores = _stores(root)
-    found = []
-    for store in stores:
-        try:
-            found.append(_about(store))
-        except (CorruptionError, MismatchError) as error:  # of one of them: the rest is listed
-            log.warning("%s; left out", error)
-    lines = [f"{s['rows']:>12,} rows {s['bytes']:>15,} bytes  {s['storage']:<7}  {s['name']}" for s in found]
-    _print(found, as_json, lines or [f"no stores under {where}"])
-
-
-@store_app.command("show")
-def show_store(name: Name, root: Root = None, as_json: Json = False) -> None:
-    """Show a store's recipe: everything but the row that its values depend on."""
-    import json
-
-    where, stores = _stores(root)
-    names = [store.folder for store in stores]
-    matching = [store for store in stores if store.folder.startswith(name)]
-    if len(matching) != 1:
-        found = f"{len(matching)} stores called {name}..." if matching else f"no store {name}"
-        raise MismatchError(f"{found} under {where}; expected one of {', '.join(names) or 'none'}")
-    about = _about(matching[0]) | {"recipe": matching[0].recipe}
-    _print(about, as_json, [json.dumps(about, indent=2, ensure_ascii=False)])
-
-
-@store_app.command("verify")
-def verify_stores(root: Root = None, as_json: Json = False) -> None:
-    """Read every byte under the root; exit with 4 if any is not what was committed."""
-    from dataflex.stores.upkeep.inspection import inspect, refuse
-    from dataflex.stores.upkeep.listing import inspected, lines_of_inspection
-
-    with _unwarned():
-        parts = list(inspect(_files(root)))
-    _print(inspected(parts), as_json, lines_of_inspection(parts))
-    refuse(parts)
-
-
-@store_app.command("repair")
-def repair_stores(root: Root = None, as_json: Json = False) -> None:
-    """Remove what is damaged, so that the next run computes it again; exit with 4 if something cannot be mended."""
-    from dataflex.stores.upkeep.inspection import refuse, repair
-    from dataflex.stores.upkeep.listing import lines_of_repair, repaired
-
-    with _unwarned():
-        parts = list(repair(_files(root)))
-    _print(repaired(parts), as_json, lines_of_repair(parts))
-    refuse(parts, after_repair=True)
-
-
-@store_app.command("gc")
-def collect_garbage(
-    run: Runs = None,
-    unreferenced: Unreferenced = False,
-    leftovers: Leftovers = False,
-    older_engine: Older = False,
-    include_finished: Finished = False,
-    grace: Grace = 24.0,
-    delete: Delete = False,
-    root: Root = None,
-    as_json: Json = False,
-) -> None:
-    """Remove stores, kept states and unused files: what --run, --unreferenced, --older-engine and --leftovers name.
-
-    Without --delete it only says what would go. What a finished run refers to stays unless the run is named and
-    --include-finished is given; what a running one refers to stays always.
-    """
-    from dataflex.features.spec import ENGINE_VERSION
-    from dataflex.stores.upkeep.gc import Scope, plan
-    from dataflex.stores.upkeep.listing import lines_of_removal
-    from dataflex.stores.upkeep.removal import carry_out
-
-    files = _files(root)
-    scope = Scope(tuple(run or ()), unreferenced, leftovers, include_finished, older_engine, grace)
-    items = plan(files, scope, ENGINE_VERSION)
-    if delete:
-        items = carry_out(files, items, scope)
-    about = [{"kind": i.kind, "name": i.name, "bytes": i.bytes, "goes": i.goes, "why": i.why} for i in items]
-    _print({"deleted": delete, "items": about}, as_json, lines_of_removal(items, delete))
-
-
-@mix_app.command("fit")
-def fit_proportions(
-    runs: RunTable,
-    weights: Weights = None,
-    prior: Prior = None,
-    kl: Kl = 0.05,
-    sizes: Sizes = None,
-    tokens: Tokens = None,
-    cap: Cap = None,
-    output: Proportions = None,
-    as_json: Json = False,
-) -> None:
-    """Fit how metrics follow from mixtures to finished runs, and solve for the best mixture; trains nothing."""
-    from dataflex.fitting.fit import fit_mixture, lines_of, write
-    from dataflex.fitting.goal import read_goal
-    from dataflex.fitting.table import read_runs
-
-    read = read_runs(runs)
-    if read.unused:
-        log.info("%s: columns not used: %s", runs, ", ".join(read.unused))
-    found = fit_mixture(read, read_goal(read, weights, prior, kl, sizes, tokens, cap))
-    for warning in found["fit"]["warnings"]:
-        log.warning("%s: %s", runs, warning)
-    if output is not None:
-        write(found, runs, output)
-    _print(found, as_json, lines_of(found))
 
 
 def _names(text: str) -> list[str]:
@@ -494,53 +355,6 @@ def _leaving() -> Iterator[None]:
             distributed.leave()
         raise
     distributed.leave()
-
-
-@contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
-    """Keep the stores from warning of what is reported in full afterwards."""
-    logger = logging.getLogger("dataflex.stores")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _stores(root: str | None) -> tuple[str, list[Any]]:
-    from dataflex.stores.root import StoreRoot
-
-    files = _files(root)
-    return files.url, StoreRoot(files).stores()
-
-
-def _files(root: str | None) -> Any:
-    from dataflex.config import store_root
-    from dataflex.stores.root import existing_files
-
-    named_by = "--root" if root is not None else "DATAFLEX_HOME" if os.environ.get("DATAFLEX_HOME") else None
-    return existing_files(store_root(root), named_by)
-
-
-def _about(store: Any) -> dict[str, Any]:
-    layout = store.layout
-    return {
-        "name": store.folder,
-        "kind": store.kind,
-        "rows": store.rows,
-        "bytes": store.bytes,
-        "fragments": len(store.committed_fragments()),
-        "width": layout.width,
-        "storage": layout.storage,
-        "path": store.path,
-    }
-
-
-def _print(value: Any, as_json: bool, lines: Sequence[str]) -> None:
-    import json
-
-    print(json.dumps(value, indent=2, default=str, ensure_ascii=False) if as_json else "\n".join(lines))
 
 
 if __name__ == "__main__":
