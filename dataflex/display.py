@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterator
 
@@ -83,7 +84,7 @@ class _Display:
         self._open.append(task)
         if self._bar is None:
             console = self.console or Console(stderr=True)
-            if console.is_terminal:
+            if console.is_terminal and log.isEnabledFor(logging.INFO):
                 columns = (
                     TextColumn("{task.description}", markup=False),
                     BarColumn(),
@@ -91,7 +92,7 @@ class _Display:
                     TextColumn("{task.fields[note]}", markup=False),
                     TextColumn("{task.fields[left]} left", markup=False),
                 )
-                self._bar = Progress(*columns, console=console, transient=True)
+                self._bar = Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty())
                 self._bar.start()
         if self._bar is not None:
             task._number = self._bar.add_task(

@@ -10,6 +10,7 @@ import multiprocessing.util
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -55,7 +56,19 @@ def listening() -> Iterator[None]:
     finally:
         is_over, _now, _is_listening = _now.is_over, _Asked(), False
         for number, handler in kept.items():  # ended by a signal now, a command that has done all would seem to fail
-            signal.signal(number, signal.SIG_IGN if is_over and _is_last else handler)
+            signal.signal(number, _Ended() if is_over and _is_last else handler)
+
+
+class _Ended:
+    """Passes over the signals of a process that is about to end; not for ever, as something may keep it."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - self._since > PATIENCE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def over() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dataflex.features.spec import FeatureSpec
 from dataflex.fingerprint import digest
 from dataflex.fingerprint import plain as as_plain
 from dataflex.pipelines.comparing.arms import arms_of
-from dataflex.pipelines.comparing.running import Outcome, Task, run_all
+from dataflex.pipelines.comparing.running import Outcome, Task, alone, processes, run_all, shares
 from dataflex.pipelines.comparing.table import Line, lines, plain, records, shown
 from dataflex.pipelines.comparing.trials import Trial, trials_of
 from dataflex.trainers.journal import Journal
@@ -67,6 +67,7 @@ def compare(
     Raises:
         ConfigError: a name, a number or a run file that follows is wrong; nothing was run then.
         MismatchError: a folder holds another run.
+        ConflictError: another comparison is at work in the folder.
         DataflexError: a run failed; the others were run, and the table tells of the missing ones.
         Interrupted: a signal asked for it.
     """
@@ -84,41 +85,62 @@ def compare(
             raise ConfigError(
                 f"--methods: {trial.arm.name}: {of.arm.name} chooses no rows whose lengths could be taken"
             )
-    out = Path(base.llamafactory["output_dir"])
-    todo: list[tuple[Trial, list[str]]] = []
-    for trial in trials:
-        of = mirrored[trial.name]
-        file = {"dataflex.params": {"lengths": str(_lengths_file(trial))}} if of is not None else {}
-        command = trial.command(run, given, file)
-        if not trial.begin(trial.identity(of), command):
-            todo.append((trial, command))
-    log.info("%d runs, %d of them finished before", len(trials), len(trials) - len(todo))
-    outcome = Outcome()
-    for wave in _waves(run, given, todo, mirrored):
-        for trial, of in ((t, mirrored[t.name]) for t, _ in todo if t.name in {task.name for task in wave}):
-            if of is not None:
-                _write_lengths(trial, of)
-        done = run_all(wave, jobs)
-        outcome.codes |= done.codes
-        outcome.reasons |= done.reasons
-    found = records(trials)
-    table = lines(trials, found)
-    _write(out, found, table)
+    out, devices = Path(base.llamafactory["output_dir"]), shares(jobs)
+    with alone(out / "compare") as held:
+        plans = [_plan(trial, mirrored[trial.name], run, given, processes(devices[0])) for trial in trials]
+        finished = [plan.trial.check(plan.identity) for plan in plans]  # all of them before the first begins
+        todo = [plan for plan, is_finished in zip(plans, finished, strict=True) if not is_finished]
+        log.info("%d runs, %d of them finished before", len(trials), len(trials) - len(todo))
+        outcome = Outcome()
+        for wave in _waves(run, given, todo):
+            done = run_all(wave, devices, held)
+            outcome.codes |= done.codes
+            outcome.reasons |= done.reasons
+        found = records(trials)
+        table = lines(trials, found)
+        _write(out, found, table)
     _judge(trials, outcome, out)
     return table
 
 
-def _waves(
-    run: Path, given: Sequence[str], todo: Sequence[tuple[Trial, list[str]]], mirrored: Mapping[str, Trial | None]
-) -> list[list[Task]]:
+@dataclass(frozen=True)
+class _Plan:
+    """A run that may have to be made.
+
+    Attributes:
+        trial: the run.
+        of: the run whose lengths it has, or None.
+        command: makes it.
+        identity: what its result depends on.
+    """
+
+    trial: Trial
+    of: Trial | None
+    command: list[str]
+    identity: dict[str, Any]
+
+    def begin(self) -> None:
+        """Write down what it is, and what it needs."""
+        if self.of is not None:
+            _write_lengths(self.trial, self.of)
+        self.trial.note(self.identity, self.command)
+
+
+def _plan(trial: Trial, of: Trial | None, run: Path, given: Sequence[str], count: int) -> _Plan:
+    file = {} if of is None else {"dataflex.params": {"lengths": str(_lengths_file(trial))}}
+    return _Plan(trial, of, trial.command(run, given, file), trial.identity(of, count))
+
+
+def _waves(run: Path, given: Sequence[str], todo: Sequence[_Plan]) -> list[list[Task]]:
     """Return what is run together: features that several ask for and the runs, then those that mirror others."""
     first: list[Task] = []
     second: list[Task] = []
-    shared = _shared(run, given, [trial for trial, _ in todo])
-    for trial, command in todo:
+    shared = _shared(run, given, [plan.trial for plan in todo])
+    for plan in todo:
+        trial = plan.trial
         after = [shared[trial.name].name] if trial.name in shared else []
-        task = Task(trial.name, command, trial.log, trial.folder, trial.verb, after)
-        (first if mirrored[trial.name] is None else second).append(task)
+        task = Task(trial.name, plan.command, trial.log, trial.folder, trial.verb, after, plan.begin)
+        (first if plan.of is None else second).append(task)
     ahead = list({task.name: task for task in shared.values()}.values())
     return [wave for wave in ([*ahead, *first], second) if wave]
 
@@ -154,8 +176,12 @@ def _shared(run: Path, given: Sequence[str], trials: Sequence[Trial]) -> dict[st
 
 
 def _live(trial: Trial) -> list[FeatureSpec]:
-    """Return the features that a run asks for of the model that it trains."""
-    return [need.spec for need in trial.settings.needs if need.state is None]
+    """Return the features of training rows that a run asks for of the model that it trains.
+
+    Not what it writes and judges itself: a featurize is asked for the targets' features as well, and takes them both.
+    """
+    needs = trial.settings.needs
+    return [need.spec for need in needs if need.state is None and need.of == "train" and not need.spec.rewards]
 
 
 def _mirrored(trial: Trial, trials: Sequence[Trial]) -> Trial | None:

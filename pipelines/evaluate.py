@@ -39,7 +39,7 @@ def evaluate(settings: Settings) -> None:
     nothing |= {"weighter": None, "weighter_params": None, "schedule": Schedule(train_step=1)}
     options = settings.dataflex.model_copy(update={"features": (), "weighter": None})
     settings = settings.model_copy(update={**nothing, "dataflex": options})
-    run_until_update(settings, EvaluateDirector.verb, partial(EvaluateDirector, settings))
+    run_until_update(settings, EvaluateDirector.verb, partial(EvaluateDirector, settings), measures=True)
 
 
 class EvaluateDirector:

@@ -71,21 +71,32 @@ def featurize(settings: Settings, is_worker: bool = False) -> None:
 
 
 def run_until_update(
-    settings: Settings, verb: str, directed: Callable[[DirectedTrainer, str | None], RoundDirector]
+    settings: Settings,
+    verb: str,
+    directed: Callable[[DirectedTrainer, str | None], RoundDirector],
+    measures: bool = False,
 ) -> None:
-    """Run the workflow up to the first update, leaving the run's own output folder as it is."""
+    """Run the workflow up to the first update, leaving the run's own output folder as it is.
+
+    Args:
+        settings: the validated run file.
+        verb: which is run.
+        directed: makes the director.
+        measures: whether the test sets are needed.
+    """
     # One folder for all processes of a launch, another for every other launch at the same time, on whatever node.
     names = ("MASTER_ADDR", "MASTER_PORT") if distributed.world() > 1 else ()
     launch = [os.environ.get(name, "") for name in names] or [platform.node(), str(os.getpid())]
     scratch = Path(settings.llamafactory["output_dir"]) / f".{verb}-{re.sub(r'[^A-Za-z0-9.-]', '_', '-'.join(launch))}"
     arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
     arguments.pop("max_steps", None)
+    measured = {} if measures else {"test_dataset": (), "test_reward": None}
     try:
         workflow.run(
             arguments,
             Directing(directed, settings.schedule, interrupts=True),
             is_training=False,
-            options=settings.dataflex,
+            options=settings.dataflex.model_copy(update=measured),
         )
     finally:
         if distributed.is_main():

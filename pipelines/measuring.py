@@ -34,7 +34,8 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         folder: takes the file.
 
     Returns:
-        Test set -> rows, supervised tokens, `loss` (nats per supervised token of the whole set) and, where the run file
+        Test set -> rows, supervised tokens, `loss` (nats per supervised token of the whole set; None if it is not
+        finite, by `nonfinite` rows) and, where the run file
         names a reward, its mean over the rows that it could score (`reward`, `scored`).
     """
     access = run.access
@@ -50,14 +51,15 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
     found = {name: _summary(table) for name, table in tables.items()}
     for name, about in found.items():
         more = f", reward {about['reward']:.4g} of {about['scored']} responses" if about.get("scored") else ""
-        log.info("test set %s: loss %.4f per token of %d rows%s", name, about["loss"], about["rows"], more)
+        loss = f"{about['loss']:.4f}" if about["loss"] is not None else f"not finite ({about['nonfinite']} rows)"
+        log.info("test set %s: loss %s per token of %d rows%s", name, loss, about["rows"], more)
     return found
 
 
 def _measured(run: Run, name: str, rows: Rows) -> pa.Table:
     """Return the figures of each row of a set. Collective."""
     spec = LossSpec()
-    (store,) = run.access.ensure([spec], rows)
+    (store,) = run.access.ensure([spec], rows, nonfinite_limit=1.0)  # of a lost model the loss is NaN, and said so
     view = run.access.view(spec, rows, store, is_target=True)
     losses = np.where(view.status == Status.NONFINITE, np.nan, view.scalar("loss_sum").astype(np.float64))
     columns = {
@@ -76,7 +78,10 @@ def _measured(run: Run, name: str, rows: Rows) -> pa.Table:
 
 def _summary(table: pa.Table) -> dict[str, Any]:
     tokens, losses = table["tokens"].to_numpy(), table["loss_sum"].to_numpy()
-    about = {"rows": table.num_rows, "tokens": int(tokens.sum()), "loss": float(losses.sum() / tokens.sum())}
+    mean, lost = float(losses.sum() / tokens.sum()), int((~np.isfinite(losses)).sum())
+    about: dict[str, Any] = {"rows": table.num_rows, "tokens": int(tokens.sum()), "loss": None if lost else mean}
+    if lost:
+        about["nonfinite"] = lost
     if "reward" in table.column_names:
         rewards = table["reward"].drop_null().to_numpy()
         about |= {"reward": float(rewards.mean()) if len(rewards) else None, "scored": len(rewards)}

@@ -13,6 +13,9 @@ from dataflex.pipelines.run import Run
 
 log = logging.getLogger(__name__)
 
+TRAINED = "dataflex_summary.json"
+"""In a run's folder: what its training came to."""
+
 
 def write_summary(path: Path, verb: str, run: Run, about: dict[str, Any]) -> None:
     """Join the tallies of all ranks, write them on rank 0, and log one line. Collective."""

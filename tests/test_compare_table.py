@@ -55,7 +55,9 @@ def test_an_interval_is_that_of_students_t(values: list[float]) -> None:
 
 def test_no_interval_is_made_of_one_value_and_no_mean_of_nothing() -> None:
     assert Estimate.of([]) is None
-    assert Estimate.of([1.0, math.nan]) is None
+    lost = Estimate.of([1.0, math.nan])
+    assert lost is not None
+    assert (math.isnan(lost.mean), lost.half, lost.count, str(lost)) == (True, None, 2, "nan")
     one = Estimate.of([1.5])
     assert one is not None
     assert (one.mean, one.half, str(one)) == (1.5, None, "1.5000")

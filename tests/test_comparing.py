@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataflex.config import load
 from dataflex.errors import ConfigError, ConflictError, DataflexError, MismatchError
 from dataflex.pipelines.compare import compare
 from dataflex.pipelines.comparing.arms import arms_of, overrides
+from dataflex.pipelines.comparing.running import alone, processes, shares
 from dataflex.pipelines.comparing.trials import trials_of
 from dataflex.schedule import MOST_STEPS
 from tests.processes import environment
@@ -28,7 +28,8 @@ from tests.workspace import assert_equal_weights
 def write(workspace: Any, name: str = "run", **more: Any) -> Path:
     section = {"store": str(workspace.folder / "store"), "params": {"proj_dim": 256}, "test_dataset": "target_words"}
     section |= more.pop("dataflex", {})
-    return Path(workspace.write(name, dataflex=section, save_strategy="no", update_step=1, **more))
+    keys: dict[str, Any] = {"save_strategy": "no", "update_step": 1, **more}
+    return Path(workspace.write(name, dataflex=section, **keys))
 
 
 def laid_out(path: Path, methods: str, seeds: int = 2, targets: tuple[str, ...] = (), draws: int = 1) -> list[Any]:
@@ -112,21 +113,72 @@ def test_nothing_is_begun_where_something_is_refused(workspace: Any) -> None:
 def test_a_folder_is_one_runs_alone(workspace: Any) -> None:
     (trial,) = laid_out(write(workspace), "less", 1)
     command = trial.command(workspace.folder / "run.yaml", [], {})
-    assert trial.begin(trial.identity(None), command) is False
-    assert trial.begin(trial.identity(None), command) is False  # not finished: it goes on
+    assert command[-2:] == ["seed=42", f'output_dir="{trial.folder}"']
+    assert trial.check(trial.identity(None, 1)) is False
+    trial.note(trial.identity(None, 1), command)
+    assert trial.check(trial.identity(None, 1)) is False  # not finished: it goes on
     (other,) = laid_out(write(workspace, learning_rate=1e-4), "less", 1)
+    assert other.check(other.identity(None, 1)) is False  # nothing was trained yet
+    (trial.folder / "rounds").mkdir()
     with pytest.raises(MismatchError, match=r"arguments\.learning_rate: 0\.003 → 0\.0001"):
-        other.begin(other.identity(None), command)
-    about = json.loads(trial.about.read_text())
-    assert about["command"][-2:] == ["seed=42", f'output_dir="{trial.folder}"'] or "seed=42" in about["command"]
-    status = {"state": "running", "host": os.uname().nodename, "pid": os.getpid()}
-    (trial.folder / "status.json").write_text(json.dumps(status))
-    with pytest.raises(ConflictError, match=f"found process {os.getpid()} at work there"):
-        trial.begin(trial.identity(None), command)
+        other.check(other.identity(None, 1))
+    with pytest.raises(MismatchError, match="processes: 1 → 2"):
+        trial.check(trial.identity(None, 2))
     trial.about.unlink()
-    (trial.folder / "status.json").unlink()
     with pytest.raises(MismatchError, match="what no comparison made"):
-        trial.begin(trial.identity(None), command)
+        trial.check(trial.identity(None, 1))
+
+
+def test_two_comparisons_are_not_made_in_one_folder(workspace: Any) -> None:
+    path = write(workspace)
+    with alone(workspace.folder / "out" / "run" / "compare") as held:
+        with pytest.raises(ConflictError, match="found another comparison at work there"):
+            compare(path, [], ["base"])
+        # Nor where the other is gone and one of its runs is not.
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(held,))
+    with pytest.raises(ConflictError):
+        compare(path, [], ["base"])
+    child.communicate(b"\n")
+    with alone(workspace.folder / "out" / "run" / "compare"):
+        pass
+
+
+def test_it_is_called_once_whatever_starts_processes(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="expected to be called once"):
+        compare(write(workspace), [], ["base"])
+
+
+def test_each_run_has_its_share_of_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,4,6,7")
+    name = "CUDA_VISIBLE_DEVICES"
+    assert shares(1) == [{}]
+    assert shares(2) == [{name: "0,2"}, {name: "4,6"}]
+    assert shares(5) == [{name: each} for each in "02467"]
+    assert [each[name] for each in shares(7)] == ["0", "2", "4", "6", "7", "0", "2"]
+    assert (processes({}), processes({name: "0,2"})) == (5, 2)
+    monkeypatch.setenv("NPROC_PER_NODE", "4")
+    assert processes({}) == 4
+    with pytest.raises(ConfigError, match="NPROC_PER_NODE: found 4; expected at most 2"):
+        processes({name: "0,2"})
+
+
+def test_whatever_says_which_model_is_measured_is_in_the_identity(workspace: Any, tmp_path: Path) -> None:
+    reward = tmp_path / "reward.py"
+    reward.write_text("def f(prompts, responses, references):\n    return [0.0] * len(prompts)\n")
+    judged = {"dataflex": {"test_reward": {"type": "function", "function": f"{reward}:f"}}}
+    evaluated: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+    def named(**more: Any) -> dict[str, Any]:
+        path = write(workspace, **({**judged, **evaluated, "save_strategy": "steps"} | more))
+        return dict(laid_out(path, "less", 1)[0].identity(None, 1))
+
+    before = named()
+    assert named(load_best_model_at_end=True) != before
+    assert named(eval_steps=2, save_steps=2) != before
+    assert named(output_dir=str(workspace.folder / "elsewhere")) == before
+    reward.write_text(reward.read_text().replace("0.0", "1.0"))
+    assert named() != before
 
 
 def test_changed_data_are_another_comparison(workspace: Any, tmp_path: Path) -> None:
@@ -134,15 +186,15 @@ def test_changed_data_are_another_comparison(workspace: Any, tmp_path: Path) -> 
 
     data = shutil.copytree(workspace.tiny.dataset_dir, tmp_path / "copied")
     path = write(workspace, dataset_dir=str(data))
-    before = laid_out(path, "less", 1)[0].identity(None)
-    assert laid_out(path, "less", 1)[0].identity(None) == before
+    before = laid_out(path, "less", 1)[0].identity(None, 1)
+    assert laid_out(path, "less", 1)[0].identity(None, 1) == before
     for name in ("pool", "target_arithmetic", "target_words"):
         file = data / f"{name}.json"
         kept = file.read_text()
         file.write_text(kept.replace("0", "1", 1))
-        assert laid_out(path, "less", 1)[0].identity(None) != before, name
+        assert laid_out(path, "less", 1)[0].identity(None, 1) != before, name
         file.write_text(kept)
-    assert laid_out(path, "less", 1)[0].identity(None) == before
+    assert laid_out(path, "less", 1)[0].identity(None, 1) == before
 
 
 def test_values_pass_the_command_line_as_they_are() -> None:
@@ -225,4 +277,5 @@ def test_interrupted_it_goes_on(workspace: Any) -> None:
     assert left["state"] != "running"  # it was ended too, and could say so
     ran = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+    assert "2 runs, 0 of them finished before" in ran.stderr
     assert "| random" in ran.stdout

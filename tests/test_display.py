@@ -22,7 +22,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[io.StringIO]:
+    caplog.set_level(logging.INFO, "dataflex")
     text = io.StringIO()
     monkeypatch.setattr(display._display, "console", Console(file=text, force_terminal=True, width=100))
     yield text
@@ -90,6 +91,22 @@ def test_other_processes_show_nothing(terminal: io.StringIO, monkeypatch: pytest
     with display.showing("features", 7) as task:
         task.update(3)
     assert terminal.getvalue() == ""
+
+
+def test_who_asked_for_quiet_has_it(terminal: io.StringIO, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "dataflex")
+    with display.showing("features", 7) as task:
+        task.update(7)
+    assert terminal.getvalue() == ""
+
+
+def test_what_is_printed_meanwhile_stays_on_standard_output(
+    terminal: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with display.showing("features", 7):
+        print("a component's own words")
+    assert capsys.readouterr().out == "a component's own words\n"
+    assert "own words" not in terminal.getvalue()
 
 
 def test_batches_count_when_they_are_done_and_once() -> None:

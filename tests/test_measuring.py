@@ -88,6 +88,40 @@ def test_losses_are_those_of_a_loop_over_the_trained_model(
         assert rows.record.tolist() == list(range(8))
 
 
+def test_whatever_becomes_of_the_measuring_the_model_is_saved(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataflex.errors import UnavailableError
+    from dataflex.pipelines import measuring
+
+    def gone(*args: Any) -> None:
+        raise UnavailableError("the judge does not answer")
+
+    real = measuring._measured
+    monkeypatch.setattr(measuring, "_measured", gone)
+    path = workspace.write("run", dataflex=section(workspace))
+    with pytest.raises(UnavailableError):
+        workspace.run("train", path)
+    out = workspace.folder / "out" / "run"
+    assert (out / "adapter_model.safetensors").is_file()
+    assert "test" not in json.loads((out / "dataflex_summary.json").read_text())
+    monkeypatch.setattr(measuring, "_measured", real)
+    summary = workspace.run("train", path)  # no step is done again
+    assert summary["test"]["target_words"]["rows"] == 8
+    assert summary["seconds"] < 60
+    steps = [json.loads(line)["current_steps"] for line in (out / "trainer_log.jsonl").read_text().splitlines()]
+    assert steps.count(1) == 1
+
+
+def test_a_lost_model_has_no_loss_and_ends_well(workspace: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dataflex")
+    path = workspace.write(
+        "run", dataflex=section(workspace, params={}), component_name="random", learning_rate=1e30, save_strategy="no"
+    )
+    summary = workspace.run("train", path)
+    assert summary["test"]["target_words"]["loss"] is None
+    assert summary["test"]["target_words"]["nonfinite"] == 8
+    assert "test set target_words: loss not finite (8 rows)" in caplog.text
+
+
 def test_measuring_moves_nothing_and_costs_the_method_nothing(workspace: Any) -> None:
     plain = {"store": str(workspace.folder / "plain"), "params": {"proj_dim": 256}}
     without = workspace.run("train", workspace.write("without", dataflex=plain))

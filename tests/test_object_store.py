@@ -204,7 +204,6 @@ def test_who_tidies_up_after_a_failure_does_not_wait_as_long_again(
 
 
 @pytest.mark.usefixtures("at_once")
-@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("asked", [KeyboardInterrupt(), Interrupted("SIGTERM: stopped")])
 def test_who_was_asked_to_stop_tidies_up_at_once(asked: BaseException, bucket: str, proxy: Proxy) -> None:
     files = open_files(f"s3://{bucket}/x")
@@ -220,6 +219,7 @@ def test_who_was_asked_to_stop_tidies_up_at_once(asked: BaseException, bucket: s
     assert len(proxy.seen) == 1
 
 
+@pytest.mark.usefixtures("at_once")
 def test_two_writers_commit_each_fragment_once(bucket: str, proxy: Proxy) -> None:
     """Each answer to a commit of the first is lost, so both find their fragments taken."""
     proxy.begin("lost", lambda number, method, path: method == "PUT" and "/log/" in path and number % 2 == 0)

@@ -140,7 +140,12 @@ class FeatureAccess:
         return found
 
     def ensure(
-        self, specs: Sequence[FeatureSpec], rows: Rows, state: StateName = None, among: Rows | None = None
+        self,
+        specs: Sequence[FeatureSpec],
+        rows: Rows,
+        state: StateName = None,
+        among: Rows | None = None,
+        nonfinite_limit: float | None = None,
     ) -> list[ParquetStore]:
         """Compute whatever is missing of several features of the same rows; return their stores. Collective.
 
@@ -152,6 +157,7 @@ class FeatureAccess:
             state: of the model.
             among: the dataset that the rows are some of, which the grid and the share that may be NaN or infinite are
                 of; default: `rows`.
+            nonfinite_limit: the share that may be so; default: the run file's.
 
         Raises:
             CoverageError: rows are missing and `on_missing` is `error`.
@@ -164,7 +170,8 @@ class FeatureAccess:
             self.tally.reused += len(specs) * len(np.unique(rows.keys))
             self.progress.skip(self.passes(specs, rows))
             return self._complete_at[asked]
-        limit = NonfiniteLimit(self._options.nonfinite_limit, len(np.unique((among or rows).keys)))
+        share = self._options.nonfinite_limit if nonfinite_limit is None else nonfinite_limit
+        limit = NonfiniteLimit(share, len(np.unique((among or rows).keys)))
         with stop.held(), self._state.at(state), self.progress.showing(self.passes(specs, rows)):
             stores = {spec: self._open(spec) for spec in specs}
             for source in dict.fromkeys(self._source(spec) for spec in specs):

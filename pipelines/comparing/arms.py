@@ -85,7 +85,7 @@ def _arm(name: str, names: Sequence[str], run: Settings) -> Arm:
         return _mirror(name, of, names, run)
     if name == "base":
         return Arm(name, is_trained=False)
-    random = {"train_type": "dynamic_select", "component_name": "random", "dataflex.params": {}}
+    random = {**_kind("dynamic_select", run), "component_name": "random", "dataflex.params": {}}
     if name == "full":
         steps = _steps(name, run)
         return Arm(name, {**random, "warmup_step": steps, "train_step": steps})
@@ -104,7 +104,8 @@ def _mirror(name: str, of: str, names: Sequence[str], run: Settings) -> Arm:
             f"--methods: found {name}; expected {_MIRRORS}:METHOD with another method of the list, whose lengths it "
             f"takes ({', '.join(others) or 'there is none'})"
         )
-    return Arm(name, {"train_type": "dynamic_select", "component_name": "random", "dataflex.params": {}}, mirrors=of)
+    keys = {**_kind("dynamic_select", run), "component_name": "random", "dataflex.params": {}}
+    return Arm(name, keys, mirrors=of)
 
 
 def _method(name: str, run: Settings) -> dict[str, Any]:
@@ -122,12 +123,16 @@ def _method(name: str, run: Settings) -> dict[str, Any]:
             f"--methods: found {name!r}; expected {', '.join(SPECIAL)}, an entry of dataflex.arms, or a method that "
             f"`dataflex ls` lists{did_you_mean(name, known)}"
         )
-    keys: dict[str, Any] = {"train_type": kind, "component_name": name, "dataflex.params": {}}
-    if kind != run.train_type and run.dataflex.weighter is not None:
-        keys["dataflex.weighter"] = None
-    if kind == "dynamic_weight" and run.train_type != kind:
+    keys: dict[str, Any] = {**_kind(kind, run), "component_name": name, "dataflex.params": {}}
+    if kind != run.train_type:  # kinds count steps differently, and all are to train as long
         keys["train_step"] = _steps(name, run)
     return keys
+
+
+def _kind(kind: str, run: Settings) -> dict[str, Any]:
+    """Return the keys that make a run one of another kind; only a mixer has a weighter beside."""
+    alone = kind != run.train_type and run.dataflex.weighter is not None
+    return {"train_type": kind} | ({"dataflex.weighter": None} if alone else {})
 
 
 def _steps(name: str, run: Settings) -> int:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataflex.errors import Cancelled
+from dataflex import stop
+from dataflex.errors import Cancelled, ConfigError, ConflictError
 
 log = logging.getLogger(__name__)
 
 _LOOK = 0.2
-_PATIENCE = 120.0
-"""Seconds that runs have to write their checkpoints once they are asked to stop."""
+"""Seconds between two looks at what runs."""
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Task:
         folder: where its status file is.
         verb: the command of `dataflex` that it is.
         after: names of tasks that have to come to their end first, well or not.
+        begin: called when it begins.
     """
 
     name: str
@@ -39,6 +43,12 @@ class Task:
     folder: Path
     verb: str
     after: Sequence[str] = ()
+    begin: Callable[[], None] = lambda: None
+
+    @property
+    def status(self) -> Path:
+        """Its status file."""
+        return self.folder / ("status.json" if self.verb == "train" else f"status_{self.verb}.json")
 
 
 @dataclass
@@ -49,89 +59,149 @@ class Outcome:
     reasons: dict[str, str] = field(default_factory=dict)
 
 
-def run_all(tasks: Sequence[Task], jobs: int) -> Outcome:
-    """Run every task once, in order as far as they wait for nothing, at most so many at a time.
+@dataclass
+class _Running:
+    task: Task
+    slot: int
+    process: subprocess.Popen[bytes]
+    begun: float = field(default_factory=time.time)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """Hold a folder until the end of the block, and give the file that does; who inherits it holds the folder too.
+
+    So a comparison that was killed still holds it, as long as one of its runs goes on.
+
+    Raises:
+        ConflictError: another holds it.
+        ConfigError: this is one of several processes.
+    """
+    if "LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise ConfigError(
+            "compare: found one of several processes; expected to be called once: each run starts its own, as "
+            "`dataflex train` does (FORCE_TORCHRUN, NPROC_PER_NODE)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConflictError(
+                f"{folder}: found another comparison at work there, or a run of one; wait for it, or end it"
+            ) from error
+        yield lock.fileno()
+
+
+def run_all(tasks: Sequence[Task], devices: Sequence[Mapping[str, str]], held: int) -> Outcome:
+    """Run every task once, in order as far as they wait for nothing, one for each share of the devices at a time.
 
     One that fails does not keep the others from running.
+
+    Args:
+        tasks: what is run.
+        devices: for each that runs at a time, the variables that give it its share (`shares`).
+        held: the file that holds the comparison's folder.
 
     Raises:
         Interrupted: a signal asked for it; the tasks were asked too, and have ended. Cancelled: Ctrl-C.
     """
-    outcome, waiting = Outcome(), list(tasks)
-    running: dict[str, tuple[Task, int, float, subprocess.Popen[bytes]]] = {}
-    free, known = list(range(jobs)), {task.name for task in tasks}
-    devices = _shares(jobs)
+    outcome, waiting, free = Outcome(), list(tasks), list(range(len(devices)))
+    running: list[_Running] = []
+    known = {task.name for task in tasks}
     try:
-        while waiting or running:
-            ready = [t for t in waiting if all(a in outcome.codes or a not in known for a in t.after)]
-            for task in ready[: len(free)]:
-                waiting.remove(task)
-                slot = free.pop(0)
-                log.info("%s: %s begins (log: %s)", task.name, task.verb, task.log)
-                running[task.name] = task, slot, time.monotonic(), _begun(task, devices[slot])
-            time.sleep(_LOOK)
-            for name, (task, slot, begun, process) in list(running.items()):
-                if (code := process.poll()) is None:
-                    continue
-                del running[name]
-                free.append(slot)
-                outcome.codes[name] = code
-                if code:
-                    outcome.reasons[name] = _reason(task, code)
-                    log.warning("%s: %s failed: %s", name, task.verb, outcome.reasons[name])
-                else:
-                    log.info("%s: done in %.0f s, %d left", name, time.monotonic() - begun, len(waiting) + len(running))
+        with stop.held():  # so that nothing is begun that is not known here
+            while (waiting or running) and not stop.is_asked():
+                ready = [t for t in waiting if all(a in outcome.codes or a not in known for a in t.after)]
+                for task in ready[: len(free)]:
+                    waiting.remove(task)
+                    slot = free.pop(0)
+                    log.info("%s: %s begins (log: %s)", task.name, task.verb, task.log)
+                    running.append(_Running(task, slot, _begun(task, devices[slot], held)))
+                time.sleep(_LOOK)
+                for each in [each for each in running if each.process.poll() is not None]:
+                    running.remove(each)
+                    free.append(each.slot)
+                    _settle(each, outcome, len(waiting) + len(running))
+            if stop.is_asked():
+                stop.leave()
     except KeyboardInterrupt as error:  # a terminal sends it to every process of the group
         raise Cancelled("Ctrl-C: finished runs stay, and the same command goes on from there") from error
     finally:
-        _end([process for _, _, _, process in running.values()])
+        for each in running:
+            each.process.terminate()
+        for each in running:  # as long as their checkpoints take: whoever cannot wait kills them all
+            each.process.wait()
     return outcome
 
 
-def _begun(task: Task, devices: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    task.log.parent.mkdir(parents=True, exist_ok=True)
-    with task.log.open("ab") as out:
-        return subprocess.Popen(
-            task.command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **devices}
-        )
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask processes to stop, and wait for them."""
-    for process in processes:
-        process.terminate()
-    until = time.monotonic() + _PATIENCE
-    for process in processes:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _shares(jobs: int) -> list[dict[str, str]]:
-    """Return for each of so many runs at a time the variable that gives it its share of the GPUs, if there are any."""
+def shares(jobs: int) -> list[dict[str, str]]:
+    """Return for each of so many runs at a time the variables that give it its share of the GPUs, if there are any."""
     if jobs == 1:
         return [{}]
-    import torch  # seconds, and only for those who run several at a time
-
-    name = "CUDA_VISIBLE_DEVICES"
-    visible = [each for each in os.environ.get(name, "").split(",") if each]
-    visible = visible or [str(number) for number in range(torch.cuda.device_count())]
+    visible = _gpus()
     if not visible:
         return [{}] * jobs
     share = max(1, len(visible) // jobs)
-    return [{name: ",".join((visible * jobs)[slot * share : (slot + 1) * share])} for slot in range(jobs)]
+    return [{_VISIBLE: ",".join((visible * jobs)[slot * share : (slot + 1) * share])} for slot in range(jobs)]
 
 
-def _reason(task: Task, code: int) -> str:
-    """Return what a run says of its end: its status file's message, else the last line that it printed."""
-    name = "status.json" if task.verb == "train" else f"status_{task.verb}.json"
-    try:
-        message = json.loads((task.folder / name).read_text("utf-8")).get("message")
-    except (OSError, ValueError, AttributeError):
-        message = None
+def processes(devices: Mapping[str, str]) -> int:
+    """Return by how many processes a run with this share of the devices is trained, on each node.
+
+    Raises:
+        ConfigError: a variable asks for more than there are devices in a share.
+    """
+    count = len(devices[_VISIBLE].split(",")) if _VISIBLE in devices else len(_gpus())
+    asked = os.environ.get("NPROC_PER_NODE", "")
+    if asked.isdecimal() and _VISIBLE in devices and int(asked) > count:
+        raise ConfigError(
+            f"NPROC_PER_NODE: found {asked}; expected at most {count}, the GPUs of each run where --jobs share them"
+        )
+    return int(asked) if asked.isdecimal() else max(1, count)
+
+
+def _gpus() -> list[str]:
+    import torch  # seconds
+
+    if os.environ.get(_VISIBLE):
+        return [each for each in os.environ[_VISIBLE].split(",") if each]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _begun(task: Task, devices: Mapping[str, str], held: int) -> subprocess.Popen[bytes]:
+    task.begin()
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    env = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}  # several may run at a time
+    with task.log.open("ab") as out:
+        return subprocess.Popen(
+            task.command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**env, **devices},
+            pass_fds=(held,),
+        )
+
+
+def _settle(each: _Running, outcome: Outcome, left: int) -> None:
+    """Note how a task has ended."""
+    name, code = each.task.name, each.process.returncode
+    outcome.codes[name] = code
+    if code:
+        outcome.reasons[name] = _reason(each)
+        log.warning("%s: %s failed: %s", name, each.task.verb, outcome.reasons[name])
+    else:
+        log.info("%s: done in %.0f s, %d left", name, time.time() - each.begun, left)
+
+
+def _reason(each: _Running) -> str:
+    """Return what a run says of its end: its status file's message if that is of this launch, else its last line."""
+    task, message = each.task, None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if task.status.stat().st_mtime >= each.begun - 1:
+            message = json.loads(task.status.read_text("utf-8")).get("message")
     if not message:
         lines = task.log.read_text("utf-8", "replace").strip().splitlines()
         message = lines[-1] if lines else "it printed nothing"
-    return f"{' '.join(str(message).split())[:300]} (exit code {code}; log: {task.log})"
+    return f"{' '.join(str(message).split())[:300]} (exit code {each.process.returncode}; log: {task.log})"

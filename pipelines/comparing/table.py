@@ -31,9 +31,11 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate | None:
-        """Estimate the mean of independent values; None of none, or of one that is not finite."""
-        if not values or not all(map(math.isfinite, values)):
+        """Estimate the mean of independent values; None of none, NaN where one is not finite."""
+        if not values:
             return None
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, None, len(values))
         some = np.asarray(values, dtype=np.float64)
         if len(some) < 2:
             return cls(float(some.mean()), None, len(some))
@@ -61,7 +63,8 @@ class Line:
         reward: mean reward of the responses, over training seeds; None where none is named.
         reward_gain: as `gain`, of rewards: above 0 is better.
         seconds: of a run, mean.
-        gradients: per chosen row, mean; None where nothing is chosen.
+        gradients: that the run itself computed per chosen row, mean; None where nothing is trained. What was shared
+            or found in the stores is none of its own.
         steps: optimizer steps of a run.
         missing: runs that did not come to their end.
     """
@@ -98,7 +101,8 @@ def records(trials: Sequence[Trial]) -> list[dict[str, Any]]:
             "gradients_per_chosen_row": summary["gradients_per_chosen_row"],
         }
         for test, measured in summary["test"].items():
-            found.append({**about, "test": test, "reward": None, **measured})
+            loss = math.nan if measured["loss"] is None else measured["loss"]
+            found.append({**about, "test": test, "reward": None, **measured, "loss": loss})
     return found
 
 
@@ -144,7 +148,7 @@ def shown(table: Sequence[Line]) -> list[str]:
     head += ["loss, over draws"] if has["by_draw"] else []
     head += ["less random"]
     head += ["reward", "less random"] if has["reward"] else []
-    head += ["steps", "seconds", "gradients a row"] + (["not finished"] if has["missing"] else [])
+    head += ["steps", "seconds", "own gradients a row"] + (["not finished"] if has["missing"] else [])
     rows = []
     for line in table:
         row = [line.arm, *([line.target or "-"] if has["target"] else []), line.test]
@@ -161,8 +165,14 @@ def shown(table: Sequence[Line]) -> list[str]:
 
 
 def plain(line: Line) -> dict[str, Any]:
-    """Return a line as plain data."""
-    return asdict(line)
+    """Return a line as plain data; JSON has no NaN, so that is null."""
+    return {k: _without_nan(v) for k, v in asdict(line).items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _text(estimate: Estimate | None, sign: bool = False) -> str:

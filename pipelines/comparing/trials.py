@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
 import json
 import os
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dataflex import __version__
 from dataflex.components.registry import import_plugin
 from dataflex.components.user_code import code_digest, modules_digest
 from dataflex.config import load
 from dataflex.config.arguments import ARGUMENTS, SETTINGS
 from dataflex.config.paths import dataset_files, names
 from dataflex.config.settings import Settings
-from dataflex.errors import ConfigError, ConflictError, CorruptionError, MismatchError
+from dataflex.errors import ConfigError, CorruptionError, MismatchError
 from dataflex.features.spec import ENGINE_VERSION
 from dataflex.fingerprint import difference, file_digest, plain
 from dataflex.pipelines.comparing.arms import Arm, overrides
+from dataflex.rewards import build_reward, reward_identity
 from dataflex.whole import replacing
 
 _MEASURED = ("target_rows", "target_seed", "test_dataset", "test_reward", "test_tokens")
 """Keys that reach no value of a given run, and yet what is compared."""
+_CHOOSING = (
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay",
+    "save_strategy", "save_steps", "early_stopping_steps", "resume_from_checkpoint",
+)  # fmt: skip
+"""Keys that move no step, and yet say which model a training ends with."""
+_MODELS = ("model_name_or_path", "adapter_name_or_path", "tokenized_path")
+"""Keys that name folders."""
 _PACKAGES = ("torch", "transformers", "peft", "llamafactory")
 _NAMED = 5
 
@@ -97,81 +106,82 @@ class Trial:
             return None
         return dict(_json(summary)) if _json(status).get("state") == "finished" else None
 
-    def _at_work(self) -> int | None:
-        """Return the process of this machine that trains there, None if there is none."""
-        status = _json(self._status) if self._status.is_file() else {}
-        if status.get("state") != "running" or status.get("host") != socket.gethostname():
-            return None
-        try:
-            os.kill(int(status["pid"]), 0)
-        except (OSError, ValueError, KeyError):
-            return None
-        return int(status["pid"])
-
-    def begin(self, identity: Mapping[str, Any], command: Sequence[str]) -> bool:
-        """Write what it is beside its folder; return whether it has been finished under the same identity before.
+    def check(self, identity: Mapping[str, Any]) -> bool:
+        """Hold its folder against what it is to be; return whether it has been finished so before.
 
         Raises:
             MismatchError: the folder holds another run.
-            ConflictError: a process of this machine is at work there.
         """
-        if (pid := self._at_work()) is not None:
-            raise ConflictError(f"{self.folder}: found process {pid} at work there; wait for it, or end it")
-        if self.about.is_file():
-            changed = difference(plain(dict(identity)), _json(self.about)["identity"])
-            if changed:
-                more = f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+        if not self.about.is_file():
+            if self.folder.exists():
                 raise MismatchError(
-                    f"{self.folder}: found a run that was begun otherwise (there → here): "
-                    f"{'; '.join(changed[:_NAMED])}{more}\n  expected the same comparison, whose finished runs are "
-                    f"kept, or none\n  remove {self.folder}*, or name another output_dir"
+                    f"{self.folder}: found what no comparison made; remove it, or name another output_dir"
                 )
-            if self.summary is not None:
-                return True
-        elif self.folder.exists():
-            raise MismatchError(f"{self.folder}: found what no comparison made; remove it, or name another output_dir")
+            return False
+        changed = difference(plain(dict(identity)), _json(self.about)["identity"])
+        if changed and self._is_begun:
+            more = f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+            raise MismatchError(
+                f"{self.folder}: found a run that was begun otherwise (there → here): {'; '.join(changed[:_NAMED])}"
+                f"{more}\n  expected the same comparison, whose finished runs are kept, or none\n  remove "
+                f"{self.folder} and {self.about.name} beside it, or name another output_dir"
+            )
+        return not changed and self.summary is not None
+
+    @property
+    def _is_begun(self) -> bool:
+        """Whether anything was trained there."""
+        return (self.folder / "rounds").exists() or any(self.folder.glob("checkpoint-*")) or self.summary is not None
+
+    def note(self, identity: Mapping[str, Any], command: Sequence[str]) -> None:
+        """Write what it is beside its folder, as it begins."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.about) as temporary:
             about = {"name": self.name, "command": list(command), "identity": plain(dict(identity))}
             temporary.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-        return False
 
-    def identity(self, mirrored: Trial | None) -> dict[str, Any]:
+    def identity(self, mirrored: Trial | None, processes: int) -> dict[str, Any]:
         """Return what its result depends on, as far as that can be told without reading weights.
 
-        Data are told by content, a model's folder by the name, size and time of its files, a name on the Hub by itself.
+        Data and files that keys name are told by content, a model's folder by the name, size and time of its files, a
+        name on the Hub by itself.
+
+        Args:
+            mirrored: the run whose lengths it has.
+            processes: that it is trained by, which the global batch follows from.
         """
-        settings = self.settings
-        of_files = {"dataset_dir", "tokenized_path"} | {k for k, way in ARGUMENTS.items() if way == "content"}
-        without = of_files | {k for k, way in ARGUMENTS.items() if way == "no value"}
-        arguments = {k: v for k, v in settings.llamafactory.items() if k not in without}
+        settings, llamafactory = self.settings, self.settings.llamafactory
+        without = {k for k, way in ARGUMENTS.items() if way == "no value"} - set(_CHOOSING) | {"dataset_dir"}
         ours = {k for k, way in SETTINGS.items() if way == "identity"} | set(_MEASURED)
-        models = names(settings.llamafactory.get("model_name_or_path"))
-        models += names(settings.llamafactory.get("adapter_name_or_path"))
+        params = [None if some is None else some.model_dump(mode="json") for some in _params(settings)]
+        models = [each for key in _MODELS for each in names(llamafactory.get(key))]
+        reward = settings.dataflex.test_reward
+        sets = {"dataset", "eval_dataset"}
+        wanted = [*(each for key in sets for each in names(llamafactory.get(key))), *settings.dataflex.test_dataset]
         return {
             "verb": self.verb,
-            "arguments": arguments,
+            "arguments": _by_content({k: v for k, v in llamafactory.items() if k not in without}),
             "settings": {
                 k: v
                 for holder in (settings.keys, settings.dataflex)
-                for k, v in holder.model_dump(mode="json", include=ours).items()
+                for k, v in holder.model_dump(mode="json", include=ours | {"early_stopping_min_delta"}).items()
             },
             "component": settings.component_name,
-            "params": None if settings.params is None else settings.params.model_dump(mode="json"),
-            "weighter": None if settings.weighter_params is None else settings.weighter_params.model_dump(mode="json"),
+            "params": _by_content(params),
+            "reward": None
+            if reward is None
+            else reward_identity(build_reward(reward.type, reward.params(), settings.dataflex.plugins)),
             "code": [code_digest(settings.component), code_digest(settings.weighter)],
             "plugins": modules_digest(import_plugin(name).__name__ for name in settings.dataflex.plugins),
-            "data": {
-                key: _data(settings, wanted)
-                for key, wanted in (
-                    ("dataset", names(settings.llamafactory.get("dataset"))),
-                    ("eval_dataset", names(settings.llamafactory.get("eval_dataset"))),
-                    ("test_dataset", list(settings.dataflex.test_dataset)),
-                )
-            },
+            "data": _data(sorted(set(wanted)), llamafactory.get("dataset_dir", "data")),
             "models": {name: _files(Path(name).expanduser()) for name in models},
-            "versions": {"engine": ENGINE_VERSION, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
-            "lengths of": mirrored.identity(None) if mirrored is not None else None,
+            "processes": processes,
+            "versions": {
+                "dataflex": __version__,
+                "engine": ENGINE_VERSION,
+                **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            },
+            "lengths of": mirrored.identity(None, processes) if mirrored is not None else None,
         }
 
 
@@ -206,12 +216,15 @@ def trials_of(
             "rows are drawn"
         )
     root, first = Path(base.llamafactory["output_dir"]) / "compare", base.llamafactory.get("seed", 42)
-    is_drawn, least = base.dataflex.target_rows is not None, base.dataflex.target_seed
-    found = []
+    if not arms or len(set(targets)) < len(targets):
+        named = ",".join(targets) if arms else "no method"
+        raise ConfigError(f"--methods, --targets: found {named}; expected methods, and each target set once")
+    found: list[Trial] = []
     for arm in arms:
         settings = load(run, [*given, *overrides(arm.keys)])
         is_shown = arm.is_trained and _is_shown_targets(settings)
         trainings = range(first, first + seeds) if arm.is_trained else [None]
+        is_drawn, least = settings.dataflex.target_rows is not None, settings.dataflex.target_seed
         draws = range(least, least + target_seeds) if is_shown and is_drawn else [None]
         for target, draw, seed in itertools.product(targets if is_shown and targets else [None], draws, trainings):
             chosen = {"eval_dataset": target, "dataflex.target_seed": draw, "seed": seed}
@@ -232,10 +245,37 @@ def _is_shown_targets(settings: Settings) -> bool:
     return any(need.of == "targets" for need in settings.needs) or any(each.needs_targets for each in methods)
 
 
-def _data(settings: Settings, wanted: Sequence[str]) -> dict[str, Any]:
-    """Return the content of each dataset's files; nothing more of one that is elsewhere."""
-    found = dataset_files(wanted, settings.llamafactory.get("dataset_dir", "data"))
-    return {name: {file.name: file_digest(file) for file in files} for name, files in found.items()}
+def _params(settings: Settings) -> tuple[Any, Any]:
+    return settings.params, settings.weighter_params
+
+
+def _data(wanted: Sequence[str], directory: str) -> dict[str, Any]:
+    """Return the registration of each dataset and the content of its files; nothing more of one that is elsewhere."""
+    info = Path(directory) / "dataset_info.json"
+    entries = _json(info) if info.is_file() else {}
+    found = dataset_files(wanted, directory)
+    return {name: [entries.get(name), {file.name: _digest(file) for file in files}] for name, files in found.items()}
+
+
+def _by_content(value: Any) -> Any:
+    """Return plain data with the content beside each text that is the path of a file."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_by_content(each) for each in value]
+    is_file = isinstance(value, str) and os.path.isfile(os.path.expanduser(value))
+    return [value, _digest(Path(value).expanduser())] if is_file else value
+
+
+def _digest(file: Path) -> str:
+    """Return the SHA-256 of a file, which is read once."""
+    about = file.stat()
+    return _digest_of(file.resolve(), about.st_size, about.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of(file: Path, size: int, time: int) -> str:
+    return file_digest(file)
 
 
 def _files(folder: Path) -> list[list[Any]] | None:

@@ -17,7 +17,6 @@ from dataflex.errors import MismatchError
 from dataflex.fingerprint import keys_digest
 from dataflex.mixers.base import NativeMixer, Statistics, normalised
 from dataflex.pipelines.json_state import kept_by_json
-from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.mixing.domains import MixtureManager, domains_of
 from dataflex.pipelines.mixing.drawing import Drawing
 from dataflex.pipelines.mixing.mixture_log import MixRecord, by_name, in_order, metrics, named
@@ -25,7 +24,7 @@ from dataflex.pipelines.mixing.shares import Shares
 from dataflex.pipelines.mixing.signals import freeze_routers, signals
 from dataflex.pipelines.mixing.watch import Watch
 from dataflex.pipelines.run import open_run
-from dataflex.pipelines.summary import write_summary
+from dataflex.pipelines.summary import TRAINED, write_summary
 from dataflex.schedule import Round
 from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.micro_batch import ROWS
@@ -237,10 +236,8 @@ class MixingDirector:
             "proportions": named(names, shares.now),
             "realised_rows": named(names, served),
             "passes": named(names, served / self.domains.rows),
-            "test": measure(self.run, self.trainer.output_dir),
         }
-        path = self.trainer.output_dir / "dataflex_summary.json"
-        write_summary(path, "train", self.run, about)
+        write_summary(self.trainer.output_dir / TRAINED, "train", self.run, about)
         shown = ", ".join(f"{n} {s / max(1, served.sum()):.1%}" for n, s in zip(names, served, strict=True))
         log.info("rows trained on: %s", shown)
         outcome = self.mixer.outcome()
@@ -251,7 +248,7 @@ class MixingDirector:
 
     def _tell(self, round: Round, line: Mapping[str, Any]) -> None:
         """Show what was decided to whoever follows the training, no more often than losses are."""
-        step, every = round.first_step, max(1, int(self.trainer.args.logging_steps))
+        step, every = round.first_step, max(1, int(self.trainer.state.logging_steps))
         if round.number >= 0 and step == self.trainer.state.global_step and step // every != self._told // every:
             self._told = step
             self.trainer.log(metrics(line))

@@ -14,12 +14,11 @@ from dataflex.checkpoints.marks import FOLDER
 from dataflex.config.settings import Settings
 from dataflex.errors import CoverageError, DataflexError
 from dataflex.live.moments import MOMENTS_FILE
-from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.run import open_run
 from dataflex.pipelines.selecting import update, warmup
 from dataflex.pipelines.selecting.beginning import Begun, begin
 from dataflex.pipelines.selecting.diagnostics import Diagnostics
-from dataflex.pipelines.summary import write_summary
+from dataflex.pipelines.summary import TRAINED, write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.trainers.directing import DirectedTrainer
@@ -126,8 +125,7 @@ class SelectingDirector:
         """Write the run's summary."""
         trainer = self.run.trainer
         self.warm.release()
-        measured = measure(self.run, trainer.output_dir)
-        self.summarise(trainer.output_dir / "dataflex_summary.json", steps=trainer.state.global_step, test=measured)
+        self.summarise(trainer.output_dir / TRAINED, steps=trainer.state.global_step)
 
     def summarise(self, path: Path, **more: Any) -> None:
         """Write what the run came to. Collective."""

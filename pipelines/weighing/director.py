@@ -15,9 +15,8 @@ from dataflex.components.user_code import code_digest
 from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.pipelines.json_state import kept_by_json
-from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.run import Run, open_run
-from dataflex.pipelines.summary import write_summary
+from dataflex.pipelines.summary import TRAINED, write_summary
 from dataflex.pipelines.weighing.anchors import Anchors
 from dataflex.trainers.directing import DirectedTrainer
 from dataflex.trainers.factors import ByWeighter
@@ -95,9 +94,7 @@ class WeighingDirector:
     def finish(self) -> None:
         """Write the run's summary."""
         trainer = self.run.trainer
-        path = trainer.output_dir / "dataflex_summary.json"
-        measured = measure(self.run, trainer.output_dir)
-        write_summary(path, "train", self.run, {"steps": trainer.state.global_step, "test": measured})
+        write_summary(trainer.output_dir / TRAINED, "train", self.run, {"steps": trainer.state.global_step})
         if distributed.is_main():
             self.run.access.record.finish()
 
