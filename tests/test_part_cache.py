@@ -259,3 +259,8 @@ def test_another_process_that_makes_room_too_ends_nothing(
     cache.keep("f" * 64, 0, b"abc")
     assert cache.read("f" * 64) == b"abc"
     assert not caplog.records
+
+
+def test_a_limit_that_is_set_to_nothing_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATAFLEX_CACHE_GB", "")
+    assert part_cache() is not None
