@@ -21,6 +21,11 @@ log = logging.getLogger(__name__)
 FILE = "status.json"
 
 
+def file_of(verb: str) -> str:
+    """Return the name of the file that says how a command ended."""
+    return FILE if verb == "train" else f"status_{verb}.json"
+
+
 class Report:
     """The file of one command, written on rank 0 as its state changes.
 

@@ -153,8 +153,9 @@ def test_each_run_has_its_share_of_the_devices(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,4,6,7")
     name = "CUDA_VISIBLE_DEVICES"
     assert shares(1) == [{}]
-    assert shares(2) == [{name: "0,2"}, {name: "4,6"}]
-    assert shares(5) == [{name: each} for each in "02467"]
+    port = {"MASTER_PORT": ""}  # a run finds a free one
+    assert shares(2) == [{name: "0,2", **port}, {name: "4,6", **port}]
+    assert shares(5) == [{name: each, **port} for each in "02467"]
     assert [each[name] for each in shares(7)] == ["0", "2", "4", "6", "7", "0", "2"]
     assert (processes({}), processes({name: "0,2"})) == (5, 2)
     monkeypatch.setenv("NPROC_PER_NODE", "4")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dataflex import stop
 from dataflex.errors import Cancelled, ConfigError, ConflictError
+from dataflex.status import file_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Task:
     @property
     def status(self) -> Path:
         """Its status file."""
-        return self.folder / ("status.json" if self.verb == "train" else f"status_{self.verb}.json")
+        return self.folder / file_of(self.verb)
 
 
 @dataclass
@@ -139,11 +140,10 @@ def shares(jobs: int) -> list[dict[str, str]]:
     """Return for each of so many runs at a time the variables that give it its share of the GPUs, if there are any."""
     if jobs == 1:
         return [{}]
-    visible = _gpus()
-    if not visible:
-        return [{}] * jobs
+    own_port, visible = {"MASTER_PORT": ""}, _gpus()  # one port would be everyone's
     share = max(1, len(visible) // jobs)
-    return [{_VISIBLE: ",".join((visible * jobs)[slot * share : (slot + 1) * share])} for slot in range(jobs)]
+    parts = [(visible * jobs)[slot * share : (slot + 1) * share] for slot in range(jobs)]
+    return [own_port | ({_VISIBLE: ",".join(part)} if part else {}) for part in parts]
 
 
 def processes(devices: Mapping[str, str]) -> int:
@@ -172,14 +172,13 @@ def _gpus() -> list[str]:
 def _begun(task: Task, devices: Mapping[str, str], held: int) -> subprocess.Popen[bytes]:
     task.begin()
     task.log.parent.mkdir(parents=True, exist_ok=True)
-    env = {name: value for name, value in os.environ.items() if name != "MASTER_PORT"}  # several may run at a time
     with task.log.open("ab") as out:
         return subprocess.Popen(
             task.command,
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**env, **devices},
+            env={**os.environ, **devices},
             pass_fds=(held,),
         )
 

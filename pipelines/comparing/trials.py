@@ -25,6 +25,7 @@ from dataflex.features.spec import ENGINE_VERSION
 from dataflex.fingerprint import difference, file_digest, plain
 from dataflex.pipelines.comparing.arms import Arm, overrides
 from dataflex.rewards import build_reward, reward_identity
+from dataflex.status import file_of
 from dataflex.whole import replacing
 
 _MEASURED = ("target_rows", "target_seed", "test_dataset", "test_reward", "test_tokens")
@@ -90,10 +91,6 @@ class Trial:
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
-    def _status(self) -> Path:
-        return self.folder / ("status.json" if self.verb == "train" else "status_evaluate.json")
-
-    @property
     def summary(self) -> dict[str, Any] | None:
         """What the run came to; None of one that has not come to its end.
 
@@ -101,7 +98,7 @@ class Trial:
             CorruptionError: its files cannot be read.
         """
         verb = "summary" if self.verb == "train" else self.verb
-        status, summary = self._status, self.folder / f"dataflex_{verb}.json"
+        status, summary = self.folder / file_of(self.verb), self.folder / f"dataflex_{verb}.json"
         if not status.is_file() or not summary.is_file():
             return None
         return dict(_json(summary)) if _json(status).get("state") == "finished" else None
@@ -153,7 +150,10 @@ class Trial:
         settings, llamafactory = self.settings, self.settings.llamafactory
         without = {k for k, way in ARGUMENTS.items() if way == "no value"} - set(_CHOOSING) | {"dataset_dir"}
         ours = {k for k, way in SETTINGS.items() if way == "identity"} | set(_MEASURED)
-        params = [None if some is None else some.model_dump(mode="json") for some in _params(settings)]
+        params = [
+            None if some is None else some.model_dump(mode="json")
+            for some in (settings.params, settings.weighter_params)
+        ]
         models = [each for key in _MODELS for each in names(llamafactory.get(key))]
         reward = settings.dataflex.test_reward
         sets = {"dataset", "eval_dataset"}
@@ -243,10 +243,6 @@ def _is_shown_targets(settings: Settings) -> bool:
     """Say whether a method compares rows with target rows."""
     methods = [each for each in (settings.new_method(), settings.new_weighter()) if each is not None]
     return any(need.of == "targets" for need in settings.needs) or any(each.needs_targets for each in methods)
-
-
-def _params(settings: Settings) -> tuple[Any, Any]:
-    return settings.params, settings.weighter_params
 
 
 def _data(wanted: Sequence[str], directory: str) -> dict[str, Any]:
