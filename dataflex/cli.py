@@ -42,7 +42,7 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Each takes the place of the file's value; dotted keys reach into mappings."
     ),
 ]
-_CALM = {"LLAMAFACTORY_VERBOSITY": "WARNING", "TRANSFORMERS_VERBOSITY": "warning", "TQDM_DELAY": "5"}
+QUIET = {"LLAMAFACTORY_VERBOSITY": "WARNING", "TRANSFORMERS_VERBOSITY": "warning", "TQDM_DELAY": "5"}
 """Of the libraries below, where nobody has set it and --verbose is not given."""
 
 
@@ -134,7 +134,7 @@ def options(
     if not verbose:
         # Before these are imported: LLaMA-Factory and Transformers then say what is wrong and no more, and a bar of
         # `datasets` shows only where it takes long.
-        for name, value in _CALM.items():
+        for name, value in QUIET.items():
             os.environ.setdefault(name, value)
     # As under torchrun's -m, so that modules beside the run file's command are found either way; last, to hide nothing.
     if str(Path.cwd()) not in sys.path:

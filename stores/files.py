@@ -224,7 +224,8 @@ class LocalFiles(Files):
         try:
             mode = os.stat(self.root / path).st_mode
         except (FileNotFoundError, NotADirectoryError):
-            if not os.path.lexists(self.root / path):
+            # Asked again, because another process may have made it meanwhile.
+            if not os.path.islink(self.root / path) or os.path.exists(self.root / path):
                 return None
             found = "a link to nothing"
         else:

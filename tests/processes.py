@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from dataflex.cli import QUIET
+
 
 def environment(**more: str) -> dict[str, str]:
     root = Path(__file__).parents[1]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     python = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    return os.environ | {"PATH": path, "PYTHONPATH": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+    # A command that ran within the tests' own process has set what makes the libraries quiet; a user's shell has not.
+    outer = {name: value for name, value in os.environ.items() if name not in QUIET}
+    return outer | {"PATH": path, "PYTHONPATH": python, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
 def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:

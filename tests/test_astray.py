@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,3 +159,18 @@ def test_a_record_that_is_none_is_told_in_words(text: str, root: Path, capsys: p
         assert err.count(name) <= times, name
     assert sum(bool(part["faults"]) for part in json.loads(out).values()) == 2
     assert [part.name for part in repair(LocalFiles(root)) if part.faults]
+
+
+def test_what_another_process_makes_meanwhile_is_not_astray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that begin in one new store: one looks at a folder just before the other has made it."""
+    files, real = LocalFiles(tmp_path), os.stat
+
+    def slow(path: Path, **kwargs: Any) -> os.stat_result:
+        try:
+            return real(path, **kwargs)
+        finally:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
+
+    monkeypatch.setattr(os, "stat", slow)
+    assert files.misplaced("store", "folder") is None
