@@ -23,6 +23,7 @@ from dataflex.live.state import ModelState
 from dataflex.method import Method
 from dataflex.pipelines.identity import run_identity
 from dataflex.pipelines.mixing.reference_losses import check_reference
+from dataflex.pipelines.recording import record as write_down
 from dataflex.rows import Rows
 from dataflex.schedule import Round, Schedule
 from dataflex.selectors.base import NativeSelector
@@ -191,6 +192,7 @@ def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Se
     identity = run_identity(settings, trainer, state, methods)
     root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], verb, named, settings.component_name or "")
+    write_down(verb, settings, trainer, identity, named)
     run = Run(
         settings=settings,
         trainer=trainer,

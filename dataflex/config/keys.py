@@ -192,6 +192,12 @@ class DataflexKeys(Parameters):
         None, description="what the likeliest response to each prompt of them is worth as well, {type: exact_match}"
     )
     test_tokens: int = Field(512, ge=1, description="tokens of such a response, at most")
+    keep_texts: int = Field(
+        500,
+        ge=0,
+        description="rows of each round, at most, whose text is kept beside it for `dataflex show` and `report`; 0: of "
+        "none",
+    )
     arms: dict[str, dict[str, Any]] = Field(
         {}, description="variants of this run for `dataflex compare`: name -> the (dotted) keys that differ"
     )

@@ -142,13 +142,18 @@ def _in_a_line(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
+def is_secret(path: str) -> bool:
+    """Say whether a key's value may be something that people should not see."""
+    return _SECRET.search(path) is not None
+
+
 def show(path: str, value: Any) -> str:
     """Return a value as people may see it: short, control characters escaped, secrets hidden."""
     if value is NOTHING:
         return "nothing"
     if value is None:
         return "nothing (null)"
-    if _SECRET.search(path):
+    if is_secret(path):
         return "a value (not shown)"
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -49,6 +49,10 @@ class Journal:
         """Return where a round is, or would be."""
         return self.folder / f"round-{number:05d}.parquet"
 
+    def texts(self, number: int) -> Path:
+        """Return where the texts of a round are, or would be (`dataflex.results.texts`)."""
+        return self.folder / f"texts-{number:05d}.parquet"
+
     def numbers(self) -> list[int]:
         """Return the numbers of the rounds recorded, in order."""
         return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.parquet"))
@@ -164,8 +168,9 @@ class Journal:
 
     def clear(self) -> None:
         """Remove the rounds of an earlier run."""
-        for path in (*self.folder.glob("round-*.parquet"), *self.folder.glob("pool-*.parquet")):
-            path.unlink()
+        for kind in ("round", "pool", "texts"):
+            for path in self.folder.glob(f"{kind}-*.parquet"):
+                path.unlink()
 
     def _pool(self, number: int) -> Path:
         return self.folder / f"pool-{number:05d}.parquet"

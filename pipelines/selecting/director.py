@@ -18,6 +18,7 @@ from dataflex.pipelines.run import open_run
 from dataflex.pipelines.selecting import update, warmup
 from dataflex.pipelines.selecting.beginning import Begun, begin
 from dataflex.pipelines.selecting.diagnostics import Diagnostics
+from dataflex.pipelines.selecting.kept_texts import keep
 from dataflex.pipelines.summary import TRAINED, write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round
@@ -59,6 +60,7 @@ class SelectingDirector:
         self.run, self.warm, self.start = begun.run, begun.warm, begun.start
         self.settings = begun.run.settings
         self.updates: list[dict[str, Any]] = []
+        self._keep_texts_of_earlier()
 
     @property
     def rounds(self) -> Sequence[Round]:
@@ -83,11 +85,25 @@ class SelectingDirector:
                 {"round": round.number, **{k: decided.info[k] for k in ("computed", "reused", "seconds")}}
             )
         decided = distributed.broadcast(decided)
+        if round.kind == "warmup":
+            keep(self.run, decided)
         if distributed.is_main():
             self.run.journal.write(decided, self.run.rows)
         log.info("%s", _line(decided, self.run.rows))
         self._diagnosed(decided)
         return decided
+
+    def _keep_texts_of_earlier(self) -> None:
+        """Keep what the rows of rounds say that were begun elsewhere: they come with a kept state, without texts."""
+        run = self.run
+        if self.verb != "train" or not distributed.is_main() or not self.settings.dataflex.keep_texts:
+            return
+        known = {round.number: round for round in self.rounds}
+        for number in run.journal.numbers():
+            if number in known and not run.journal.texts(number).exists():
+                found = run.journal.read(known[number], run.rows.keys, run.trainer.global_batch)
+                if found is not None:
+                    keep(run, found)
 
     def _diagnosed(self, decided: DecidedRound) -> None:
         """Show what an update came to: in one line and, if it begins now, to whoever follows the training's log."""

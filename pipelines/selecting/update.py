@@ -18,14 +18,13 @@ from dataflex.features.need import StateName
 from dataflex.features.spec import FeatureSpec
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose
+from dataflex.pipelines.selecting.kept_texts import Views, keep
 from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.selectors.base import BASE, Context, Need, Selection, View
 from dataflex.stores.parquet import ParquetStore
 from dataflex.trainers.rounds import DecidedRound
-
-_Asked = tuple[FeatureSpec, str | None, StateName]
 
 
 def decide(run: Run, round: Round) -> DecidedRound:
@@ -54,7 +53,9 @@ def decide(run: Run, round: Round) -> DecidedRound:
         "recipes": [run.access.recipe(need.spec) for need in run.live_needs],
         "diagnostics": chosen.diagnostics.plain(),
     }
-    return DecidedRound(round, selection.rows[order], scores[order], ages[order].astype(np.int32), info)
+    decided = DecidedRound(round, selection.rows[order], scores[order], ages[order].astype(np.int32), info)
+    keep(run, decided, selection.pool, chosen.views)
+    return decided
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ class Chosen:
         selection: the rows.
         updated: (N,) int32, the update at which the features of each training row were computed.
         diagnostics: what the update looks like as a whole.
+        views: the features that were asked for.
     """
 
     selection: Selection
     updated: np.ndarray
     diagnostics: Diagnostics
+    views: Views
 
 
 def choose(run: Run, round: Round, count: int) -> Chosen:
@@ -82,7 +85,8 @@ def choose(run: Run, round: Round, count: int) -> Chosen:
     run.check(selection.rows, count)
     earlier = [r for r in run.updates if r.number < round.number]
     last = run.decided(earlier[-1]).rows if earlier else None
-    return Chosen(selection, features.updated, diagnose(run.rows, selection, features.of_training_rows, last))
+    found = diagnose(run.rows, selection, features.of_training_rows, last)
+    return Chosen(selection, features.updated, found, features.views)
 
 
 def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:
@@ -129,7 +133,7 @@ class UpdateFeatures:
         run = self.run
         self.update = run.update_number(self.round)
         self.updated = np.full(len(run.rows), self.update, dtype=np.int32)
-        self._views: dict[_Asked, View] = {}
+        self._views: dict[tuple[FeatureSpec, str | None, StateName], View] = {}
         self._refresh = run.settings.dataflex.refresh
         last = self._last_updated()
         if last is not None:
@@ -173,6 +177,11 @@ class UpdateFeatures:
         if rows is None:
             self._views[asked] = view
         return view
+
+    @property
+    def views(self) -> Views:
+        """All features that were asked for so far."""
+        return self._views
 
     @property
     def of_training_rows(self) -> list[tuple[FeatureSpec, View]]:
