@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dataflex import distributed, mix_verbs, stop, store_verbs
+from dataflex import distributed, mix_verbs, run_verbs, stop, store_verbs
 from dataflex.answer import Json, answer
 from dataflex.errors import Cancelled, ConfigError, DataflexError, Interrupted
 from dataflex.faults import of_user_code, told
@@ -32,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,
 )
+app.command()(run_verbs.show)
+app.command()(run_verbs.report)
 app.add_typer(store_verbs.app, name="store")
 app.add_typer(mix_verbs.app, name="mix")
 
@@ -315,6 +317,7 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     """Give the settings in every process of the run; the process that was called becomes their launcher."""
     from dataflex.config.outputs import refuse_misplaced
     from dataflex.launch import launch
+    from dataflex.results.warned import kept
     from dataflex.status import reported
 
     settings = _settings(run, overrides)
@@ -328,7 +331,9 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
             if distributed.local_rank() == 0 and settings.llamafactory.get("output_dir"):
                 refuse_misplaced(settings.llamafactory["output_dir"])
             distributed.prepare()
-            yield settings
+            keeps = verb == "train" and distributed.is_main() and settings.llamafactory.get("output_dir")
+            with kept(settings.llamafactory["output_dir"]) if keeps else contextlib.nullcontext():
+                yield settings
     except KeyboardInterrupt as interrupt:  # behind the pipelines' imports it says more: `trainers.stopping`
         rest = "the same command begins where this one would have"
         raise Cancelled(f"Ctrl-C: {verb} stopped; what is committed stays, and {rest}") from interrupt

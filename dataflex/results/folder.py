@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataflex.errors import ConfigError, CorruptionError
-from dataflex.results import row_map, texts
+from dataflex.results import row_map, texts, warned
 
 ABOUT = "dataflex_run.json"
 ROWS = "dataflex_rows.parquet"
@@ -133,7 +134,7 @@ class RunFolder:
             info = dict(json.loads((table.schema.metadata or {})[b"dataflex"]))
             round = info.pop("round")
             lines = {name: _column(table, name, kind) for name, kind in _ROUND.items()}
-            rows = pa.table({"position": pa.array(range(len(table)), pa.int64()), **lines})
+            rows = pa.table({"position": pa.array(np.arange(len(table))), **lines})
             return RecordedRound(
                 number, round["kind"], round["first_step"], round["steps"], round["update"], info, rows
             )  # fmt: skip
@@ -183,6 +184,11 @@ class RunFolder:
             if isinstance(step, int):
                 steps.setdefault(step, {"step": step}).update({k: v for k, v in line.items() if v is not None})
         return [steps[step] for step in sorted(steps)]
+
+    @cached_property
+    def warnings(self) -> list[str]:
+        """What the training warned of, each once."""
+        return [str(line.get("text")) for line in self._lines(warned.FILE)]
 
     def losses(self) -> pa.Table:
         """Return `step`, training `loss`, `eval_loss`, `learning_rate`; null where none was logged."""

@@ -125,11 +125,19 @@ class Journal:
         ages = table["age"].fill_null(-1).to_numpy().astype(np.int32)
         return DecidedRound(round, rows, scores, ages, about)
 
-    def write_pool(self, number: int, scores: np.ndarray, updated: np.ndarray) -> None:
-        """Record every training row: its score (null: cannot be chosen) and the update it was computed at."""
+    def write_pool(self, number: int, scores: np.ndarray, updated: np.ndarray, norms: np.ndarray) -> None:
+        """Record every training row.
+
+        Args:
+            number: of the round.
+            scores: (N,), not finite where a row cannot be chosen.
+            updated: (N,) the update at which a row's features were computed.
+            norms: (N,) of its gradient, NaN where there is none.
+        """
         columns = {
             "score": pa.array(scores, pa.float32(), mask=~np.isfinite(scores)),
             "updated": pa.array(updated, pa.int32()),
+            "norm": pa.array(norms, pa.float32(), mask=~np.isfinite(norms)),
         }
         self._put(self._pool(number), pa.table(columns))
 

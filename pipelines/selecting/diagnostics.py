@@ -106,7 +106,7 @@ def diagnose(
     return Diagnostics(
         **_spread(scores[np.isfinite(scores)]),
         length_correlation=rank_correlation(scores, rows.length),
-        norm_correlation=rank_correlation(scores, _norms(views, len(rows))),
+        norm_correlation=rank_correlation(scores, gradient_norms(views, len(rows))),
         common_direction=_directions(views),
         overlap=None if last is None else _rounded(np.isin(np.unique(selection.rows), last).mean()),
         sources={rows.names[name]: count for name, count in zip(names.tolist(), counts.tolist(), strict=True)},
@@ -164,7 +164,7 @@ def _spread(scores: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _norms(views: Sequence[tuple[FeatureSpec, View]], size: int) -> np.ndarray:
+def gradient_norms(views: Sequence[tuple[FeatureSpec, View]], size: int) -> np.ndarray:
     """Return the norm of every row's gradient, (N,) float64, NaN where there is none."""
     found = [
         np.where(view.status == Status.OK, view.scalar(spec.norm_column), np.nan)

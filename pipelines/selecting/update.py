@@ -17,7 +17,7 @@ from dataflex.errors import CoverageError
 from dataflex.features.need import StateName
 from dataflex.features.spec import FeatureSpec
 from dataflex.pipelines.run import Run
-from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose
+from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose, gradient_norms
 from dataflex.pipelines.selecting.kept_texts import Views, keep
 from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.rows import Rows
@@ -37,7 +37,7 @@ def decide(run: Run, round: Round) -> DecidedRound:
     chosen = choose(run, round, count)
     selection = chosen.selection
     if selection.pool is not None and distributed.is_main():
-        run.journal.write_pool(round.number, selection.pool, chosen.updated)
+        run.journal.write_pool(round.number, selection.pool, chosen.updated, chosen.norms)
     seed = run.trainer.args.seed
     order = _order(run, round, selection.rows)
     if wanted > count:
@@ -67,12 +67,14 @@ class Chosen:
         updated: (N,) int32, the update at which the features of each training row were computed.
         diagnostics: what the update looks like as a whole.
         views: the features that were asked for.
+        norms: (N,) the norm of every training row's gradient, NaN where the update had none.
     """
 
     selection: Selection
     updated: np.ndarray
     diagnostics: Diagnostics
     views: Views
+    norms: np.ndarray
 
 
 def choose(run: Run, round: Round, count: int) -> Chosen:
@@ -86,7 +88,8 @@ def choose(run: Run, round: Round, count: int) -> Chosen:
     earlier = [r for r in run.updates if r.number < round.number]
     last = run.decided(earlier[-1]).rows if earlier else None
     found = diagnose(run.rows, selection, features.of_training_rows, last)
-    return Chosen(selection, features.updated, found, features.views)
+    norms = gradient_norms(features.of_training_rows, len(run.rows))
+    return Chosen(selection, features.updated, found, features.views, norms)
 
 
 def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:

@@ -1,0 +1,1 @@
+"""The page about runs: facts, pictures, and the template that holds them."""
