@@ -22,6 +22,8 @@ from dataflex.pipelines.comparing.arms import arms_of
 from dataflex.pipelines.comparing.running import Outcome, Task, alone, processes, run_all, shares
 from dataflex.pipelines.comparing.table import Line, lines, plain, records, shown
 from dataflex.pipelines.comparing.trials import Trial, trials_of
+from dataflex.pipelines.report import Compared, report
+from dataflex.pipelines.reporting.between import Held
 from dataflex.trainers.journal import Journal
 from dataflex.whole import replacing
 
@@ -62,7 +64,8 @@ def compare(
         jobs: runs at a time.
 
     Returns:
-        The table, which is written as `compare.md` and `compare.json`; all runs stand in `compare.parquet`.
+        The table, which is written as `compare.md` and `compare.json`; all runs stand in `compare.parquet`, and
+        `report.html` is the page about them.
 
     Raises:
         ConfigError: a name, a number or a run file that follows is wrong; nothing was run then.
@@ -99,6 +102,7 @@ def compare(
         found = records(trials)
         table = lines(trials, found)
         _write(out, found, table)
+        _write_page(out, trials, table)
     _judge(trials, outcome, out)
     return table
 
@@ -219,6 +223,24 @@ def _write(out: Path, found: Sequence[Mapping[str, Any]], table: Sequence[Line])
         temporary.write_text(json.dumps([plain(line) for line in table], indent=1) + "\n", "utf-8")
     with replacing(out / "compare.md") as temporary:
         temporary.write_text("\n".join(shown(table)) + "\n", "utf-8")
+
+
+def _write_page(out: Path, trials: Sequence[Trial], table: Sequence[Line]) -> None:
+    """Write the page about all runs that were trained to their end: those of the first seeds in detail."""
+    done = [trial for trial in trials if trial.arm.is_trained and trial.summary is not None]
+    if not done:
+        return
+    first: dict[tuple[str, str | None], Trial] = {}
+    for trial in done:
+        first.setdefault((trial.arm.name, trial.target), trial)
+    folders = list(dict.fromkeys(trial.folder for trial in [*first.values(), *done]))
+    held = [
+        Held(line.arm, line.test, line.loss, line.gain, line.reward, line.seconds, line.loss.count if line.loss else 0)
+        for line in table
+    ]
+    compared = Compared(held, [line.target for line in table])
+    report(folders, out / "report.html", f"{', '.join(dict.fromkeys(line.arm for line in table))} compared", compared)
+    log.info("the page about all runs: %s", out / "report.html")
 
 
 def _judge(trials: Sequence[Trial], outcome: Outcome, out: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from dataflex import __version__, distributed
 from dataflex.config.problems import is_secret
 from dataflex.config.settings import Settings
-from dataflex.fingerprint import plain
+from dataflex.fingerprint import digest, plain
 from dataflex.results import row_map
 from dataflex.results.folder import ABOUT, ROWS, name_of
 from dataflex.rows import RowSets
@@ -44,7 +44,29 @@ def record(verb: str, settings: Settings, trainer: DirectedTrainer, identity: Ma
     """
     if not distributed.is_main():
         return
-    path = trainer.output_dir / name_of(ABOUT, verb)
+    sets = trainer.row_sets
+    more = {
+        "model": {"parameters": _parameters(trainer), "trained": _parameters(trainer, trained=True)},
+        "global_batch": trainer.global_batch,
+        "data": _data(sets),
+        "machine": _machine(trainer),
+        "identity": plain(dict(identity)),
+    }
+    _write(verb, settings, named, more)
+    # Not the trainer's folder: that of other verbs is removed.
+    path = Path(settings.llamafactory["output_dir"]) / name_of(ROWS, verb)
+    row_map.write(path, row_map.table(sets.train, sets.targets, sets.tests))
+
+
+def record_untouched(settings: Settings) -> None:
+    """Write `dataflex_run.json` of a training that LLaMA-Factory does alone, as far as the run file tells it."""
+    if distributed.is_main() and settings.llamafactory.get("output_dir"):
+        settings_digest = digest(plain(shown_settings(settings)))
+        _write("train", settings, settings_digest, {"machine": {"host": platform.node()}})
+
+
+def _write(verb: str, settings: Settings, named: str, more: Mapping[str, Any]) -> None:
+    path = Path(settings.llamafactory["output_dir"]) / name_of(ABOUT, verb)
     launch = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "host": platform.node()}
     about = {
         "verb": verb,
@@ -54,18 +76,12 @@ def record(verb: str, settings: Settings, trainer: DirectedTrainer, identity: Ma
         "digest": named,
         "launches": [*_launches(path, named), launch],
         "settings": shown_settings(settings),
-        "model": {"parameters": _parameters(trainer), "trained": _parameters(trainer, trained=True)},
-        "global_batch": trainer.global_batch,
-        "data": _data(trainer.row_sets),
         "store": settings.store_root,
-        "machine": _machine(trainer),
         "versions": _versions(),
-        "identity": plain(dict(identity)),
+        **more,
     }
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(about, indent=1, default=str) + "\n", "utf-8")
-    sets = trainer.row_sets
-    row_map.write(trainer.output_dir / name_of(ROWS, verb), row_map.table(sets.train, sets.targets, sets.tests))
 
 
 def shown_settings(settings: Settings) -> dict[str, Any]:

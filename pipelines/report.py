@@ -102,8 +102,7 @@ def report(
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     page = render(
         {
-            "title": title
-            or " and ".join(each.label for each in found[:3]) + (" and others" if len(found) > 3 else ""),
+            "title": title or _title(found),
             "made": f"{len(found)} {'run' if len(found) == 1 else 'runs'}; written {now} by DataFlex {__version__}",
             "sections": sections,
             "runs": found,
@@ -156,6 +155,11 @@ def _together(found: Sequence[Facts]) -> list[tuple[str, str, str]]:
         svg = figures.matrix(names, values, "runs", "run", "Overlap of the rows that updates of two runs chose")
         out.append(("", "Of the rows that updates of two runs chose, the share that both did.", svg))
     return out
+
+
+def _title(found: Sequence[Facts]) -> str:
+    names = [each.label for each in found[:3]] + (["others"] if len(found) > 3 else [])
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _left_out(found: Sequence[Facts]) -> str:

@@ -12,6 +12,7 @@ from dataflex.config.settings import Settings
 from dataflex.llamafactory import workflow
 from dataflex.pipelines.measuring import measure
 from dataflex.pipelines.mixing.director import MixingDirector
+from dataflex.pipelines.recording import record_untouched
 from dataflex.pipelines.selecting.director import directed
 from dataflex.pipelines.summary import TRAINED
 from dataflex.pipelines.weighing.director import WeighingDirector
@@ -38,6 +39,8 @@ def train(settings: Settings) -> None:
         "dynamic_weight": Directing(partial(begin, WeighingDirector)),
     }[settings.train_type]
     arguments = dict(settings.llamafactory)
+    if directing is None:
+        record_untouched(settings)
     if settings.train_type == "dynamic_weight" and settings.keys.train_step:
         arguments["max_steps"] = settings.keys.train_step
     workflow.run(

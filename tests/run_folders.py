@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def make_run(
     last: np.ndarray | None = None
     lines: list[dict[str, Any]] = []
     for number in range(updates + 1):
-        kind = "update" if number else "warmup"
+        kind: Literal["update", "warmup"] = "update" if number else "warmup"
         round = Round(number, kind, 4 * number, 4, 0, number)
         if number == 0 or method == "random":
             taken, scores, of_pool = draw.choice(eligible, chosen), np.full(chosen, np.nan), None
@@ -85,7 +85,7 @@ def make_run(
                 overlap=None if last is None else float(np.isin(taken, last).mean()),
             )
         last = taken if number else None
-        info = {"method": method, "diagnostics": found.plain()}
+        info: dict[str, Any] = {"method": method, "diagnostics": found.plain()}
         if number:
             info |= {"computed": 10 * number, "reused": 5, "seconds": 2.0 * number}
         ages = np.full(len(taken), 0 if number else -1, np.int32)

@@ -258,6 +258,10 @@ def test_methods_are_trained_measured_and_kept(workspace: Any, caplog: pytest.Lo
         abs(a - b) for a, b in zip(lengths[0], lengths[2], strict=True)
     )
     assert "failing" in (out / "compare.md").read_text()
+    page = (out / "report.html").read_text("utf-8")  # of all that finished, the table of the comparison in it
+    assert "less, loss, random, random_length:less, failing, base compared" in page
+    for name in ("less", "loss", "random", "random_length-less"):
+        assert f"<bdi>{name}/seed-42</bdi>" in page
 
 
 @pytest.mark.slow

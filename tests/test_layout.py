@@ -87,7 +87,8 @@ def test_wheel_holds_exactly_the_packages(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"{module_of(p).replace('.', '/')}.py" for p in SOURCES if p.name != "__init__.py"}
     expected |= {f"{module_of(p).replace('.', '/')}/__init__.py" for p in SOURCES if p.name == "__init__.py"}
-    assert names == expected | {"dataflex/py.typed"}
+    page = {f"dataflex/pipelines/reporting/page.{kind}" for kind in ("css", "html")}
+    assert names == expected | {"dataflex/py.typed"} | page
 
 
 def test_wheel_is_importable_elsewhere(wheel: Path, tmp_path: Path) -> None:

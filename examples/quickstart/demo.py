@@ -63,6 +63,7 @@ def report(seconds: list[float]) -> None:
     """Print what was selected, what it did to the loss, and what was computed and reused."""
     from transformers.utils.logging import disable_progress_bar  # imported after the runs: 10 s
 
+    from dataflex.pipelines.report import report as write_page
     from examples.quickstart import measure
 
     disable_progress_bar()
@@ -92,6 +93,9 @@ def report(seconds: list[float]) -> None:
             for (stage, _, _), spent, summary in zip(STAGES, seconds, summaries, strict=True)
         ),
     )
+    page = OUTPUT / "report.html"
+    write_page([OUTPUT / folder for folder in RUNS.values()], page)
+    print(f"\nThe page about both runs: {page}; the rows: dataflex show {OUTPUT / 'less'} --text")
     if not any(summary["computed"] for summary in summaries):
         print(f"\nNo feature was computed in this run: all of them were read from {OUTPUT / 'store'}.")
 

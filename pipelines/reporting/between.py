@@ -46,13 +46,17 @@ class Held:
 
 
 def differences(found: Sequence[Facts]) -> list[tuple[str, list[str]]]:
-    """Return the keys in which run files differ, and the value of each run."""
+    """Return the keys in which run files differ, and the value of each run.
+
+    What only some of the methods have is left out: that follows from the method.
+    """
     flat = [dict(_flat(each.arrays.run.about.get("settings", {}))) for each in found]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     out = []
     for key in keys:
         values = [_cut(each.get(key)) for each in flat]
-        if len(set(values)) > 1 and key != "output_dir":
+        is_of_some = key.startswith("dataflex.params.") and any(key not in each for each in flat)
+        if len(set(values)) > 1 and key != "output_dir" and not is_of_some:
             out.append((key, values))
     return out
 

@@ -71,7 +71,7 @@ def losses(runs: Mapping[str, Arrays], name: str) -> str | None:
                 is_any = True
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     if len(runs) > 1:
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1.02))
     return inline(figure, name, "Training loss (solid) and evaluation loss (dashed) over steps") if is_any else None
 
 
@@ -147,7 +147,7 @@ def matrix(labels: Sequence[str], values: np.ndarray, name: str, what: str, said
             for column in range(size):
                 share = values[row, column]
                 if np.isfinite(share):
-                    dark = "#ffffff" if share < 0.55 else "#000000"
+                    dark = "#ffffff" if share < 0.55 else "#101010"
                     axes.text(column, row, f"{share:.2f}", ha="center", va="center", color=dark, fontsize=8)
     else:
         bar = figure.colorbar(mesh, ax=axes, label="share in both", fraction=0.046)

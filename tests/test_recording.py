@@ -1,0 +1,146 @@
+"""What a real training writes down of itself, held against its data and its stores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dataflex.results.folder import RunFolder
+from dataflex.rows import keys_from
+from dataflex.stores.root import StoreRoot
+
+
+@pytest.fixture(scope="module")
+def space(tiny: Any, tmp_path_factory: pytest.TempPathFactory, workspace_class: Any) -> Any:
+    """Featurized, then trained with LESS on two datasets towards two target sets; no token of a hub is in its files."""
+    space = workspace_class(tmp_path_factory.mktemp("recorded"), tiny)
+    section = {"store": str(space.folder / "store"), "params": {"proj_dim": 128, "gradient_type": "sgd"}}
+    sets = {"dataset": "pool,target_records", "eval_dataset": ",".join(tiny.targets[:2])}
+    path = space.write("run", **sets, dataflex=section, hf_hub_token="hf_secret", save_strategy="no")
+    space.run("featurize", path)
+    space.run("train", path)
+    return space
+
+
+def test_a_run_says_what_it_is(space: Any) -> None:
+    out = space.folder / "out" / "run"
+    about = RunFolder(out).about
+    assert (about["verb"], about["method"], about["global_batch"]) == ("train", "less", 4)
+    assert about["settings"]["learning_rate"] == 3e-3
+    assert about["settings"]["hf_hub_token"] == "(not shown)"
+    assert "hf_secret" not in "".join(path.read_text("utf-8") for path in out.glob("dataflex_*.json"))
+    assert about["data"]["train"]["rows"] == 62 + 8
+    assert {name: each["rows"] for name, each in about["data"]["targets"].items()} == dict.fromkeys(
+        space.tiny.targets[:2], 8
+    )
+    assert len(about["launches"]) == 1
+    assert about["model"]["parameters"] > about["model"]["trained"] > 0
+    featurized = json.loads((out / "dataflex_run_featurize.json").read_text("utf-8"))
+    assert featurized["verb"] == "featurize"
+    assert featurized["identity"]["rows"] == about["identity"]["rows"]
+    assert (out / "dataflex_rows_featurize.parquet").read_bytes() == (out / "dataflex_rows.parquet").read_bytes()
+
+
+def test_any_store_can_be_joined_with_the_data(space: Any) -> None:
+    known = RunFolder(space.folder / "out" / "run").rows
+    assert known is not None
+    lines = known.to_pylist()
+    places = [(line["role"], line["dataset"], line["record"]) for line in lines]
+    assert len(set(places)) == len(places)
+    data = {
+        name: json.loads((space.tiny.dataset_dir / f"{name}.json").read_text()) for name in ("pool", "target_records")
+    }
+    assert {(d, r) for role, d, r in places if role == "train"} == {
+        (n, i) for n, rows in data.items() for i in range(len(rows))
+    }
+    (dropped,) = [line for line in lines if line["status"] == "dropped"]
+    assert data["pool"][dropped["record"]]["id"] == "no output"
+    by_place = {(line["dataset"], line["record"]): line["row_key"] for line in lines}
+    ids = [row["id"] for row in data["pool"]]
+    assert by_place["pool", ids.index("duplicate")] == by_place["pool", 0]
+    stores = StoreRoot(space.folder / "store").stores()
+    wanted = {line["row_key"] for line in lines if line["row_key"]}
+    assert {key.tobytes() for store in stores for block in store.scan() for key in block.keys} <= wanted
+    usable = [line["row_key"] for line in lines if line["role"] == "train" and line["status"] == "ok"]
+    assert any(store.contains(keys_from(usable)).all() for store in stores)
+
+
+def test_the_text_that_is_kept_is_the_datas(space: Any) -> None:
+    run = RunFolder(space.folder / "out" / "run")
+    data = {
+        name: json.loads((space.tiny.dataset_dir / f"{name}.json").read_text()) for name in ("pool", "target_records")
+    }
+    assert run.rows is not None
+    place = {
+        line["index"]: (line["dataset"], line["record"]) for line in run.rows.to_pylist() if line["role"] == "train"
+    }
+    for each in run.recorded:  # the warm-up's too, whose end state was kept by featurize
+        said = {line["index"]: line for line in run.texts(each.number).to_pylist() if line["set"] is None}
+        assert set(each.rows["index"].to_pylist()) <= set(said)
+        for index, line in said.items():
+            name, record = place[index]
+            row = data[name][record]
+            assert line["prompt"] == "\n".join(part for part in (row["instruction"], row["input"]) if part)
+            assert line["response"] == row["output"]
+
+
+def test_the_nearest_targets_are_those_of_the_stores(space: Any) -> None:
+    run = RunFolder(space.folder / "out" / "run")
+    assert run.rows is not None
+    lines = run.rows.to_pylist()
+    keys = {
+        (line["set"], line["index"]): line["row_key"] for line in lines if line["row_key"] and line["role"] != "test"
+    }
+    for number in (1, 2):
+        recipes = run.round(number).info["recipes"]
+        stores = [StoreRoot(space.folder / "store").find("gradient", recipe) for recipe in recipes]
+        store = stores[0]
+        assert store is not None
+        targets = [(name, i) for name in space.tiny.targets[:2] for i in range(8)]
+        vectors = np.stack([vector(store, keys[each]) for each in targets])
+        for line in run.texts(number).to_pylist():
+            if line["set"] is None:
+                own = vector(store, keys[None, line["index"]])
+                cosines = vectors @ own / np.linalg.norm(vectors, axis=1) / np.linalg.norm(own)
+                assert [near["cosine"] for near in line["nearest"]] == pytest.approx(
+                    np.sort(cosines)[::-1][:3].tolist(), abs=1e-5
+                )
+                for near in line["nearest"]:
+                    at = targets.index((near["set"], near["index"]))
+                    assert near["cosine"] == pytest.approx(cosines[at], abs=1e-5)
+
+
+def test_norms_stand_beside_scores(space: Any) -> None:
+    run = RunFolder(space.folder / "out" / "run")
+    pool = run.pool(1)
+    assert pool is not None
+    assert pool.column_names == ["score", "updated", "norm"]
+    assert [n is None for n in pool["norm"].to_pylist()] == [s is None for s in pool["score"].to_pylist()]
+    store = StoreRoot(space.folder / "store").find("gradient", run.round(1).info["recipes"][0])
+    assert store is not None
+    assert run.rows is not None
+    key = {line["index"]: line["row_key"] for line in run.rows.to_pylist() if line["role"] == "train"}
+    found = store.read(keys_from([key[3]]), columns=["norm"], vectors=False).scalars["norm"][0]
+    assert pool["norm"][3].as_py() == pytest.approx(found)
+
+
+def test_a_second_start_is_told_and_nothing_is_in_the_way(space: Any, tmp_path: Path) -> None:
+    path = space.folder / "run.yaml"
+    space.run("train", path, "overwrite_output_dir=true", "dataflex.keep_texts=0")
+    run = RunFolder(space.folder / "out" / "run")
+    assert len(run.about["launches"]) == 2
+    assert list((run.path / "rounds").glob("texts-*")) == []
+    other = pq.read_table(run.path / "rounds" / "round-00001.parquet")
+    space.run("train", path, "overwrite_output_dir=true", "learning_rate=1e-3")
+    assert len(RunFolder(space.folder / "out" / "run").about["launches"]) == 1
+    assert len(other)
+
+
+def vector(store: Any, key: bytes) -> np.ndarray:
+    found: np.ndarray = store.read(keys_from([key])).vectors[0].astype(np.float64)
+    return found
