@@ -161,9 +161,11 @@ class GradientSpec(Feature):
         "sgd", description="sgd: the gradient; adam: the step Adam would take on it"
     )
     adam_variant: Literal["pytorch", "less_reference", "precond_only"] = Field(
-        "pytorch", description="see dataflex.features.adam"
+        "pytorch",
+        description="adam: as torch.optim.AdamW; as LESS's own code, with epsilon inside the root and no bias "
+        "correction; or without the momentum",
     )
-    projection: Projection = Projection()
+    projection: Projection = Field(Projection(), description="how the gradient becomes K numbers")
 
     def describe(self) -> str:
         """Return what it is, for people."""
@@ -213,7 +215,9 @@ class GradientSpec(Feature):
 class GeneratorSpec(Parameters):
     """Who writes the responses: the model that the gradient is of, or a server (off-policy)."""
 
-    type: Literal["model", "openai"] = "model"
+    type: Literal["model", "openai"] = Field(
+        "model", description="model: the one that the gradient is of; openai: an OpenAI-compatible server"
+    )
     base_url: str | None = Field(None, description="openai: address of the server, as http://localhost:8000/v1")
     model: str | None = Field(None, description="openai: the server's name of its model")
     api_key_env: str | None = Field(None, description="openai: environment variable that holds the key; none is sent")
@@ -243,7 +247,9 @@ class PolicyGradientSpec(Feature):
     kind: Literal["policy_gradient"] = "policy_gradient"
     reward: tuple[RewardSpec, ...] = Field(min_length=1, description="one reward, or several that are added")
     estimator: Literal["vanilla", "loo_baseline", "rejection", "hard_rejection", "topk"] = Field(
-        "loo_baseline", description="weights of the responses, see dataflex.features.policy"
+        "loo_baseline",
+        description="weights of the responses: their rewards; those less the mean of the others'; the mean over those "
+        "with a reward above 0; over those no worse than the reference; or over the k best of them",
     )
     mc_samples: int = Field(4, ge=1, description="C, responses for each prompt; the published commands use 20 to 500")
     max_new_tokens: int = Field(512, ge=1, description="tokens of a response, at most")
@@ -260,8 +266,8 @@ class PolicyGradientSpec(Feature):
         "sum", description="sum: over a response's tokens, the policy gradient; mean: short responses weigh more"
     )
     k: int = Field(10, ge=1, description="topk: best responses looked at")
-    generator: GeneratorSpec = GeneratorSpec()
-    projection: Projection = Projection()
+    generator: GeneratorSpec = Field(GeneratorSpec(), description="who writes the responses")
+    projection: Projection = Field(Projection(), description="how the gradient becomes K numbers")
 
     @field_validator("reward", mode="before")
     @classmethod

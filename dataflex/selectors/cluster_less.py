@@ -43,7 +43,11 @@ class ClusterLess(Propagated):
         cluster_size: int = Field(64, ge=1, description="rows per cluster on average")
         num_clusters: int | None = Field(None, ge=1, description="clusters; default: rows / cluster_size, rounded up")
         samples_per_cluster: int = Field(4, ge=1, description="representatives, whose gradients are computed")
-        clustering_method: Method = Field("kmeans", description="see dataflex.selectors.parts.clustering")
+        clustering_method: Method = Field(
+            "kmeans",
+            description="kmeans: Lloyd's iteration; spherical_kmeans: with centroids of unit length; farthest_first: "
+            "each next centre is the row farthest from all before it",
+        )
         clustering_max_iter: int = Field(20, ge=1, description="iterations of k-means")
         representative_strategy: Strategy = Field(
             "random", description="random: drawn anew at every update; the others: by distance from the centroid"

@@ -42,7 +42,11 @@ class GradientFields(Part):
         8192, ge=1, le=MAX_COLUMNS, description="numbers kept per gradient; cosine error is about 1/sqrt(proj_dim)"
     )
     seed: int = Field(0, ge=0, description="seed of the random projection")
-    projection: ProjectionType = Field("sjlt", description="random projection; see dataflex.features.spec.Projection")
+    projection: ProjectionType = Field(
+        "sjlt",
+        description="random projection: sparse Johnson-Lindenstrauss, in linear time; dense; subsampled randomised "
+        "Hadamard; or none, for tests",
+    )
     sparsity: int = Field(1, ge=1, description="sjlt: non-zeros per coordinate")
 
     @model_validator(mode="after")
