@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make everything several times slower on a machine that has other things to do.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo test test-all slow check format bench clean
+.PHONY: install demo docs test test-all slow check format bench clean
 
 install: $(READY)
 
@@ -27,6 +27,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@$(PY) -m examples.quickstart.demo
+
+docs: $(READY) # anew each time: the reference is made of code, which Sphinx does not see change
+	@$(PY) -m sphinx -n -W --keep-going -q -E -c docs -d docs/_build/doctrees . docs/_build/html
+	@echo docs/_build/html/index.html
 
 test: $(READY)
 	$(PY) -m pytest --numprocesses 2 --dist worksteal -m "not slow"
@@ -51,5 +55,5 @@ bench: $(READY)
 	$(PY) -m benchmarks.featurize
 
 clean: # leaves .venv; remove that by hand
-	rm -rf .demo examples/quickstart/data examples/quickstart/model build dist *.egg-info
+	rm -rf .demo docs/_build examples/quickstart/data examples/quickstart/model build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
