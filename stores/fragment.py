@@ -161,8 +161,7 @@ class Fragment:
         version = written.get("dataflex.format", "")
         if version.isdecimal() and int(version) > FORMAT:
             raise MismatchError(
-                f"{self.name} has format {version}; this DataFlex reads up to {FORMAT}: upgrade with "
-                "`pip install -U dataflex`"
+                f"{self.name} has format {version}; this DataFlex reads up to {FORMAT}; read it with a newer DataFlex"
             )
         if written != _metadata(self.layout) or not found.remove_metadata().equals(schema(self.layout)):
             raise CorruptionError(

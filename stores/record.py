@@ -48,7 +48,7 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
         raise CorruptionError(f"{where} is damaged: its content does not match the digest in it")
     if not isinstance(version, int) or version > FORMAT:
         raise MismatchError(
-            f"{where} has format {version}; this DataFlex reads up to {FORMAT}: upgrade with `pip install -U dataflex`"
+            f"{where} has format {version}; this DataFlex reads up to {FORMAT}; read it with a newer DataFlex"
         )
     return document
 

@@ -7,10 +7,12 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from dataflex import display
+from dataflex.access.policy_source import _shown
 from dataflex.access.progress import Progress
 
 
@@ -124,3 +126,14 @@ def test_batches_count_when_they_are_done_and_once() -> None:
         assert "tokens/s" in progress._task.note
     assert seen == [30, 60, 100]
     progress.batch(5, 5)  # outside, as where a run measures something
+
+
+def test_responses_count_as_they_are_written() -> None:
+    seen = []
+    groups = [[(0, np.zeros(2)), (1, np.zeros(1))], [(2, np.zeros(3))]]
+    for group in _shown(iter(groups), 3):
+        task = display._display._open[-1]
+        seen.append((task.what, task.done, task.total))
+        assert group in groups
+    assert seen == [("responses", 0, 3), ("responses", 2, 3)]
+    assert display._display._open == []

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from dataflex.features.encoder import TextEncoder
+from dataflex.features.spec import EmbeddingSpec
 from dataflex.fingerprint import text_key
+from dataflex.rows import Text
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.search.faiss_cache import load_or_build
 
@@ -115,3 +118,19 @@ def test_blocks_and_rows_without_records_are_read_back_from_their_tokens(workspa
     keys = {"stage": "pt", "dataset": "text", "template": "default", "cutoff_len": 32}
     summary, (store,) = featurize(workspace, "pt", {"embedding_model_name_or_path": str(tiny.model)}, **keys)
     assert 0 < summary["computed"] == store.rows <= summary["rows"]
+
+
+@pytest.mark.parametrize("which", ["causal", "sentences"])
+def test_it_tells_of_every_batch(tiny: Any, sentence_model: Path, which: str) -> None:
+    encoder = TextEncoder(tiny.model if which == "causal" else sentence_model, torch.device("cpu"), token_budget=64)
+    told: list[tuple[int, int]] = []
+    texts = [Text("word " * (1 + number % 7), "answer") for number in range(70)]
+    quiet = encoder.compute(texts, [EmbeddingSpec()])[0].vectors
+    found = encoder.compute(texts, [EmbeddingSpec()], lambda rows, tokens: told.append((rows, tokens)))[0].vectors
+    assert found is not None
+    np.testing.assert_array_equal(found, quiet)
+    assert len(told) > 1
+    assert sum(rows for rows, _ in told) == 70
+    assert all(tokens >= rows for rows, tokens in told)
+    encoder.compute(texts[:3], [EmbeddingSpec()])
+    assert sum(rows for rows, _ in told) == 70  # nobody listens any more

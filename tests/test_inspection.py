@@ -148,7 +148,7 @@ def test_what_was_renamed_or_is_of_a_newer_version_is_left_and_said(files: Files
         files.remove(file.path)
     path = f"{store.folder}/recipe.json"
     write(files, path, seal({**unseal(files.read(path), "it"), "format": FORMAT + 1}))
-    with pytest.raises(MismatchError, match=r"1 not looked into:\n.*pip install -U dataflex"):
+    with pytest.raises(MismatchError, match=r"1 not looked into:\n.*read it with a newer DataFlex"):
         refuse(list(repair(files)), after_repair=True)
 
 

@@ -279,7 +279,7 @@ def test_a_newer_format_is_refused_with_a_hint(tmp_path: Path) -> None:
     for path in (Path(store.path, "log", "a.json"), Path(store.path, "recipe.json")):
         document = unseal(path.read_bytes(), "it")
         path.write_bytes(seal({**document, "format": FORMAT + 1}))
-        with pytest.raises(MismatchError, match="pip install -U dataflex"):
+        with pytest.raises(MismatchError, match="read it with a newer DataFlex"):
             StoreRoot(tmp_path).open("gradient", RECIPE, LAYOUT).contains(keys(1))
 
 

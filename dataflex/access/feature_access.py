@@ -286,4 +286,5 @@ class FeatureAccess:
             return self._model
         if name not in self._encoders:
             self._encoders[name] = EncoderSource(name, self._state, self._options.token_budget)
+            self._encoders[name].on_batch = self.progress.batch
         return self._encoders[name]

@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from dataflex import distributed
+from dataflex import display, distributed
 from dataflex.access.responses import ResponseStore, RewardStore, keys_of
 from dataflex.access.sources import ModelSource, Wanted
 from dataflex.config.keys import DataflexKeys
 from dataflex.errors import ConfigError
 from dataflex.explanation import explained
-from dataflex.features.generation import Generator, Job, ModelGenerator
+from dataflex.features.generation import Generator, Job, ModelGenerator, Responses
 from dataflex.features.policy import policy_gradients, response_weights
 from dataflex.features.served import ServerGenerator
 from dataflex.features.spec import (
@@ -192,7 +192,7 @@ class PolicySource:
             jobs += [Job(target.prompt, target.text, key, sample) for sample in range(spec.mc_samples)]
         generate = self._generator(spec)
         kept = ResponseStore(self._root, self._response_recipe(spec), spec.max_new_tokens)
-        return kept.get(jobs, lambda missing: generate(missing, spec))
+        return kept.get(jobs, lambda missing: _shown(generate(missing, spec), len(missing)))
 
     def _generator(self, spec: PolicyGradientSpec) -> Generator:
         if spec.generator.type != "model":
@@ -274,6 +274,14 @@ class PolicySource:
         if unscored:
             names = ", ".join(each.type for each in spec.reward)
             log.warning("%d of %d responses could not be scored by %s; left out", unscored, rewards.size, names)
+
+
+def _shown(responses: Responses, count: int) -> Responses:
+    """Give what is written on, group by group, and show how many of `count` responses there are."""
+    with display.showing("responses", count) as task:
+        for group in responses:
+            yield group
+            task.update(task.done + len(group))
 
 
 def _spread(found: FeatureValues, rows: Sequence[int], count: int) -> FeatureValues:

@@ -210,6 +210,7 @@ class EncoderSource:
         self._loaded: TextEncoder | None = None
         self._identity = state.encoder(name_or_path)
         self._keys: WeakKeyDictionary[Rows, np.ndarray] = WeakKeyDictionary()
+        self.on_batch: Callable[[int, int], None] | None = None
 
     @property
     def _encoder(self) -> TextEncoder:
@@ -246,4 +247,4 @@ class EncoderSource:
         self, rows: Rows, at: np.ndarray, specs: Sequence[FeatureSpec], min_batches: int
     ) -> list[FeatureValues]:
         """Embed the rows' texts."""
-        return self._encoder.compute([rows.text(int(row)) for row in at], specs)
+        return self._encoder.compute([rows.text(int(row)) for row in at], specs, self.on_batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,27 @@ class TextEncoder:
         self._limit = min(int(limit), int(tokenizer.model_max_length))
         self._engine = FeatureEngine(model, pad_token_id=tokenizer.pad_token_id or 0, token_budget=token_budget)
 
-    def compute(self, texts: Sequence[Text], specs: Sequence[FeatureSpec]) -> list[FeatureValues]:
+    def compute(
+        self,
+        texts: Sequence[Text],
+        specs: Sequence[FeatureSpec],
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[FeatureValues]:
         """Return the embeddings of texts, one result for each specification.
 
-        A text without a token gets a zero vector and is not usable.
+        A text without a token gets a zero vector and is not usable. `on_batch` is told the rows and tokens of each
+        batch that is done.
         """
         joined = [text.whole() for text in texts]
         if self._sentences is not None:
-            return [
-                _values(np.asarray(self._sentences.encode(joined, show_progress_bar=False), np.float32)) for _ in specs
-            ]
+            with _heard(self._sentences, on_batch):
+                found = np.asarray(self._sentences.encode(joined, show_progress_bar=False), np.float32)
+            return [_values(found) for _ in specs]
         encoded = self._tokenizer(joined, truncation=True, max_length=self._limit)["input_ids"]
         empty = np.array([not ids for ids in encoded])
         # The engine refuses rows without a token, so those get one, and their values are taken away below.
         examples = [{"input_ids": ids or [0], "labels": [-100] * max(1, len(ids))} for ids in encoded]
-        out = self._engine.compute(examples, specs)
+        out = self._engine.compute(examples, specs, on_batch=on_batch)
         for values in out:
             assert values.vectors is not None
             values.status[empty] = Status.NO_LABELS
@@ -82,6 +89,25 @@ class TextEncoder:
             return int(self._sentences.get_embedding_dimension())
         config: Any = self._engine.model.config
         return int(config.hidden_size)
+
+
+@contextlib.contextmanager
+def _heard(model: Any, on_batch: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Tell of each batch that passes through a sentence-transformers model, which has no word for it."""
+    if on_batch is None:
+        yield
+        return
+
+    def passed(module: Any, given: Any, out: Any) -> None:
+        rows, width = given[0]["input_ids"].shape
+        mask = given[0].get("attention_mask")
+        on_batch(int(rows), int(rows * width if mask is None else mask.sum()))
+
+    hook = model.register_forward_hook(passed)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _sentence_transformer(folder: Path, device: torch.device) -> Any:
