@@ -255,8 +255,13 @@ def weights(arrays: Arrays, name: str) -> str | None:
 
 def _series(arrays: Arrays, what: str) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Return steps, domains, and (steps, domains) values of what a mixer recorded."""
-    lines = [line for line in arrays.run.shares().to_pylist() if line["name"] == what]
-    steps, domains = sorted({line["step"] for line in lines}), list(dict.fromkeys(line["domain"] for line in lines))
+    every = arrays.run.shares().to_pylist()
+    lines = [line for line in every if line["name"] == what]
+    has = {line["domain"] for line in lines}
+    domains = [
+        name for name in dict.fromkeys(line["domain"] for line in every) if name in has
+    ]  # in one order throughout
+    steps = sorted({line["step"] for line in lines})
     found = np.full((len(steps), len(domains)), np.nan)
     for line in lines:
         found[steps.index(line["step"]), domains.index(line["domain"])] = line["value"]
