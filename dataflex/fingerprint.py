@@ -178,15 +178,20 @@ def tensors_digest(tensors: Iterable[tuple[str, Any]]) -> str:
         return digest(dict(pool.map(one, tensors)))
 
 
+ABSENT = object()
+"""Stands for a field that a recipe does not have."""
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """List fields in which two recipes differ, by path: (dotted path, ours, theirs), `ABSENT` where there is none."""
+    a, b = _flat(ours), _flat(theirs)
+    pairs = [(path, a.get(path, ABSENT), b.get(path, ABSENT)) for path in sorted(a.keys() | b.keys())]
+    return [(path, one, other) for path, one, other in pairs if one != other]
+
+
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """List the fields in which two recipes differ, as `dotted.path: theirs → ours`, sorted by path."""
-    a, b = _flat(ours), _flat(theirs)
-    missing = "(none)"
-    return [
-        f"{path}: {_short(b.get(path, missing))} → {_short(a.get(path, missing))}"
-        for path in sorted(a.keys() | b.keys())
-        if a.get(path, missing) != b.get(path, missing)
-    ]
+    return [f"{path}: {_short(other)} → {_short(one)}" for path, one, other in differing(ours, theirs)]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -201,6 +206,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
+    if value is ABSENT:
+        return "(none)"
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     hexadecimal = len(text) >= 32 and all(c in "0123456789abcdef" for c in text)
     return text[:8] if hexadecimal else text

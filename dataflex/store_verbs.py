@@ -27,6 +27,8 @@ Finished = Annotated[bool, typer.Option("--include-finished", help="The runs nam
 Grace = Annotated[float, typer.Option(metavar="HOURS", help="What is younger is taken to be in use.")]
 Delete = Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")]
 Name = Annotated[str, typer.Argument(metavar="STORE", help="Name of a store, or how it begins.")]
+OtherName = Annotated[str, typer.Argument(metavar="OTHER", help="Likewise.")]
+OtherRoot = Annotated[str | None, typer.Option(help="Root of OTHER; default: that of STORE.")]
 
 
 @app.command("ls")
@@ -54,14 +56,23 @@ def show_store(name: Name, root: Root = None, as_json: Json = False) -> None:
     """Show a store's recipe: everything but the row that its values depend on."""
     import json
 
-    where, stores = _stores(root)
-    names = [store.folder for store in stores]
-    matching = [store for store in stores if store.folder.startswith(name)]
-    if len(matching) != 1:
-        found = f"{len(matching)} stores called {name}..." if matching else f"no store {name}"
-        raise MismatchError(f"{found} under {where}; expected one of {', '.join(names) or 'none'}")
-    about = _about(matching[0]) | {"recipe": matching[0].recipe}
+    store = _named(name, root)
+    about = _about(store) | {"recipe": store.recipe}
     answer(about, as_json, [json.dumps(about, indent=2, ensure_ascii=False)])
+
+
+@app.command("diff")
+def compare_stores(
+    name: Name, other: OtherName, root: Root = None, other_root: OtherRoot = None, as_json: Json = False
+) -> None:
+    """Say in which fields the recipes of two stores differ; exit with 3 if they do."""
+    from dataflex.stores.upkeep.listing import compared, lines_of_comparison
+
+    second = (root, "--root") if other_root is None else (other_root, "--other-root")
+    found = compared(_named(name, root), _named(other, *second))
+    answer(found, as_json, lines_of_comparison(found))
+    if found["differing"]:
+        raise typer.Exit(MismatchError.exit_code)
 
 
 @app.command("verify")
@@ -131,18 +142,29 @@ def _unwarned() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _stores(root: str | None) -> tuple[str, list[Any]]:
+def _stores(root: str | None, option: str = "--root") -> tuple[str, list[Any]]:
     from dataflex.stores.root import StoreRoot
 
-    files = _files(root)
+    files = _files(root, option)
     return files.url, StoreRoot(files).stores()
 
 
-def _files(root: str | None) -> Any:
+def _named(name: str, root: str | None, option: str = "--root") -> Any:
+    """Return the one store that a name stands for, or the beginning of one."""
+    where, stores = _stores(root, option)
+    names = [store.folder for store in stores]
+    matching = [store for store in stores if store.folder.startswith(name)]
+    if len(matching) != 1:
+        found = f"{len(matching)} stores called {name}..." if matching else f"no store {name}"
+        raise MismatchError(f"{found} under {where}; expected one of {', '.join(names) or 'none'}")
+    return matching[0]
+
+
+def _files(root: str | None, option: str = "--root") -> Any:
     from dataflex.config import store_root
     from dataflex.stores.root import existing_files
 
-    named_by = "--root" if root is not None else "DATAFLEX_HOME" if os.environ.get("DATAFLEX_HOME") else None
+    named_by = option if root is not None else "DATAFLEX_HOME" if os.environ.get("DATAFLEX_HOME") else None
     return existing_files(store_root(root), named_by)
 
 

@@ -98,7 +98,8 @@ class KnownRun:
         uses: stores and states, sorted.
         is_over: whether its latest launch came to its end.
         was_finished: whether any launch did.
-        modified: when its newest document was written, seconds since 1970.
+        started: when it was first started, seconds since 1970; 0 where no description is left.
+        modified: when its newest document was written, likewise.
         files: its documents.
     """
 
@@ -109,6 +110,7 @@ class KnownRun:
     uses: tuple[Used, ...]
     is_over: bool
     was_finished: bool
+    started: float
     modified: float
     files: tuple[Stored, ...]
 
@@ -185,6 +187,10 @@ def _description(documents: Sequence[Stored]) -> str:
     return max(begun, default=(0.0, ""))[1]
 
 
+def _started(documents: Sequence[Stored]) -> float:
+    return min((f.modified for f in documents if (match := _note(f)) and match[1] == "begun"), default=0.0)
+
+
 def _note(file: Stored) -> re.Match[str] | None:
     return _NOTE.fullmatch(file.path.split("/")[-1])
 
@@ -208,6 +214,7 @@ def _known(run: str, documents: Sequence[Stored], described: dict[str, Any] | Da
         uses=tuple(sorted({(kind, name) for kind, name in notes if kind in ("store", "state")})),  # type: ignore[misc]
         is_over=begun is not None and begun[2] in ended,
         was_finished=bool(ended),
+        started=_started(documents),
         modified=max((file.modified for file in documents), default=0.0),
         files=tuple(documents),
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from dataflex.fingerprint import ABSENT, differing
 from dataflex.stores.files import Files
+from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.problem import Problem
 from dataflex.stores.root import NAME
 from dataflex.stores.runs import read_runs
@@ -18,8 +21,9 @@ from dataflex.stores.upkeep.unused import by_folder, is_there
 def by_runs(files: Files) -> list[dict[str, Any]]:
     """Return each run with what it refers to, the one that wrote last first, and at the end what no run refers to.
 
-    Each is plain data: `id` (None at the end), `stage`, `method`, `state`, `output_dir`, `modified` (seconds since
-    1970), and `uses`: `kind`, `name`, `bytes` (None where it is gone).
+    Each is plain data: `id` (None at the end), `stage` (the verb), `method`, `state`, `output_dir`, `started` and
+    `modified` (first start and last record, seconds since 1970; `started` None where that is not known any more), and
+    `uses`: `kind`, `name`, `bytes` (None where it is gone).
     """
     listing = by_folder(files.stored(""))
     sizes = {
@@ -36,6 +40,7 @@ def by_runs(files: Files) -> list[dict[str, Any]]:
             "method": run.method,
             "state": run.state(young_since),
             "output_dir": run.output_dir,
+            "started": run.started or None,
             "modified": run.modified,
             "uses": [{"kind": kind, "name": name, "bytes": sizes.get((kind, name))} for kind, name in run.uses],
         }
@@ -55,13 +60,44 @@ def lines_of(runs: Sequence[dict[str, Any]]) -> list[str]:
         if run["id"] is None:
             lines.append("no run")
         else:
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(run["modified"]))
             what = f"{run['stage'] or '?'} {run['method']}".strip()
-            lines.append(f"{run['id'][:8]}  {run['output_dir'] or '?'}  {what}, {run['state']}, last record {when}")
+            when = f"started {_minute(run['started'])}, last active {_minute(run['modified'])}"
+            lines.append(f"{run['id'][:8]}  {run['output_dir'] or '?'}  {what}, {run['state']}, {when}")
         for used in run["uses"]:
             size = "removed" if used["bytes"] is None else f"{used['bytes']:,} bytes"
             lines.append(f"  {used['kind']:<5} {size:>21}  {used['name']}")
     return lines or ["no runs and no stores"]
+
+
+def _minute(seconds: float | None) -> str:
+    return "?" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def compared(store: ParquetStore, other: ParquetStore) -> dict[str, Any]:
+    """Return the fields in which two stores' recipes differ: `differing` is a list of `field`, `store`, `other`.
+
+    A field that one of them does not have lacks there the key of that side.
+    """
+    pairs = differing({"kind": store.kind, **store.recipe}, {"kind": other.kind, **other.recipe})
+    fields = [
+        {"field": path} | {side: value for side, value in (("store", a), ("other", b)) if value is not ABSENT}
+        for path, a, b in pairs
+    ]
+    return {"store": store.path, "other": other.path, "differing": fields}
+
+
+def lines_of_comparison(found: dict[str, Any]) -> list[str]:
+    """Describe what `compared` found: the field, then its value in each store."""
+
+    def shown(field: dict[str, Any], side: str) -> str:
+        return json.dumps(field[side], ensure_ascii=False) if side in field else "(none)"
+
+    if not found["differing"]:
+        return [f"no difference: {found['store']} and {found['other']} have the same recipe"]
+    lines = [f"- {found['store']}", f"+ {found['other']}"]
+    for field in found["differing"]:
+        lines += [f"{field['field']}", f"  - {shown(field, 'store')}", f"  + {shown(field, 'other')}"]
+    return lines
 
 
 def lines_of_removal(items: Sequence[Item], is_done: bool) -> list[str]:
