@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dataflex import distributed, mix_verbs, run_verbs, stop, store_verbs
+from dataflex import distributed, mix_verbs, run_file_verbs, run_verbs, stop, store_verbs
 from dataflex.answer import Json, answer
 from dataflex.errors import Cancelled, ConfigError, DataflexError, Interrupted
 from dataflex.faults import of_user_code, told
@@ -36,6 +36,7 @@ app.command()(run_verbs.show)
 app.command()(run_verbs.report)
 app.add_typer(store_verbs.app, name="store")
 app.add_typer(mix_verbs.app, name="mix")
+app.registered_commands += run_file_verbs.app.registered_commands
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file: LLaMA-Factory's keys and DataFlex's.")]
 Overrides = Annotated[
@@ -229,15 +230,6 @@ def validate(run: RunFile, overrides: Overrides = None) -> None:
 
     print("\n".join(summary(settings)))
     _look_at(settings.store_root)  # last: without a network, all that can be said of the run file has been said
-
-
-@app.command("ls")
-def list_methods(as_json: Json = False) -> None:
-    """List the methods with their parameters and defaults."""
-    from dataflex.config.methods import methods, table
-
-    found = methods()
-    answer(found, as_json, table(found))
 
 
 @app.command()

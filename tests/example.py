@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+MODELINE = "# yaml-language-server: $schema="
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HEADER = "### LLaMA-Factory: from the repository's root; `python -m examples.quickstart.build` makes model and data"
 
 
 def head(path: Path) -> list[str]:
-    """Return the comment lines that a file begins with, up to the blank one."""
-    return [line.removeprefix("# ") for line in path.read_text("utf-8").partition("\n\n")[0].splitlines()]
+    """Return the comment lines that a file begins with, up to the blank one, but for the editor's."""
+    lines = path.read_text("utf-8").partition("\n\n")[0].splitlines()
+    return [line.removeprefix("# ") for line in lines if not line.startswith(MODELINE)]
 
 
 def given(path: Path) -> dict[str, str]:

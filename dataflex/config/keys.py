@@ -208,7 +208,7 @@ class DataflexKeys(Parameters):
         description="share of a dataset's distinct rows that may be NaN or infinite; more end it",
     )
 
-    @field_validator("test_dataset", mode="before")
+    @field_validator("test_dataset", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Take names as LLaMA-Factory writes them, between commas, or as a list."""

@@ -26,7 +26,7 @@ _SPLIT_BY_COMMAS = (
 """Text for which LLaMA-Factory takes a list as well."""
 _MOST = 2**31 - 1
 """Largest number that a key takes, unless the table below has another bound."""
-_BOUNDS: dict[str, tuple[float, float, str]] = {
+BOUNDS: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "lora_rank"),
         (1, 1_000_000, "at least 1"),
@@ -132,9 +132,7 @@ def fault_of(key: Key, name: str, value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     kind = type(value).__name__  # not isinstance, to which true is a number
-    accepted = key.types | ({"int"} if "float" in key.types else set())
-    if name in _SPLIT_BY_COMMAS:
-        accepted |= {"list"}
+    accepted = accepted_types(name, key)
     if key.choices and isinstance(value, str):
         return None if value in key.choices else key.expected
     if name in _SPLIT_BY_COMMAS and isinstance(value, list) and not all(isinstance(item, str) for item in value):
@@ -146,6 +144,12 @@ def fault_of(key: Key, name: str, value: Any) -> str | None:
     if kind == "str" and accepted & {"bool", "int", "float"} and "str" not in accepted:
         return f"{key.expected} (without quotes)"
     return key.expected
+
+
+def accepted_types(name: str, key: Key) -> set[str]:
+    """Return the types of values that a key takes: a whole number for a number, a list for text split by commas."""
+    wider = {"int"} if "float" in key.types else set()
+    return {*key.types, *wider, *({"list"} if name in _SPLIT_BY_COMMAS else ())}
 
 
 def dataclass_keys(text: str, name: str) -> dict[str, Key | None]:
@@ -167,7 +171,7 @@ def function_keys(text: str, name: str) -> dict[str, Key | None]:
 
 def _out_of_bounds(name: str, value: float) -> str | None:
     """Return what was expected of a number, or None if it is neither too small nor too large."""
-    least, most, expected = _BOUNDS.get(name, (-_MOST if isinstance(value, int) else -math.inf, _MOST, ""))
+    least, most, expected = BOUNDS.get(name, (-_MOST if isinstance(value, int) else -math.inf, _MOST, ""))
     if value < least:
         return expected or f"at least {least}"
     return f"at most {most}" if value > most else None

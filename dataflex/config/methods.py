@@ -32,9 +32,14 @@ def methods() -> list[dict[str, Any]]:
         except ConfigError as error:
             found.append(entry | {"error": str(error)})
             continue
-        entry["description"] = (vars(written(cls)).get("__doc__") or "").strip().partition("\n")[0]
+        entry["description"] = summary_of(cls)
         found.append(entry | {"params": _params(cls)})
     return found
+
+
+def summary_of(cls: type[Method]) -> str:
+    """Return what a method does in a sentence: the first line of its description, empty where it has none."""
+    return (vars(written(cls)).get("__doc__") or "").strip().partition("\n")[0]
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:

@@ -269,7 +269,7 @@ class PolicyGradientSpec(Feature):
     generator: GeneratorSpec = Field(GeneratorSpec(), description="who writes the responses")
     projection: Projection = Field(Projection(), description="how the gradient becomes K numbers")
 
-    @field_validator("reward", mode="before")
+    @field_validator("reward", mode="before", json_schema_input_type=RewardSpec | tuple[RewardSpec, ...])
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         if isinstance(value, list):  # strictly, only JSON's own may become a tuple

@@ -125,7 +125,7 @@ class PolicyFields(CheckpointFields):
     k: int = Field(10, ge=1, description="topk: best responses looked at")
     generator: GeneratorSpec = Field(GeneratorSpec(), description="the model, or {type: openai, base_url, model}")
 
-    @field_validator("reward", mode="before")
+    @field_validator("reward", mode="before", json_schema_input_type=RewardSpec | tuple[RewardSpec, ...])
     @classmethod
     def _one_or_several(cls, value: object) -> object:
         if isinstance(value, list):  # strictly, only JSON's own may become a tuple
