@@ -13,6 +13,7 @@ import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from omegaconf import OmegaConf
@@ -21,6 +22,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = ("pipelines", "stores")
 """Packages of `dataflex` whose folders lie beside it."""
+EXAMPLES = {f"dataflex/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "examples").rglob("*.yaml")}
+"""Run files, as a wheel has them."""
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 TOOLS = PROJECT["tool"]
@@ -43,9 +46,9 @@ def module_of(source: Path) -> str:
 
 def test_package_list_equals_folders() -> None:
     found = {module_of(path) for path in SOURCES if path.name == "__init__.py"}
-    assert sorted(TOOLS["setuptools"]["packages"]) == sorted(found)
+    assert sorted(TOOLS["setuptools"]["packages"]) == sorted(found | {"dataflex.examples"})
     assert {module_of(path).rpartition(".")[0] for path in SOURCES} <= found | {""}, "a folder lacks its __init__.py"
-    assert TOOLS["setuptools"]["package-dir"] == {f"dataflex.{name}": name for name in OUTSIDE}
+    assert TOOLS["setuptools"]["package-dir"] == {f"dataflex.{name}": name for name in (*OUTSIDE, "examples")}
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -87,8 +90,10 @@ def test_wheel_holds_exactly_the_packages(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {f"{module_of(p).replace('.', '/')}.py" for p in SOURCES if p.name != "__init__.py"}
     expected |= {f"{module_of(p).replace('.', '/')}/__init__.py" for p in SOURCES if p.name == "__init__.py"}
-    page = {f"dataflex/pipelines/reporting/page.{kind}" for kind in ("css", "html")}
-    assert names == expected | {"dataflex/py.typed"} | page
+    data = {"dataflex/py.typed", "dataflex/examples/__init__.py", "dataflex/examples/run.schema.json"}
+    data |= {f"dataflex/pipelines/reporting/page.{suffix}" for suffix in ("css", "html")}
+    assert len(EXAMPLES) > 30
+    assert names == expected | EXAMPLES | data
 
 
 def test_wheel_is_importable_elsewhere(wheel: Path, tmp_path: Path) -> None:
@@ -130,6 +135,17 @@ def test_wheel_works_outside_the_clone(wheel: Path, tmp_path: Path) -> None:
     assert "featurize" in run("dataflex", "--help")
     assert "proj_dim" in run("dataflex-cli", "ls")
     assert "optimizer steps" in run("dataflex", "validate", "run.yaml", *online)
+    assert len(run("dataflex", "cp").splitlines()) == len(EXAMPLES)
+    run("dataflex", "cp", "selectors/less", "copied.yaml")
+    run("dataflex", "init", "begun.yaml", "--method", "less")
+    for name in ("copied.yaml", "begun.yaml"):
+        assert "optimizer steps" in run("dataflex", "validate", name, *online)
+        first, *rest = (tmp_path / name).read_text("utf-8").splitlines()
+        uri = first.removeprefix("# yaml-language-server: $schema=")
+        assert unquote(urlsplit(uri).path) == str(borrowed.parent / "dataflex/examples/run.schema.json")
+        if name == "copied.yaml":
+            assert rest == (ROOT / "examples/selectors/less.yaml").read_text("utf-8").splitlines()[1:]
+    assert run("dataflex", "schema") == (ROOT / "examples/run.schema.json").read_text("utf-8")
 
 
 def test_ruff_sees_syntax_newer_than_the_oldest_python() -> None:

@@ -10,31 +10,33 @@ from pydantic import BaseModel
 
 from dataflex.components.adapter import written
 from dataflex.components.classic import Arguments, constructor_params
-from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS
+from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, Registry
 from dataflex.errors import ConfigError
 from dataflex.method import Method
 
 KINDS = (SELECTORS, MIXERS, WEIGHTERS)
+TRAIN_TYPES = {"selector": "dynamic_select", "mixer": "dynamic_mix", "weighter": "dynamic_weight"}
+"""Kind of a method -> the `train_type` of a run that has one."""
 _MODULE = re.compile(r"\b(?:[a-z_]+\.)+(?=[A-Z])")
 _CHECKED = re.compile(r"Annotated\[(\w+), .*?>\)\]")  # a type with a check of ours
 
 
 def methods() -> list[dict[str, Any]]:
     """Return every registered method: name, place, first line of its description, parameters; JSON-compatible."""
-    found = []
     every = [(registry, *item) for registry in KINDS for item in sorted(registry.places().items())]
-    for registry, name, place in every:
-        entry: dict[str, Any] = {"name": name, "kind": registry.kind, "class": place}
-        if place != registry.builtins.get(name, place):
-            entry["in_place_of"] = registry.builtins[name]
-        try:
-            cls = registry.load(name)
-        except ConfigError as error:
-            found.append(entry | {"error": str(error)})
-            continue
-        entry["description"] = summary_of(cls)
-        found.append(entry | {"params": _params(cls)})
-    return found
+    return [entry_of(*each) for each in every]
+
+
+def entry_of(registry: Registry[Any], name: str, place: str) -> dict[str, Any]:
+    """Return what `methods` says of one, whose class is at `place`; `error` where it cannot be imported."""
+    entry: dict[str, Any] = {"name": name, "kind": registry.kind, "class": place}
+    if place != registry.builtins.get(name, place):
+        entry["in_place_of"] = registry.builtins[name]
+    try:
+        cls = registry.load(name)
+    except ConfigError as error:
+        return entry | {"error": str(error)}
+    return entry | {"description": summary_of(cls), "params": _params(cls)}
 
 
 def summary_of(cls: type[Method]) -> str:
@@ -72,6 +74,7 @@ def _param(name: str, annotation: Any, default: Any, required: bool, description
     is_plain = isinstance(annotation, type) and not get_args(annotation)
     kind = annotation.__name__ if is_plain else _CHECKED.sub(r"\1", _MODULE.sub("", str(annotation)))
     if isinstance(default, BaseModel):  # a part of a method: its kind, and what differs from that kind's own defaults
-        default = {"kind": getattr(default, "kind", None)} | default.model_dump(exclude_defaults=True)
+        kind_of_part = {"kind": default.kind} if hasattr(default, "kind") else {}
+        default = kind_of_part | default.model_dump(exclude_defaults=True)
     shown = json.loads(json.dumps(None if required else default, default=str))
     return {"name": name, "type": kind, "required": required, "default": shown, "description": description or ""}

@@ -16,16 +16,16 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.json_schema import models_json_schema
 
 from dataflex.components.classic import Arguments
-from dataflex.components.registry import MIXERS, SELECTORS, WEIGHTERS, Registry, did_you_mean
+from dataflex.components.registry import Registry, did_you_mean
 from dataflex.config.keys import DataflexKeys, FlatKeys
 from dataflex.config.llamafactory_keys import BOUNDS, Key, accepted_types, known_keys, template_names
-from dataflex.config.methods import summary_of
+from dataflex.config.methods import KINDS, TRAIN_TYPES, summary_of
 from dataflex.errors import ConfigError
 
 Schema = dict[str, Any]
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
-_KINDS: dict[str, Registry[Any]] = {"dynamic_select": SELECTORS, "dynamic_mix": MIXERS, "dynamic_weight": WEIGHTERS}
+_KINDS: dict[str, Registry[Any]] = {TRAIN_TYPES[registry.kind]: registry for registry in KINDS}
 _TYPES = {
     "bool": "boolean", "int": "integer", "float": "number", "str": "string", "list": "array", "dict": "object",
     "None": "null",
@@ -194,11 +194,10 @@ def _names(methods: dict[str, dict[str, str]]) -> Iterator[Schema]:
 
 def _parameters(models: dict[str, type[BaseModel]]) -> Iterator[Schema]:
     """Yield what `dataflex.params` is where the run file names a method, and those of a weighter beside a mixer."""
-    train_types = {registry.kind: train_type for train_type, registry in _KINDS.items()}
     for each in models:
         kind, _, name = each.partition(".")
         params = {"$ref": _REFERENCE + each}
-        given: Schema = {"train_type": {"const": train_types[kind]}, "component_name": {"const": name}}
+        given: Schema = {"train_type": {"const": TRAIN_TYPES[kind]}, "component_name": {"const": name}}
         if kind == "mixer":  # unless these two name another
             given |= {"static_mix": {"enum": [False, None]}, "mixture_sample_rule": {"enum": ["mixture", None]}}
         required = ["train_type", "component_name"]
