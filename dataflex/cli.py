@@ -238,11 +238,17 @@ def doctor(
         Path | None, typer.Argument(metavar="[RUN.yaml]", help="Look at what this run needs as well.")
     ] = None,
     overrides: Overrides = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Only: do padding and the rest of a batch move the run's gradients?")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say whether a run can work here: imports, versions that disagree, FAISS, GPUs, free disk; takes a minute."""
     from dataclasses import asdict
 
+    if gradients:
+        _look_at_gradients(run, overrides, as_json)
+        return
     from dataflex.doctor.examine import examine
 
     found = []
@@ -281,6 +287,19 @@ def version() -> None:
             print(f"{name} {version(name)}")
         except PackageNotFoundError:
             print(f"{name} not installed")
+
+
+def _look_at_gradients(run: Path | None, overrides: list[str] | None, as_json: bool) -> None:
+    if run is None:
+        raise ConfigError("--gradients: found no run file; expected one, whose model and rows are looked at")
+    with _started("doctor", run, overrides) as settings:
+        with contextlib.redirect_stdout(sys.stderr):  # some library greets there, and programs read the answer
+            from dataflex.doctor.gradients import refuse, report
+
+            findings, plain = report(settings)
+        if distributed.is_main():
+            answer(plain, as_json, [line for finding in findings for line in finding.lines()])
+        refuse(findings)
 
 
 def _names(text: str) -> list[str]:

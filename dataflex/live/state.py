@@ -279,16 +279,21 @@ class ModelState:
 
     def numerics(self) -> dict[str, Any]:
         """Return what the same weights are computed with."""
-        # Accelerate's: where the run file is silent, a launcher may set it (ACCELERATE_MIXED_PRECISION).
-        precision = str(self.trainer.accelerator.mixed_precision)
-        frozen = next((p.dtype for p in self.model.parameters() if not p.requires_grad), None)
-        return {
-            "engine": ENGINE_VERSION,
-            "autocast": {"bf16": "bfloat16", "fp16": "float16", "no": "none"}.get(precision, precision),
-            "weights": str(frozen or next(self.model.parameters()).dtype),
-            "attention": str(getattr(self.model.config, "_attn_implementation", "unknown")),
-            "reduction": "mean over supervised tokens",
-        }
+        return numerics(self.trainer)
+
+
+def numerics(trainer: LiveTrainer) -> dict[str, Any]:
+    """Return what the weights of a trainer's model are computed with: precision, attention, engine."""
+    # Accelerate's: where the run file is silent, a launcher may set it (ACCELERATE_MIXED_PRECISION).
+    model, precision = trainer.model, str(trainer.accelerator.mixed_precision)
+    frozen = next((p.dtype for p in model.parameters() if not p.requires_grad), None)
+    return {
+        "engine": ENGINE_VERSION,
+        "autocast": {"bf16": "bfloat16", "fp16": "float16", "no": "none"}.get(precision, precision),
+        "weights": str(frozen or next(model.parameters()).dtype),
+        "attention": str(getattr(model.config, "_attn_implementation", "unknown")),
+        "reduction": "mean over supervised tokens",
+    }
 
 
 def _is_inert(tensors: list[tuple[str, Any]]) -> bool:
