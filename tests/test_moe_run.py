@@ -170,7 +170,7 @@ def test_two_processes_come_to_the_proportions_of_one(workspace: Any, models: di
 
 
 def test_held_out_rows_by_name_and_no_more_than_asked(workspace: Any, models: dict[str, Path], loads: Any) -> None:
-    """Called `<domain>_eval` they belong by name, whatever their order; otherwise by order."""
+    """Called `<domain>_eval` they belong by name, whatever their order; and need not be in eval_dataset as well."""
     folder = workspace.folder / "data"
     folder.mkdir()
     info = {}
@@ -182,8 +182,8 @@ def test_held_out_rows_by_name_and_no_more_than_asked(workspace: Any, models: di
     keys: dict[str, Any] = {"dataset_dir": str(folder), "dataset": "a,b", "eval_dataset": "a_eval,b_eval"}
     keys |= {"warmup_step": None, "update_step": 1, "update_times": 1}
     params = {"eval_samples": 5, "collect_steps": 1}
-    for order in ("b_eval,a_eval", "a_eval,b_eval"):
-        run = write(workspace, "run", models["qwen"], params, mixer_eval_dataset=order, **keys)
+    for order, more in (("b_eval,a_eval", {}), ("a_eval,b_eval", {"eval_dataset": None})):
+        run = write(workspace, "run", models["qwen"], params, mixer_eval_dataset=order, **(keys | more))
         workspace.run("train", run, "overwrite_output_dir=true")
     first, second = (found for found, _, _ in loads)
     np.testing.assert_array_equal(first, second)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator, model_validator
 
@@ -14,8 +14,13 @@ class Parameters(BaseModel):
 
     NaN and infinity pass every comparison with a bound (`gt=0` holds for infinity) and turn into weights of NaN where
     they meet a sum, so that rows are left out without a word. No parameter has a meaning for them, at any depth.
+
+    Attributes:
+        elsewhere: parameters of DataFlex's reference implementation that there are not here, with what is to be written
+            in their place.
     """
 
+    elsewhere: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*")

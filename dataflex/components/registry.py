@@ -128,7 +128,8 @@ class Registry(Generic[T]):
             names = sorted(self.places())
             raise ConfigError(
                 f"found {name!r}; expected a {self.kind} ({', '.join(names)}) or module:Class"
-                f"{did_you_mean(name, names)}. A class of your own needs its module in dataflex.plugins"
+                f"{did_you_mean(name, names) or '.'} A class of your own is named as file.py:Class, or needs "
+                "its module or file in dataflex.plugins"
             )
         return self._import(name, self.builtins[name])
 

@@ -66,6 +66,8 @@ class _Loading:
         """Check everything, raise what is wrong, or return the settings."""
         llamafactory = self._llamafactory_keys()
         flat = self._flat_keys()
+        if flat.mixer_eval_dataset and not (llamafactory.get("eval_dataset") or llamafactory.get("val_size")):
+            llamafactory["eval_dataset"] = flat.mixer_eval_dataset  # documented run files name them there alone
         section = self._section(llamafactory.get("output_dir"))
         stage = llamafactory.setdefault("stage", "sft")
         epochs = llamafactory.get("num_train_epochs", 1.0)

@@ -106,7 +106,10 @@ class Problems:
                 continue
             origin, prefix = place(key)
             path = ".".join(([prefix] if prefix else []) + _written(location, values))
-            if item["type"] == "extra_forbidden":
+            instead = getattr(model, "elsewhere", {}).get(key) if len(location) == 1 else None
+            if item["type"] == "extra_forbidden" and instead is not None:
+                self.say(origin, path, f"found a key of the reference implementation; expected {instead}")
+            elif item["type"] == "extra_forbidden":
                 self.add_unknown(origin, path, "key", _siblings(model, location))
             else:
                 found = NOTHING if item["type"] == "missing" else item["input"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,21 @@ class Nice(Composed):
     class Params(PolicyFields):
         """Parameters of `nice`."""
 
+        elsewhere: ClassVar[dict[str, str]] = {
+            "reward_model_backend": "reward in its place: {type: judge, base_url: ..., model: ...} for a model on an "
+            "OpenAI-compatible server, which `vllm serve MODEL` makes of a local one; docs/rewards.md has others",
+            "reward_backend_params": "reward's own parameters in its place: base_url (api_url without "
+            "/chat/completions), model (model_name, hf_model_name_or_path), api_key_env (the variable that "
+            "api_key names), temperature, max_tokens",
+            "reward_prompt_with_ref": "template of reward: {type: judge, ...} in its place, with {prompt}, {response}, "
+            "{reference}",
+            "reward_prompt_without_ref": "template of reward: {type: judge, ...} in its place, with {prompt} and "
+            "{response}",
+            "policy_model_path": "no such key, as the model that is trained writes the responses; for those of another "
+            "one on_policy: sampled and generator: {type: openai, base_url: ..., model: ...}",
+            "prompt_template": "no such key, as prompts are written by the run's own template",
+            "max_prompt_length": "no such key, as cutoff_len bounds prompts",
+        }
         reward_model_path: str | None = Field(None, description="short for reward: {type: reward_model, path: ...}")
         aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from dataflex.errors import ConfigError
 from dataflex.features.spec import (
@@ -142,6 +142,8 @@ class PolicyFields(CheckpointFields):
             self.policy_spec  # noqa: B018  (checks what does not fit each other)
         except ConfigError as error:
             raise ValueError(f"rewards that can be built: {error}") from error
+        except ValidationError as error:  # said as if it were of these parameters, which it is
+            raise ValueError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from error
         return self
 
     @property
