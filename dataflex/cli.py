@@ -32,11 +32,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     pretty_exceptions_show_locals=False,
 )
+app.command("ls")(run_file_verbs.list_methods)
+app.command("cp")(run_file_verbs.copy_example)
+app.command()(run_file_verbs.init)
+app.command()(run_file_verbs.schema)
 app.command()(run_verbs.show)
 app.command()(run_verbs.report)
 app.add_typer(store_verbs.app, name="store")
 app.add_typer(mix_verbs.app, name="mix")
-app.registered_commands += run_file_verbs.app.registered_commands
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Run file: LLaMA-Factory's keys and DataFlex's.")]
 Overrides = Annotated[

@@ -10,8 +10,6 @@ import typer
 from dataflex.answer import Json, answer
 from dataflex.errors import ConfigError
 
-app = typer.Typer(rich_markup_mode=None)
-
 Listed = Annotated[
     str | None,
     typer.Argument(
@@ -27,7 +25,6 @@ Field = Annotated[
 ]
 
 
-@app.command("ls")
 def list_methods(name: Listed = None, as_json: Json = False) -> None:
     """List the methods with their parameters and defaults; all of one of them; or the examples."""
     from dataflex.config.description import described
@@ -45,7 +42,6 @@ def list_methods(name: Listed = None, as_json: Json = False) -> None:
     answer(found, as_json, table(found))
 
 
-@app.command("cp")
 def copy_example(name: Copied = None, target: Target = None, as_json: Json = False) -> None:
     """Copy an example run file into a new file; without a name, list them."""
     if name is None:
@@ -58,7 +54,6 @@ def copy_example(name: Copied = None, target: Target = None, as_json: Json = Fal
     answer({"file": str(file)}, as_json, [f"wrote {file}: {advice}"])
 
 
-@app.command()
 def init(
     run: NewFile = Path("run.yaml"),
     method: Method = "less",
@@ -78,7 +73,6 @@ def init(
     answer({"file": str(file), "method": found[0].full_name}, as_json, lines)
 
 
-@app.command()
 def schema(field: Field = None) -> None:
     """Print a JSON schema of run files, which editors complete and check by."""
     from dataflex.config.schema import as_text, field_schema, run_file_schema
