@@ -77,7 +77,8 @@ def schema(field: Field = None) -> None:
     """Print a JSON schema of run files, which editors complete and check by."""
     from dataflex.config.schema import as_text, field_schema, run_file_schema
 
-    print(as_text(run_file_schema() if field is None else field_schema(field)), end="")
+    whole = run_file_schema()
+    print(as_text(whole if field is None else field_schema(field, whole)), end="")
 
 
 def _list_examples(as_json: bool) -> None:

@@ -38,6 +38,7 @@ def test_what_init_writes_is_right_once_it_names_model_and_data(
     Path("saves/reference").mkdir(parents=True)
     text = Path("begun.yaml").read_text("utf-8")
     assert not list(validator.iter_errors(yaml.safe_load(text)))
+    (about,) = described(method)
     kind, _, name = method.partition(".")
     data = ["dataset=pool,target", "warmup_step=0"] if kind == "mixer" else ["dataset=pool"]
     targets = ["eval_dataset=target"] if "\neval_dataset: my_target" in text else []
@@ -45,15 +46,15 @@ def test_what_init_writes_is_right_once_it_names_model_and_data(
     assert settings.component is not None
     assert (settings.train_type, settings.component_name) == (TRAIN_TYPES[kind], name)
     assert bool(targets) == (settings.component.needs_targets or any(n.of == "targets" for n in settings.needs))
-    assert settings.params == type(settings.params).model_validate(described(method)[0].starter)
+    assert settings.params == type(settings.params).model_validate(about.starter)
     # Every parameter is in sight; where it is a comment, what stands behind it is its default.
     section = text.partition("  params:")[2]
     shown = dict(re.findall(r"^    #?(\w+): (.+)$", section, re.MULTILINE))
     acting = {k: f for k, f in type(settings.params).model_fields.items() if f.json_schema_extra != {"acts": False}}
     assert acting.keys() <= shown.keys()
-    for key in acting.keys() - described(method)[0].starter.keys():
-        (default,) = (p["default"] for p in described(method)[0].params if p["name"] == key)
-        assert yaml.safe_load(shown[key]) == default
+    defaults = {param["name"]: param["default"] for param in about.params}
+    for key in acting.keys() - about.starter.keys():
+        assert yaml.safe_load(shown[key]) == defaults[key]
 
 
 def test_init_writes_over_nothing_and_asks_which(capsys: pytest.CaptureFixture[str], run_file: Path) -> None:

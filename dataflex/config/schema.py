@@ -74,17 +74,17 @@ def as_text(schema: Schema) -> str:
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
-def field_schema(field: str) -> Schema:
-    """Return the part of the schema that one key has.
+def field_schema(field: str, whole: Schema) -> Schema:
+    """Return the part of `run_file_schema` that one key has.
 
     Args:
         field: a dotted key of run files, such as `dataflex.refresh`; or `KIND.METHOD`, a method's parameters, such as
             `selector.less`, of which a further dotted key is one.
+        whole: the schema.
 
     Raises:
         ConfigError: there is no such key.
     """
-    whole = run_file_schema()
     definitions = whole["definitions"]
     parts, at = field.split("."), whole
     if ".".join(parts[:2]) in definitions:
