@@ -15,7 +15,6 @@ from dataflex.config import load
 from dataflex.config.description import described
 from dataflex.config.examples import example, folder, of_method
 from dataflex.config.methods import TRAIN_TYPES
-from dataflex.config.schema import run_file_schema
 from tests.command import python, run
 from tests.example import EXAMPLES
 
@@ -24,7 +23,7 @@ METHODS = [f"{registry.kind}.{name}" for registry in (SELECTORS, MIXERS, WEIGHTE
 
 @pytest.fixture(scope="module")
 def validator() -> Draft7Validator:
-    return Draft7Validator(run_file_schema())
+    return Draft7Validator(json.loads((EXAMPLES / "run.schema.json").read_text("utf-8")))
 
 
 @pytest.mark.usefixtures("run_folder")
