@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import distributed
+from dataflex.access.speed import training_of
 from dataflex.pipelines.run import Run
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def write_summary(path: Path, verb: str, run: Run, about: dict[str, Any]) -> Non
     counted = ("computed", "gradients", "tokens", "batches", "bytes")
     total = {name: sum(getattr(t, name) for t in tallies) for name in counted}
     chosen = sum(round.steps for round in run.updates) * run.trainer.global_batch
+    speeds = [*run.access.speeds, *_of_steps(run)]
     summary = {
         "stage": verb,
         "seconds": float(f"{seconds:.2f}"),
@@ -42,9 +44,11 @@ def write_summary(path: Path, verb: str, run: Run, about: dict[str, Any]) -> Non
         "gradients_per_chosen_row": float(f"{total['gradients'] / max(1, chosen):.3f}"),
         "skipped": skipped,
         "store": run.access.url,
+        "speeds": speeds,
         **about,
     }
     if distributed.is_main():
+        run.access.record.speeds = speeds
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     said = ", ".join(f"{reason} {count}" for reason, count in skipped.items()) or "none"
@@ -53,3 +57,11 @@ def write_summary(path: Path, verb: str, run: Run, about: dict[str, Any]) -> Non
         verb, len(run.rows), summary["target_rows"], total["computed"], tallies[0].reused, said, total["tokens"],
         total["bytes"] / 1e6, seconds,
     )  # fmt: skip
+
+
+def _of_steps(run: Run) -> list[dict[str, Any]]:
+    """Return how fast the steps were taken; a row counts as the mean row of the training set."""
+    pace = run.trainer.pace
+    tokens = round(pace.steps * run.trainer.global_batch * float(run.rows.length.mean()) / distributed.world())
+    took = {"steps": pace.steps, "tokens": tokens, "seconds": float(f"{pace.seconds:.4f}")}
+    return [{"of": training_of(run.state), **took}] if pace.steps else []

@@ -3,7 +3,7 @@
 runs/<id>/begun.<launch>.json     what the run is; one for each time it was started
 runs/<id>/store.<folder>.json     it reads or writes that store; there before the store is opened
 runs/<id>/state.<lineage>.json    it keeps that state or starts from it; there before the state is looked for
-runs/<id>/finished.<launch>.json  that launch came to its end
+runs/<id>/finished.<launch>.json  that launch came to its end, and how fast it worked
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +44,12 @@ class RunRecord:
         verb: the command.
         identity: what the run's decisions depend on.
         method: the selector's name.
+
+    Attributes:
+        speeds: how fast the launch worked, as `dataflex.access.speed` has it.
     """
+
+    speeds: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, files: Files, output_dir: str | os.PathLike[str], verb: str, identity: str, method: str = ""):
         self.files = files
@@ -69,9 +74,10 @@ class RunRecord:
         self._write(f"{kind}.{name}", {kind: name})
 
     def finish(self) -> None:
-        """Record that this launch came to its end."""
+        """Record that this launch came to its end, and its speeds."""
         if self._written:
-            self._write(self._begun[0].replace("begun", "finished"), {})
+            about = {"speeds": list(self.speeds)} if self.speeds else {}
+            self._write(self._begun[0].replace("begun", "finished"), about)
 
     def _write(self, stem: str, body: dict[str, Any]) -> None:
         if stem in self._written or self._is_refused:
@@ -84,6 +90,16 @@ class RunRecord:
             _log.warning(
                 "this run is not recorded, so `dataflex store gc` elsewhere cannot spare what it uses: %s", error
             )
+
+
+class Unrecorded(RunRecord):
+    """The record of a command that only looks: it has none."""
+
+    def begin(self) -> None:
+        """Write nothing."""
+
+    def _write(self, stem: str, body: dict[str, Any]) -> None:
+        """Write nothing."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +168,16 @@ def read_runs(files: Files) -> list[KnownRun]:
     about = dict(zip(latest, read_records(files, list(latest.values())), strict=True))
     known = (_known(run, several, about.get(run)) for run, several in found.items())
     return sorted(known, key=lambda run: -run.modified)
+
+
+def read_speeds(files: Files) -> list[dict[str, Any]]:
+    """Return how fast runs worked that came to their end under a root, the latest first; damaged notes are left out."""
+    if files.misplaced(FOLDER, "folder"):
+        return []
+    notes = [file for file in files.stored(FOLDER) if (match := _note(file)) and match[1] == "finished"]
+    notes.sort(key=lambda file: -file.modified)
+    found = read_records(files, [file.path for file in notes])
+    return [speed for note in found if isinstance(note, dict) for speed in note.get("speeds", ())]
 
 
 def note_problems(files: Files, folder: str, documents: Iterable[Stored]) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ from dataflex.access.grid import Grid
 from dataflex.access.policy_source import PolicySource
 from dataflex.access.progress import Progress
 from dataflex.access.sources import EncoderSource, ModelSource, Source, Wanted
+from dataflex.access.speed import pass_of
 from dataflex.access.views import StoreView
 from dataflex.config.keys import DataflexKeys
 from dataflex.errors import CoverageError, DataflexError
@@ -53,6 +54,8 @@ class FeatureAccess:
         self.url = root.files.name("")
         self.tally = Tally()
         self.progress = Progress()
+        self.speeds: list[dict[str, Any]] = []
+        """What the passes so far took this process (`dataflex.access.speed`)."""
         self._state = state
         self._options = options
         self._model = ModelSource(state, options.token_budget, cutoff_len)
@@ -110,6 +113,17 @@ class FeatureAccess:
         """Record, before a store or kept state is opened, that the run uses it: `store gc` leaves it alone then."""
         if distributed.is_main():
             self.record.uses(kind, name)
+
+    def keys(self, spec: FeatureSpec, rows: Rows) -> np.ndarray:
+        """Return the key under which a store has the feature of each row, (R,)."""
+        return self._source(spec).keys(rows)
+
+    def together(self, specs: Sequence[FeatureSpec]) -> list[list[FeatureSpec]]:
+        """Part features into those that `ensure` computes in one pass."""
+        found: dict[int, list[FeatureSpec]] = {}
+        for spec in dict.fromkeys(specs):
+            found.setdefault(id(self._source(spec)), []).append(spec)
+        return list(found.values())
 
     def passes(self, specs: Sequence[FeatureSpec], rows: Rows) -> int:
         """Return the rows that `ensure` goes through: every one once for each source."""
@@ -219,15 +233,19 @@ class FeatureAccess:
         grid = Grid(unique if among is rows else np.unique(source.keys(among)), self._options.fragment_rows)
         cells = cells_of(grid, unique, first, stores, absent)
         work = Work(source, rows, cells, self._options.token_budget, limit, self._options.leases)
+        begun, before = time.monotonic(), self.tally.tokens
         if source.is_collective:  # ranks meet in every layer: where one fails, the launcher has to end the others
             work.run(self.tally, self.progress)
-            return
-        with distributed.together():
-            try:
-                work.run(self.tally, self.progress)
-            except DataflexError:
-                stop.announce()  # the others need not go through all of their share first
-                raise
+        else:
+            with distributed.together():
+                try:
+                    work.run(self.tally, self.progress)
+                except DataflexError:
+                    stop.announce()  # the others need not go through all of their share first
+                    raise
+        took = {"tokens": self.tally.tokens - before, "seconds": round(time.monotonic() - begun, 4)}
+        if distributed.is_main() and took["tokens"]:
+            self.speeds.append({"of": pass_of(self._state, specs), **took})
 
     def _judge_loss(self, rows: Rows, state: StateName) -> None:
         """Have the mean loss of a pass looked at. Collective.

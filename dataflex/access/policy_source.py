@@ -235,9 +235,8 @@ class PolicySource:
     @cached_property
     def _words(self) -> dict[str, Any]:
         """What the tokens mean, and which of them end a response."""
-        stop = getattr(self._state.model, "generation_config", None)
-        stops = [self._tokenizer.eos_token_id, getattr(stop, "eos_token_id", None)]
-        flat = [i for each in stops for i in (each if isinstance(each, list) else [each]) if i is not None]
+        own = self._tokenizer.eos_token_id
+        flat = [*self._state.end_tokens, *(own if isinstance(own, list) else [] if own is None else [own])]
         return {"tokenizer": digest(_decoding(self._tokenizer)), "stop": sorted(set(flat))}
 
     def _target(self, rows: Rows, row: int) -> Prompt:

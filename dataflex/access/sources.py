@@ -177,18 +177,18 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of the model in training; a model of several kinds of input has its hidden states' width with its text part."""
+    """Of the model in training."""
 
     state: ModelState
     cutoff_len: int
 
     @property
     def hidden(self) -> int:
-        return int(self.state.model.config.get_text_config().hidden_size)
+        return self.state.hidden_size
 
     @property
     def trainable(self) -> int:
-        return sum(parameter.numel() for _, parameter in self.state.trainable())
+        return self.state.trainable_size
 
 
 class EncoderSource:

@@ -11,7 +11,7 @@ from typing import Any
 from dataflex import distributed
 from dataflex.checkpoints.marks import is_marked, require_whole
 from dataflex.config.combinations import QUANTISED
-from dataflex.errors import ConfigError, CoverageError, MismatchError
+from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.explanation import explained
 from dataflex.features.adam import Moments
 from dataflex.features.facts import Feature
@@ -50,7 +50,8 @@ class ModelState:
         assert found is not None
         self.loaded: dict[str, Any] = found[0]
         """The base as it was loaded: its frozen weights, code, configuration and options."""
-        self._reference: list[Any] = found[1]
+        self.reference: list[Any] = found[1]
+        """The models that the training loss compares with."""
         self.encoders: dict[str, dict[str, Any]] = {}
         """Identities of other models that embed, by what they are called: each is read once for the run."""
         self._checkpoint: StateName = None
@@ -183,30 +184,70 @@ class ModelState:
         if is_gradient and self._checkpoint == BASE:
             raise ConfigError("gradients of the base model: there are none, the weights that are trained are left out")
         if spec.needs_moments:
-            key = ("moments", *self.position)
-            if key not in self._known:
-                self._known[key] = self.moments().digest()
-            recipe["optimizer"] = {"adam": self._known[key]}
+            recipe["optimizer"] = {"adam": self._adam()}
         return recipe
 
+    def names(self, has_moments: bool = True) -> dict[str, Any]:
+        """Return what features of the current state are named by. Collective under DeepSpeed.
+
+        Args:
+            has_moments: whether Adam's moments are named too, if the optimizer has them.
+
+        Returns:
+            `acting`: the trainable weights as a forward pass sees them; `weights`: as they are; `adam`: the moments.
+        """
+        found: dict[str, Any] = {"acting": self._weights(forward_only=True), "weights": self._weights(False)}
+        with contextlib.suppress(DataflexError):  # an optimizer that is not Adam
+            found |= {"adam": self._adam()} if has_moments else {}
+        return found
+
+    def _adam(self) -> str:
+        """Return the digest of Adam's moments."""
+        key = ("moments", *self.position)
+        if key not in self._known:
+            self._known[key] = self.moments().digest()
+        return str(self._known[key])
+
+    @property
+    def quantised_as(self) -> str | None:
+        """How the base is quantised, by the run file or since it was saved."""
+        found = getattr(self.model.config, "quantization_config", None)
+        if found is None:
+            return None
+        return str(found.get("quant_method")) if isinstance(found, dict) else type(found).__name__
+
     def refuse_quantised(self) -> None:
-        """Refuse gradients of a model whose base is quantised, by the run file or since it was saved.
+        """Refuse gradients of a model whose base is quantised.
 
         Raises:
             ConfigError: it is.
         """
-        found = getattr(self.model.config, "quantization_config", None)
-        if found is not None:
-            how = found.get("quant_method") if isinstance(found, dict) else type(found).__name__
+        if (how := self.quantised_as) is not None:
             raise ConfigError(
                 f"model_name_or_path: found a base quantised as {how}; expected weights in half or full precision. "
                 f"{QUANTISED}"
             )
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states; a model of several kinds of input has its text part's."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def trainable_size(self) -> int:
+        """Elements of all trainable parameters."""
+        return sum(parameter.numel() for _, parameter in self.trainable())
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end what the model writes, as far as its generation configuration names any."""
+        found = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        return found if isinstance(found, list) else [] if found is None else [found]
+
     def origin(self) -> dict[str, Any]:
         """Return what a lineage begins with: base, trainable weights, numerics. Collective under ZeRO-3."""
         begun = {"base": self.loaded, "weights": self._weights(forward_only=False), "numerics": self.numerics()}
-        return begun | ({"reference": self._reference} if self._reference else {})
+        return begun | ({"reference": self.reference} if self.reference else {})
 
     def encoder(self, name_or_path: str) -> dict[str, Any]:
         """Return the identity of another model that embeds.

@@ -12,6 +12,7 @@ from torch import Tensor
 from dataflex.live.live_trainer import LiveTrainer
 from dataflex.rows import RowSets
 from dataflex.schedule import Round, Schedule
+from dataflex.trainers.pace import Pace
 from dataflex.trainers.rounds import DecidedRound
 from dataflex.trainers.weighing import Weighing
 
@@ -64,12 +65,21 @@ class DirectedTrainer(LiveTrainer, Protocol):
         ...
 
     @property
+    def pace(self) -> Pace:
+        """What the steps so far took."""
+        ...
+
+    @property
     def last_batch(self) -> Any:
         """The last micro-batch of this process; None before the first."""
         ...
 
     def learning_rates(self, first: int, steps: int) -> list[float] | None:
         """Return the learning rates of a span of steps before any is taken, None if they follow from losses."""
+        ...
+
+    def create_optimizer(self) -> Any:
+        """Make the optimizer, as the trainer does before its first step."""
         ...
 
     def log(self, logs: dict[str, float]) -> None:

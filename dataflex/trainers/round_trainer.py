@@ -15,6 +15,7 @@ from dataflex.errors import ConfigError, Interrupted
 from dataflex.rows import RowSets
 from dataflex.schedule import Round
 from dataflex.trainers.directing import Directing, RoundDirector
+from dataflex.trainers.outline import take_rounds
 from dataflex.trainers.rounds import DecidedRound, RoundLoader
 from dataflex.trainers.trainer import DataflexTrainer, same_random_state
 
@@ -43,9 +44,7 @@ class RoundTrainer(DataflexTrainer):
                 "Set per_device_train_batch_size and gradient_accumulation_steps."
             )
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        args.max_steps = schedule.total(rows=len(row_sets.train), batch=batch)
-        args.ignore_data_skip = True  # the loader starts at the step itself
-        self.rounds = schedule.rounds(rows=len(row_sets.train), batch=batch)
+        self.rounds = take_rounds(args, schedule, len(row_sets.train), batch)
         super().__init__(directing=directing, row_sets=row_sets, model_args=model_args, **kwargs)
         self.add_callback(_EpochShown(schedule.shown_epoch(len(row_sets.train), batch)))
 
@@ -59,7 +58,7 @@ class RoundTrainer(DataflexTrainer):
         assert self.director is not None
         self.shown.phase("warm-up" if round.kind == "warmup" else f"update {round.update}")
         try:
-            with same_random_state():
+            with same_random_state(), self.pace.held():
                 decided = self.director.decide(round)
         except Interrupted:  # on every rank, between two steps
             if self.stopping.is_due(self.args, self.state):

@@ -28,6 +28,7 @@ from dataflex.schedule import Round
 from dataflex.trainers.directing import Directing, Director, Stopped
 from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.micro_batch import ROWS
+from dataflex.trainers.pace import Pace
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.shown import OURS, OwnNumbers, Shown
 from dataflex.trainers.stopping import Stopping
@@ -91,6 +92,8 @@ class DataflexTrainer(FirstStepJudged):
         super().__init__(**kwargs)
         self.shown = Shown()
         self.add_callback(OwnNumbers)
+        self.pace = Pace()
+        self.add_callback(self.pace)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(self.shown)
