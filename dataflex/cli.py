@@ -189,6 +189,25 @@ def select(
 
 
 @app.command()
+def plan(
+    run: RunFile,
+    overrides: Overrides = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Look at N records of each dataset, drawn at random.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what featurize and train will need and cost; nothing is computed, and nothing written into the store."""
+    settings = _settings(run, overrides)
+    _look_at(settings.store_root)
+    from dataflex.pipelines.plan import plan
+    from dataflex.pipelines.planning.shown import lines
+
+    found = plan(settings, sample)
+    answer(found, as_json, lines(found))
+
+
+@app.command()
 def evaluate(run: RunFile, overrides: Overrides = None) -> None:
     """Measure the model that the run begins with on `dataflex.test_dataset`; `train` does so at its end."""
     with _started("evaluate", run, overrides) as settings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from dataflex import distributed
 from dataflex.environment import is_on
@@ -75,6 +75,31 @@ def command_line(
         command += ["--nnodes", str(nodes), "--node-rank", str(_number(env, "NODE_RANK", 0))]
         command += ["--master-addr", address, "--master-port", port]
     return [*command, "-m", "dataflex.cli", *arguments]
+
+
+def processes(env: Mapping[str, str], needs_processes: bool = False) -> int:
+    """Return how many processes `launch` would start, over all nodes.
+
+    Args:
+        env: as for `command_line`.
+        needs_processes: as for `launch`.
+
+    Raises:
+        ConfigError: as `check_numbers`.
+    """
+    if not may_launch(env):
+        return 1
+    count = _devices()
+    if not _is_forced(env, needs_processes) and (is_on("USE_RAY", env=env) or is_on("USE_KT", env=env) or count < 2):
+        return 1
+    nodes, said = check_numbers(env), env.get("NPROC_PER_NODE") or ""
+    return nodes * (max(1, count) if said in ("", *_COUNTED) else int(said))
+
+
+def one_device(env: MutableMapping[str, str]) -> None:
+    """Show this process one GPU of several, before anything has looked at them."""
+    if _devices() > 1:
+        env["CUDA_VISIBLE_DEVICES"] = env.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
 
 
 def may_launch(env: Mapping[str, str]) -> bool:

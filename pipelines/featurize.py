@@ -31,7 +31,7 @@ from dataflex.trainers.rounds import DecidedRound
 
 log = logging.getLogger(__name__)
 
-_QUIET: dict[str, Any] = {
+QUIET: dict[str, Any] = {
     "do_train": True,
     "do_eval": False,
     "do_predict": False,
@@ -44,7 +44,8 @@ _QUIET: dict[str, Any] = {
     "push_to_hub": False,
     "overwrite_output_dir": True,
     "resume_from_checkpoint": None,
-}  # what a run does beside changing its weights
+}
+"""What a run does beside changing its weights, left out."""
 
 
 def featurize(settings: Settings, is_worker: bool = False) -> None:
@@ -88,7 +89,7 @@ def run_until_update(
     names = ("MASTER_ADDR", "MASTER_PORT") if distributed.world() > 1 else ()
     launch = [os.environ.get(name, "") for name in names] or [platform.node(), str(os.getpid())]
     scratch = Path(settings.llamafactory["output_dir"]) / f".{verb}-{re.sub(r'[^A-Za-z0-9.-]', '_', '-'.join(launch))}"
-    arguments = {**settings.llamafactory, **_QUIET, "output_dir": str(scratch)}
+    arguments = {**settings.llamafactory, **QUIET, "output_dir": str(scratch)}
     arguments.pop("max_steps", None)
     measured = {} if measures else {"test_dataset": (), "test_reward": None}
     try:

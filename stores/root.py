@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -116,7 +116,7 @@ class StoreRoot:
         self._refuse_removal(folder)  # first: of a store that is found after this, a removal will see who uses it
         document = find_record(self.files, folder, "recipe")
         if document is None:
-            body = {"kind": kind, "recipe": recipe, "layout": layout.plain(), "libraries": _libraries()}
+            body = {"kind": kind, "recipe": recipe, "layout": layout.plain(), "libraries": libraries()}
             document, _ = claim(self.files, folder, "recipe", body)
         store = recorded_store(self.files, folder, document)
         if store.layout != layout:
@@ -221,9 +221,15 @@ def recorded_store(files: Files, folder: str, document: dict[str, Any], check_na
     return store
 
 
-def _libraries() -> dict[str, str]:
+def libraries() -> dict[str, str]:
+    """Return the versions of the libraries that values may depend on."""
+    return versions(_LIBRARIES)
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those of the libraries that are installed."""
     found = {}
-    for name in _LIBRARIES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -202,7 +202,7 @@ class Work:
         found = self.source.compute(self.rows, cell.at, cell.specs, least)
         for store, values in zip(cell.stores, found, strict=True):
             store.append(cell.name, Values(cell.keys, values.status, values.scalars, values.vectors))
-            tally.bytes += len(cell.keys) * _row_bytes(store.layout)
+            tally.bytes += len(cell.keys) * row_bytes(store.layout)
             for status in (Status.NO_LABELS, Status.NONFINITE):
                 if count := int((values.status == status).sum()):
                     tally.skipped[status.name.lower()] = tally.skipped.get(status.name.lower(), 0) + count
@@ -249,7 +249,7 @@ def cells_of(
     return found
 
 
-def _row_bytes(layout: Layout) -> int:
+def row_bytes(layout: Layout) -> int:
     """Return the bytes of one stored row: key, status, scalars, vector."""
     scalars = sum(np.dtype(kind).itemsize for kind in layout.scalars.values())
     return 17 + scalars + layout.width * np.dtype(layout.storage).itemsize

@@ -83,6 +83,12 @@ class TextEncoder:
             self._engine.require_layers(specs)
 
     @property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        model = self._sentences if self._sentences is not None else self._engine.model
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    @property
     def width(self) -> int:
         """Numbers per embedding."""
         if self._sentences is not None:

@@ -62,6 +62,12 @@ class LossSpec(Feature):
         "keep", description="drop: the first supervised token is not counted, as under given: nothing, where it cannot"
     )
 
+    def describe(self) -> str:
+        """Return what it is, for people."""
+        if self.given == "nothing":
+            return "loss (given nothing)"
+        return "loss (without the first token)" if self.first_token == "drop" else "loss"
+
     @property
     def number(self) -> str | None:
         """None: a loss is read per token, of both its columns."""

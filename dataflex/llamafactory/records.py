@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from datasets import Dataset
 from llamafactory.data import loader
 from llamafactory.data.converter import get_dataset_converter
 
+from dataflex.draws import generator
 from dataflex.errors import DataflexError
 from dataflex.explanation import at_record, explained
 from dataflex.llamafactory.columns import unfit
@@ -31,7 +33,39 @@ INDEX, DATASET = "__dataflex_index__", "__dataflex_dataset__"
 MEDIA = ("images", "videos", "audios")
 
 
-def load_records(names: Sequence[str], first: int, stage: str, *arguments: Any) -> tuple[list[Dataset], list[Dataset]]:
+@dataclass(frozen=True)
+class Sample:
+    """Some records of each dataset that stand for all.
+
+    Attributes:
+        count: records of a dataset, at most.
+        totals: dataset -> records that it would have in the run; filled in as datasets are loaded.
+    """
+
+    count: int
+    totals: dict[str, int] = field(default_factory=dict)
+
+    def of(self, name: str, dataset: Dataset) -> Dataset:
+        """Return the records of a dataset that are looked at, drawn evenly at random, in their order."""
+        self.totals[name] = len(dataset)
+        if len(dataset) <= self.count:
+            return dataset
+        return dataset.select(np.sort(generator(0, "sample", name).permutation(len(dataset))[: self.count]))
+
+    def plain(self) -> dict[str, dict[str, int]]:
+        """Return by dataset how many records were looked at, and of how many."""
+        looked = {name: min(total, self.count) for name, total in self.totals.items()}
+        return {"records": looked, "of": dict(self.totals)}
+
+    def factor(self, name: str) -> float:
+        """Return how many records each that was looked at stands for."""
+        total = self.totals.get(name, 0)
+        return total / min(total, self.count) if total else 1.0
+
+
+def load_records(
+    names: Sequence[str], first: int, stage: str, *arguments: Any, sample: Sample | None = None
+) -> tuple[list[Dataset], list[Dataset]]:
     """Load datasets as LLaMA-Factory does.
 
     Args:
@@ -39,6 +73,7 @@ def load_records(names: Sequence[str], first: int, stage: str, *arguments: Any) 
         first: number of the first of them.
         stage: `sft` or `pt`.
         arguments: LLaMA-Factory's model, data and training arguments.
+        sample: takes some of each; None: all are taken.
 
     Returns:
         For each dataset its records in LLaMA-Factory's standard format, with the columns `INDEX` and `DATASET`; and its
@@ -54,7 +89,7 @@ def load_records(names: Sequence[str], first: int, stage: str, *arguments: Any) 
     raw: list[Dataset] = []
     for number, name in enumerate(names, first):
         place = place_of(name, arguments[1].dataset_dir)
-        with explained(str(place), place.fault), _numbered(place, stage, raw):
+        with explained(str(place), place.fault), _numbered(place, stage, raw, sample):
             place.check()
             part = loader._get_merged_dataset([name], *arguments, stage, return_dict=True)[name]
         aligned.append(part.add_column(DATASET, np.full(len(part), number, dtype=np.int32)))
@@ -62,7 +97,7 @@ def load_records(names: Sequence[str], first: int, stage: str, *arguments: Any) 
 
 
 @contextlib.contextmanager
-def _numbered(place: Place, stage: str, raw: list[Dataset]) -> Iterator[None]:
+def _numbered(place: Place, stage: str, raw: list[Dataset], sample: Sample | None) -> Iterator[None]:
     """Number the records of a dataset as they are loaded, and carry the number through the conversion.
 
     LLaMA-Factory samples (`num_samples`, `max_samples`) between loading and converting, so the number has to be there
@@ -86,6 +121,8 @@ def _numbered(place: Place, stage: str, raw: list[Dataset]) -> Iterator[None]:
     def align_numbered(dataset: Dataset, attr: Any, data_args: Any, training_args: Any) -> Dataset:
         if INDEX not in dataset.column_names:
             raise DataflexError(f"{place}: records from {attr.load_from} cannot be numbered; use files or the hub")
+        if sample is not None:
+            dataset = sample.of(place.name, dataset)
         if (found := unfit(dataset, attr, stage)) is not None:
             raise DataflexError(f"{place}: {found}")
         for kind in MEDIA:

@@ -36,7 +36,7 @@ from dataflex.llamafactory.processing import (
     supervised_each,
 )
 from dataflex.llamafactory.provenance import made_from
-from dataflex.llamafactory.records import DATASET, INDEX, column_of, load_records, origin, origins
+from dataflex.llamafactory.records import DATASET, INDEX, Sample, column_of, load_records, origin, origins
 from dataflex.llamafactory.sanity import judge_records
 from dataflex.llamafactory.texts import DecodedTexts, RecordTexts
 from dataflex.rows import Rows, RowSets, keys_from
@@ -71,8 +71,11 @@ def load_rows(
     stage: str,
     tokenizer: Any,
     processor: Any = None,
+    sample: Sample | None = None,
 ) -> RowSets:
     """Load and process the run's datasets as LLaMA-Factory's `get_dataset` does; the arguments are the same.
+
+    With `sample`, some records of each dataset stand for all; nothing is saved then.
 
     Raises:
         DataflexError: a dataset is empty, has images, videos or audios, cannot be numbered, or gives no usable row;
@@ -95,8 +98,9 @@ def load_rows(
     # The first process fills the caches of `datasets`, which the others of the node then read.
     one_at_a_time = {"local": not data_args.data_shared_file_system}
     with distributed.together(), training_args.main_process_first(desc="load dataset", **one_at_a_time):
-        train_parts, train_raw = load_records(names, 0, stage, model_args, data_args, training_args)
-        target_parts, target_raw = load_records(targets, len(names), stage, model_args, data_args, training_args)
+        given = stage, model_args, data_args, training_args
+        train_parts, train_raw = load_records(names, 0, *given, sample=sample)
+        target_parts, target_raw = load_records(targets, len(names), *given, sample=sample)
     first = training_args.main_process_first(desc="pre-process dataset", **one_at_a_time)
     with distributed.together(), first, explained(f"datasets {', '.join(names + targets)}"):
         evaluation: Any = None
@@ -116,7 +120,7 @@ def load_rows(
         judge_records(records["train"], tokenizer)
     fed = {key: part.remove_columns([c for c in NOTES if c in part.column_names]) for key, part in noted.items()}
     sets = {key: _rows(noted[key], fed[key], records[key], processing, names + targets) for key in records}
-    if path is not None and training_args.should_save:
+    if path is not None and sample is None and training_args.should_save:
         tokenized.save(path, DatasetDict(fed), made, sets)
     raw = dict(zip(names + targets, train_raw + target_raw, strict=True))
     return RowSets(get_dataset_module(DatasetDict(fed)), sets.pop("train"), _target_sets(sets, targets), raw)
@@ -131,6 +135,7 @@ def load_tests(
     stage: str,
     tokenizer: Any,
     processor: Any = None,
+    sample: Sample | None = None,
 ) -> dict[str, Rows]:
     """Load and process datasets that a run is measured on, each for itself, as its evaluation datasets are.
 
@@ -142,7 +147,7 @@ def load_tests(
     processing = Processing(stage, data_args, training_args, template, tokenizer, processor)
     first = training_args.main_process_first(desc="load tests", local=not data_args.data_shared_file_system)
     with distributed.together(), first, explained(f"datasets {', '.join(names)}"):
-        parts, raw = load_records(names, 0, stage, model_args, data_args, training_args)
+        parts, raw = load_records(names, 0, stage, model_args, data_args, training_args, sample=sample)
         sources = [RecordSource(place_of(n, data_args.dataset_dir), each) for n, each in zip(names, raw, strict=True)]
         noted = [processing.rows(part, True, sources) for part in parts]
     return {

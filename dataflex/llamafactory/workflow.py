@@ -28,10 +28,12 @@ from dataflex.llamafactory.learning_rates import check_schedule
 from dataflex.llamafactory.loaded import check_loaded
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.provenance import made_from
+from dataflex.llamafactory.records import Sample
 from dataflex.llamafactory.row_sets import load_rows, load_tests
 from dataflex.llamafactory.sanity import TRAINERS, judge_rows, judge_tokens, judged
 from dataflex.rows import RowSets
 from dataflex.trainers.directing import Directing, Stopped
+from dataflex.trainers.outline import Prepared
 from dataflex.trainers.resumption import Resumption
 from dataflex.trainers.round_trainer import RoundTrainer
 from dataflex.trainers.stopping import Stopping
@@ -55,6 +57,8 @@ def run(
     checkpoint_on_signal: bool = True,
     is_training: bool = True,
     options: DataflexKeys | None = None,
+    foresee: Callable[[Prepared], None] | None = None,
+    sample: Sample | None = None,
 ) -> None:
     """Train as `llamafactory-cli train` does; with our trainer and rows unless `directing` is None.
 
@@ -67,6 +71,8 @@ def run(
         checkpoint_on_signal: whether a training that a signal stops leaves a checkpoint.
         is_training: whether the run is a training, and not one that only computes features.
         options: the `dataflex:` mapping: which target rows there are, which training rows, what is measured on.
+        foresee: called when the rows are there, before the model is loaded; it may end the run by `Stopped`.
+        sample: takes some records of each dataset to stand for all; None: all are taken.
 
     Raises:
         ConfigError: LLaMA-Factory, or what it stands on, refuses an argument.
@@ -97,8 +103,9 @@ def run(
             with _begun_at(resumption), _worded(str(arguments["stage"])), judged(arguments):
                 tuner.run_exp(arguments, callbacks)
             return
-        load = functools.partial(_loaded, options or DataflexKeys())
-        with _substituted(str(arguments["stage"]), directing, load, resumption, stopping), contextlib.suppress(Stopped):
+        load = functools.partial(_loaded, options or DataflexKeys(), sample)
+        stage, told = str(arguments["stage"]), foresee or (lambda prepared: None)
+        with _substituted(stage, directing, load, resumption, stopping, told), contextlib.suppress(Stopped):
             tuner.run_exp(arguments, callbacks)
 
 
@@ -125,24 +132,33 @@ def _refuser(error: Exception) -> str | None:
     return module if module.partition(".")[0] in _REFUSERS or module.startswith(_OPTIMIZERS) else None
 
 
-def _loaded(options: DataflexKeys, *args: Any, **kwargs: Any) -> RowSets:
+def _loaded(options: DataflexKeys, sample: Sample | None, *args: Any, **kwargs: Any) -> RowSets:
+    kwargs["sample"] = sample
     sets = load_rows(*args, **kwargs)
     if options.test_dataset:
         sets = with_tests(sets, load_tests(options.test_dataset, *args, **kwargs))
     if options.exclude_targets:
         sets = without_targets(sets)
-    return sets if options.target_rows is None else drawn_targets(sets, options.target_rows, options.target_seed)
+    if options.target_rows is None or sample is not None:
+        return sets
+    return drawn_targets(sets, options.target_rows, options.target_seed)
 
 
 @contextlib.contextmanager
 def _substituted(
-    stage: str, directing: Directing, load: Callable[..., RowSets], resumption: Resumption, stopping: Stopping
+    stage: str,
+    directing: Directing,
+    load: Callable[..., RowSets],
+    resumption: Resumption,
+    stopping: Stopping,
+    foresee: Callable[[Prepared], None],
 ) -> Iterator[None]:
     """Put our trainer and our `get_dataset` in place inside the stage's workflow module, and nowhere else."""
     workflow = importlib.import_module(f"llamafactory.train.{stage}.workflow")
     base = getattr(workflow, TRAINERS[stage])
     loaded: list[RowSets] = []
     model_arguments: list[Any] = []
+    given: list[tuple[Any, Any]] = []
 
     def get_dataset(
         template: Any, model_args: Any, data_args: Any, training_args: Any, stage: str, **kwargs: Any
@@ -153,6 +169,7 @@ def _substituted(
             judge_tokens(sets.train.examples, kwargs["tokenizer"], stage, data_args.train_on_prompt)
         loaded.append(sets)
         model_arguments.append(model_args)
+        given.append((data_args, training_args))
         return sets.module
 
     added: Any = DataflexTrainer if directing.schedule is None else RoundTrainer
@@ -166,7 +183,15 @@ def _substituted(
             super().__init__(**about, **kwargs)
 
     with patch.object(workflow, TRAINERS[stage], Joined), _checked(workflow, get_dataset):
-        yield
+        load_model = workflow.load_model
+
+        def foreseen(tokenizer: Any, model_args: Any, finetuning_args: Any, *args: Any, **kwargs: Any) -> Any:
+            data_args, training_args = given[-1]
+            foresee(Prepared(loaded[-1], tokenizer, model_args, data_args, training_args, finetuning_args, Joined))
+            return load_model(tokenizer, model_args, finetuning_args, *args, **kwargs)
+
+        with patch.object(workflow, "load_model", foreseen):
+            yield
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ _ANCHORS = (4, 1024)
 
 def anchors(refresh: Refresh, size: int) -> np.ndarray:
     """Return the rows that are computed at every update, ascending; a function of the share and the pool's size."""
-    share = _share(refresh, size)
+    share = share_of(refresh, size)
     count = min(max(share // _EACH, _ANCHORS[0]), max(1, share // 2), _ANCHORS[1])
     return np.sort(generator(0, "anchors").permutation(size)[:count])
 
@@ -45,7 +45,7 @@ def first(refresh: Refresh, update: int, updated: np.ndarray) -> np.ndarray:
     chosen = np.zeros(len(updated), dtype=bool)
     if refresh.policy == "static":
         return chosen
-    age, share = update - updated, _share(refresh, len(updated))
+    age, share = update - updated, share_of(refresh, len(updated))
     chosen[anchors(refresh, len(updated))] = True
     if refresh.max_age is not None:
         chosen |= age >= refresh.max_age
@@ -63,7 +63,7 @@ def rest(refresh: Refresh, chosen: np.ndarray, scores: np.ndarray, selected: np.
     """
     values = scores.copy()
     values[selected] = np.inf
-    return _with_best(chosen, values, _share(refresh, len(chosen)) - int(chosen.sum()))
+    return _with_best(chosen, values, share_of(refresh, len(chosen)) - int(chosen.sum()))
 
 
 def moved(now: np.ndarray, before: np.ndarray) -> np.ndarray:
@@ -78,7 +78,8 @@ def moved(now: np.ndarray, before: np.ndarray) -> np.ndarray:
     return (steps.mean(axis=0) if both.any() else np.zeros(now.shape[1])).astype(np.float32)
 
 
-def _share(refresh: Refresh, size: int) -> int:
+def share_of(refresh: Refresh, size: int) -> int:
+    """Return how many of so many rows are computed at an update."""
     return int(np.ceil(refresh.refresh_fraction * size))
 
 

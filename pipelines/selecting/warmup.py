@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _SPLIT = "divided"
 """Where a kept state's record has the division of the global batch that made it."""
+NAMES = "names"
+"""Where it has what features of the state are named by (`ModelState.names`), so that they are found without it."""
 
 
 def draw(run: Run, round: Round) -> DecidedRound:
@@ -83,7 +85,7 @@ class WarmState:
         if self.lineage is None:
             return None
         self.run.access.note("state", self.lineage)
-        found = distributed.from_main(self._find)
+        found = distributed.from_main(self.find)
         if found is None:
             if distributed.is_main():
                 self._explain(self.run.access.root.states.infos())
@@ -102,7 +104,7 @@ class WarmState:
         find = self.run.access.root.states.find
         return self._end if self.loaded or any(find(name) is not None for name in self._names) else 0
 
-    def _find(self) -> tuple[str, dict[str, Any]] | None:
+    def find(self) -> tuple[str, dict[str, Any]] | None:
         """Return the name and the record of a kept state that serves.
 
         One that is named with this run's division of the batch does too: by `warmup_split: exact`, and by all before
@@ -155,7 +157,7 @@ class WarmState:
             except MismatchError as error:  # an optimizer with objects in its state: such a run trains all the same
                 log.warning("the state at the end of the warm-up is not kept, so every run warms up itself: %s", error)
             else:
-                story = {**self._story, _SPLIT: split_of(self.run.trainer)}
+                story = {**self._story, _SPLIT: split_of(self.run.trainer), NAMES: self.run.state.names()}
                 is_ours = self.run.access.root.states.put(self.lineage, folder, story)
                 said = (
                     "kept the state at the end of the warm-up as %s" if is_ours else "another launch has kept %s first"
