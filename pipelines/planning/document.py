@@ -136,7 +136,7 @@ class Planned:
 
     def _work(self, clock: Clock, train: Count, mean: float) -> list[Work]:
         """Return what the training takes time for: passes, steps, and measuring in the end."""
-        left = self.steps.steps_left(self.naming.warm_step if self.naming.is_kept else 0)
+        left = self.steps.steps_left(self.naming.warm_step if self._begins_kept else 0)
         steps = [clock.training(left, round(left * self.steps.global_batch * mean))] if left else []
         return [*map(clock.passes, train.passes), *steps, *self._measuring(clock)]
 
@@ -145,6 +145,11 @@ class Planned:
         step, is_trained = self.naming.warm_step, self.run.live_needs and not self.naming.is_kept
         warmup = [clock.training(step, round(step * self.steps.global_batch * mean))] if step and is_trained else []
         return [*warmup, *map(clock.passes, ahead.passes)]
+
+    @property
+    def _begins_kept(self) -> bool:
+        """Whether the training starts from a kept state; trainings with a mixer or weighter do not look for one."""
+        return self.naming.is_kept and self.settings.train_type == "dynamic_select"
 
     def _measuring(self, clock: Clock) -> list[Work]:
         """Return the passes over the test sets at the end of the training, whose model nobody knows yet."""
@@ -183,7 +188,7 @@ class Planned:
     def _states(self) -> list[dict[str, Any]]:
         """Return the kept state that the run begins from, or that it will keep."""
         naming = self.naming
-        if naming.lineage is None:
+        if naming.lineage is None or self.settings.train_type != "dynamic_select":
             return []
         is_kept = naming.is_kept or self.settings.dataflex.keep_warmup
         # The weights, and Adam's two moments twice: in the optimizer's state, and by name.

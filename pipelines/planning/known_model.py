@@ -26,7 +26,6 @@ from dataflex.trainers.outline import Prepared
 _WAYS = ("content", "configuration", "model", "drawn", "drawn file", "step", "step file", "reference")
 """How arguments enter that may change a weight before the first step, or what a step makes of it."""
 
-
 _BESIDE = ("accelerate", "bitsandbytes", "flash-attn", "liger-kernel")
 """Libraries that a model is loaded with where they are installed."""
 
@@ -45,12 +44,18 @@ class KnownModel:
         args, tuning, training = prepared.model_args, prepared.finetuning_args, prepared.training_args
         states = dict.fromkeys(need.state for need in settings.needs)
         self.checkpoints = [folder for folder in states if folder is not None and folder != BASE]
-        self._has_moments = any(need.spec.needs_moments for need in settings.needs if need.state is None)
+        is_initial = settings.schedule.warmup_step == 0  # else Adam's moments are asked of a later state
+        needs = settings.needs if is_initial else ()
+        self._has_moments = any(need.spec.needs_moments for need in needs if need.state is None)
         hub = {"revision": args.model_revision, "cache_dir": args.cache_dir}
         base = model_folder(args.model_name_or_path, **hub)
-        named = [*(args.adapter_name_or_path or []), tuning.ref_model, *(tuning.ref_model_adapters or "").split(",")]
-        folders = [base, *(model_folder(str(each).strip(), **hub) for each in named if each and str(each).strip())]
-        self._folders: Sequence[Path] = folders
+        adapters = args.adapter_name_or_path or []
+        beside = [each.strip() for each in (tuning.ref_model or "", *(tuning.ref_model_adapters or "").split(","))]
+        self._folders: Sequence[Path] = [
+            base,
+            *(model_folder(each, subfolder=args.adapter_folder, **hub) for each in adapters),
+            *(model_folder(each, cache_dir=args.cache_dir) for each in beside if each),
+        ]
         self._seen: list[dict[str, Any]] = []
         self._about: dict[str, Any] = {
             "what": "model",

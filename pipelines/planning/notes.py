@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataflex.config.settings import Settings
+from dataflex.features.spec import PolicyGradientSpec
 from dataflex.llamafactory.records import Sample
 from dataflex.mixers.base import NativeMixer
 from dataflex.pipelines.planning.naming import Naming
@@ -25,6 +26,12 @@ def notes_of(run: Run, naming: Naming, sample: Sample | None, settings: Settings
             found.append(
                 f"{name} asks for {spec.describe()} of some training rows that it finds while it chooses, at most "
                 f"{len(run.eligible)} at each update; they are in no number here"
+            )
+    for spec in dict.fromkeys(need.spec for need in run.needs):
+        if isinstance(spec, PolicyGradientSpec):
+            found.append(
+                f"{spec.mc_samples} responses to each row are written, judged and kept for {spec.describe()}, as far as "
+                "no store has them: their files are in no number, and their time counts as if each were as long as it may"
             )
     if settings.dataflex.refresh.policy == "rotating" and len(run.updates) > 1 and run.live_needs:
         found.append("refresh policy rotating: which rows are computed follows from scores, so counts are approximate")
