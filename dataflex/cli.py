@@ -200,10 +200,11 @@ def plan(
     """Say what featurize and train will need and cost; nothing is computed, and nothing written into the store."""
     settings = _settings(run, overrides)
     _look_at(settings.store_root)
-    from dataflex.pipelines.plan import plan
-    from dataflex.pipelines.planning.shown import lines
+    with contextlib.redirect_stdout(sys.stderr):  # LLaMA-Factory and DeepSpeed log to it
+        from dataflex.pipelines.plan import plan
+        from dataflex.pipelines.planning.shown import lines
 
-    found = plan(settings, sample)
+        found = plan(settings, sample)
     answer(found, as_json, lines(found))
 
 

@@ -22,19 +22,18 @@ from dataflex.llamafactory.records import Sample
 from dataflex.pipelines.featurize import QUIET
 from dataflex.pipelines.planning.document import Planned
 from dataflex.pipelines.planning.known_model import KnownModel, sharding_of
+from dataflex.results.folder import PLAN
 from dataflex.trainers.directing import DirectedTrainer, Directing, Stopped
 from dataflex.trainers.outline import Prepared
 from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
 
-FILE = "dataflex_plan.json"
-"""In a run's folder: what was planned, in the form of docs/planning.md."""
 _STAGES = ("sft", "pt")
 
 
 def plan(settings: Settings, sample: int | None = None) -> dict[str, Any]:
-    """Return what a run will need and cost, and keep it as `FILE` in its folder. Nothing under its store is written.
+    """Return what a run will need and cost, and keep it as `PLAN` in its folder. Nothing under its store is written.
 
     Args:
         settings: the validated run file.
@@ -95,7 +94,7 @@ class _Planning:
             shutil.rmtree(scratch, ignore_errors=True)
             if is_new and self.folder.is_dir() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
-        with replacing(self.folder / FILE) as temporary:
+        with replacing(self.folder / PLAN) as temporary:
             temporary.write_text(json.dumps(self.found, indent=1) + "\n", "utf-8")
         return self.found
 

@@ -13,8 +13,9 @@ import pytest
 from dataflex.config import load
 from dataflex.errors import ConfigError
 from dataflex.live import memory
-from dataflex.pipelines.plan import FILE, plan
+from dataflex.pipelines.plan import plan
 from dataflex.pipelines.planning.shown import lines
+from dataflex.results.folder import PLAN
 from tests.command import run
 
 POOL, TARGETS = 61, 8  # distinct rows, and target rows
@@ -85,7 +86,7 @@ def test_a_plan_is_what_the_run_comes_to(less: Any) -> None:
     (state,) = before["states"]
     assert (state["exists"], state["step"]) == (False, 3)
     assert before["seconds"]["from"] == "arithmetic"
-    assert json.loads((path.parent / "out" / "less" / FILE).read_text("utf-8"))["format"] == 1
+    assert json.loads((path.parent / "out" / "less" / PLAN).read_text("utf-8"))["format"] == 1
 
 
 def test_after_the_run_everything_is_there(less: Any) -> None:
@@ -160,7 +161,7 @@ def test_the_model_is_loaded_once_and_no_pass_is_made(
         planned(path, *own, *change)
         assert len(loaded) == number, change
     assert not (tmp_path / "none").exists()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [FILE]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [PLAN]
 
 
 def test_a_large_file_is_another_when_it_was_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

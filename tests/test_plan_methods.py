@@ -11,6 +11,7 @@ import pytest
 
 from dataflex.config import load
 from dataflex.pipelines.plan import plan
+from tests.command import python
 from tests.doremi import proxy
 from tests.test_plan import COUNTED, POOL, TARGETS, planned, size_of_stores, write
 from tests.workspace import cut_back, mix, weigh
@@ -95,6 +96,13 @@ def test_a_rotating_share_and_a_test_set(workspace: Any) -> None:
     assert before["tests"]["target_words"]["rows"] == TARGETS
     assert any("test set target_words" in part["what"] for part in before["seconds"]["details"])
     assert planned(path)["totals"]["computed"] == 0
+
+
+def test_what_is_printed_is_the_plan_alone(workspace: Any) -> None:
+    """In a process of its own, where libraries log to standard output."""
+    path = write(workspace, "printed", {"proj_dim": 64})
+    done = python("-m", "dataflex.cli", "plan", str(path), "--json")
+    assert json.loads(done.stdout)["totals"]["computed"] == 2 * (POOL + TARGETS), done.stderr
 
 
 def test_another_model_that_embeds(workspace: Any) -> None:

@@ -30,8 +30,8 @@ def notes_of(run: Run, naming: Naming, sample: Sample | None, settings: Settings
     for spec in dict.fromkeys(need.spec for need in run.needs):
         if isinstance(spec, PolicyGradientSpec):
             found.append(
-                f"{spec.mc_samples} responses to each row are written, judged and kept for {spec.describe()}, as far as "
-                "no store has them: their files are in no number, and their time counts as if each were as long as it may"
+                f"{spec.describe()}: {spec.mc_samples} responses to each row are written, judged and kept, as far as "
+                "no store has them; their files are in no number, and their time is that of the longest they may be"
             )
     if settings.dataflex.refresh.policy == "rotating" and len(run.updates) > 1 and run.live_needs:
         found.append("refresh policy rotating: which rows are computed follows from scores, so counts are approximate")
