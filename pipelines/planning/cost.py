@@ -65,7 +65,7 @@ class Clock:
         deep = self._deep(one.backward > 0) if encoder is None else 2 * self._state.encoder_sizes(encoder)["parameters"]
         of = pass_of(self._state, one.specs)
         kinds = ", ".join(dict.fromkeys(spec.describe() for spec in one.specs))
-        at = "" if one.update is None else f", update {one.update}"
+        at = "" if one.update is None else f", update {one.update}" if one.times == 1 else f", {one.times} times"
         return Work(f"{kinds} of {one.of}{at}", of, tokens, deep * (tokens if not written else written))
 
     def training(self, steps: int, tokens: int) -> Work:

@@ -23,7 +23,7 @@ from dataflex.pipelines.planning.asks import Ask, of_featurize, of_train
 from dataflex.pipelines.planning.cost import Clock, Work
 from dataflex.pipelines.planning.counting import Counting
 from dataflex.pipelines.planning.naming import Naming
-from dataflex.pipelines.planning.needs import Count
+from dataflex.pipelines.planning.needs import Count, together
 from dataflex.pipelines.planning.notes import notes_of
 from dataflex.pipelines.planning.steps import steps_of
 from dataflex.pipelines.run import Run
@@ -138,13 +138,13 @@ class Planned:
         """Return what the training takes time for: passes, steps, and measuring in the end."""
         left = self.steps.steps_left(self.naming.warm_step if self._begins_kept else 0)
         steps = [clock.training(left, round(left * self.steps.global_batch * mean))] if left else []
-        return [*map(clock.passes, train.passes), *steps, *self._measuring(clock)]
+        return [*map(clock.passes, together(train.passes)), *steps, *self._measuring(clock)]
 
     def _ahead(self, clock: Clock, ahead: Count, mean: float) -> list[Work]:
         """Return what featurize takes time for: passes, behind the warm-up if features depend on its end."""
         step, is_trained = self.naming.warm_step, self.run.live_needs and not self.naming.is_kept
         warmup = [clock.training(step, round(step * self.steps.global_batch * mean))] if step and is_trained else []
-        return [*warmup, *map(clock.passes, ahead.passes)]
+        return [*warmup, *map(clock.passes, together(ahead.passes))]
 
     @property
     def _begins_kept(self) -> bool:

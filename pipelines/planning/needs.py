@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dataflex.features.spec import FeatureSpec
@@ -48,6 +48,7 @@ class Pass:
         specs: these features.
         of: the training rows, or a target set by name.
         update: from 1; None: before the first step.
+        times: updates at which it is made, the first of them `update`.
         rows: forward passes.
         backward: backward passes.
         tokens: of the rows.
@@ -58,6 +59,7 @@ class Pass:
     specs: tuple[FeatureSpec, ...]
     of: str
     update: int | None
+    times: int = 1
     rows: int = 0
     backward: int = 0
     tokens: int = 0
@@ -101,4 +103,17 @@ def joined(needs: Sequence[Need]) -> list[Need]:
         before.store = before.store if before.store == need.store else None
         for name in ("rows", "present", "missing", "bytes", "files"):
             setattr(before, name, getattr(before, name) + getattr(need, name))
+    return list(found.values())
+
+
+def together(passes: Sequence[Pass]) -> list[Pass]:
+    """Add up passes for the same features of the same rows."""
+    found: dict[tuple[Any, ...], Pass] = {}
+    for one in passes:
+        before = found.get((one.specs, one.of))
+        if before is None:
+            found[one.specs, one.of] = replace(one)
+            continue
+        for name in ("times", "rows", "backward", "tokens", "batches", "responses"):
+            setattr(before, name, getattr(before, name) + getattr(one, name))
     return list(found.values())
