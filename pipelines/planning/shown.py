@@ -112,10 +112,12 @@ def _time(about: Mapping[str, Any]) -> list[str]:
 
 
 def _clock(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 120:
         return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    minutes = seconds / 60
+    if minutes < 120:
+        return f"{minutes:.1f} min" if minutes < 10 else f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h"
 
 
 def _bytes(count: float) -> str:
