@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dataflex.redaction import HIDDEN, is_secret, without_secrets
 from dataflex.source import named_classes, with_relative_imports
 
 IGNORE_INDEX = -100
@@ -191,7 +192,7 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[
 
 def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """List the fields in which two recipes differ, as `dotted.path: theirs → ours`, sorted by path."""
-    return [f"{path}: {_short(other)} → {_short(one)}" for path, one, other in differing(ours, theirs)]
+    return [f"{path}: {_shown(path, other)} → {_shown(path, one)}" for path, one, other in differing(ours, theirs)]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -203,6 +204,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[path] = item
     return out
+
+
+def _shown(path: str, value: Any) -> str:
+    return HIDDEN if is_secret(path) and value is not ABSENT else without_secrets(_short(value))
 
 
 def _short(value: Any) -> str:

@@ -239,8 +239,13 @@ def _write_page(out: Path, trials: Sequence[Trial], table: Sequence[Line]) -> No
         for line in table
     ]
     compared = Compared(held, [line.target for line in table])
-    report(folders, out / "report.html", f"{', '.join(dict.fromkeys(line.arm for line in table))} compared", compared)
-    log.info("the page about all runs: %s", out / "report.html")
+    title = f"{', '.join(dict.fromkeys(line.arm for line in table))} compared"
+    try:
+        report(folders, out / "report.html", title, compared)
+    except DataflexError as error:  # the table is there all the same
+        log.warning("%s is not written: %s", out / "report.html", error)
+    else:
+        log.info("the page about all runs: %s", out / "report.html")
 
 
 def _judge(trials: Sequence[Trial], outcome: Outcome, out: Path) -> None:

@@ -22,7 +22,7 @@ from dataflex.llamafactory.records import Sample
 from dataflex.pipelines.featurize import QUIET
 from dataflex.pipelines.planning.document import Planned
 from dataflex.pipelines.planning.known_model import KnownModel, sharding_of
-from dataflex.results.folder import PLAN
+from dataflex.results.names import PLAN
 from dataflex.trainers.directing import DirectedTrainer, Directing, Stopped
 from dataflex.trainers.outline import Prepared
 from dataflex.whole import replacing

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from dataflex import __version__, distributed
-from dataflex.config.problems import is_secret
 from dataflex.config.settings import Settings
 from dataflex.fingerprint import digest, plain
-from dataflex.results import row_map
-from dataflex.results.folder import ABOUT, ROWS, name_of
+from dataflex.redaction import redacted
+from dataflex.results import opening, row_map
+from dataflex.results.names import ABOUT, ROWS, name_of
 from dataflex.rows import RowSets
 from dataflex.trainers.directing import DirectedTrainer
 from dataflex.whole import replacing
@@ -29,11 +29,19 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("torch", "transformers", "llamafactory", "peft", "accelerate", "datasets", "pyarrow")
 
 
-def record(verb: str, settings: Settings, trainer: DirectedTrainer, identity: Mapping[str, Any], named: str) -> None:
+def record(
+    verb: str,
+    settings: Settings,
+    trainer: DirectedTrainer,
+    identity: Mapping[str, Any],
+    named: str,
+    is_resumed: bool = False,
+) -> None:
     """Write `dataflex_run.json` and `dataflex_rows.parquet` into the run's folder; verbs but `train` add their name.
 
-    The first holds `settings` as they were in force (what may be a secret is left out), `identity` and its digest,
-    `versions`, `machine`, what the data came to, and a line under `launches` for each start under that identity.
+    The first holds `settings` as they were in force, `identity` and its digest, `versions`, `machine`, what the data
+    came to, and a line under `launches` for each start under that identity; what may be a secret is left out.
+    A training writes them at its first step, with what an earlier one has left removed if it begins anew.
 
     Args:
         verb: the verb.
@@ -41,6 +49,7 @@ def record(verb: str, settings: Settings, trainer: DirectedTrainer, identity: Ma
         trainer: of the run.
         identity: everything that a decision depends on.
         named: its digest.
+        is_resumed: whether it goes on from a checkpoint.
     """
     if not distributed.is_main():
         return
@@ -52,17 +61,33 @@ def record(verb: str, settings: Settings, trainer: DirectedTrainer, identity: Ma
         "machine": _machine(trainer),
         "identity": plain(dict(identity)),
     }
-    _write(verb, settings, named, more)
     # Not the trainer's folder: that of other verbs is removed.
-    path = Path(settings.llamafactory["output_dir"]) / name_of(ROWS, verb)
-    row_map.write(path, row_map.table(sets.train, sets.targets, sets.tests))
+    out = Path(settings.llamafactory["output_dir"])
+
+    def write(_: int) -> None:
+        if verb == "train" and not is_resumed:
+            opening.clear(out, settings.train_type == "dynamic_select", settings.train_type == "dynamic_mix")
+        _write(verb, settings, named, more)
+        row_map.write(out / name_of(ROWS, verb), row_map.table(sets.train, sets.targets, sets.tests))
+
+    if verb == "train":
+        opening.at_first_step(write)
+    else:
+        write(0)
 
 
 def record_untouched(settings: Settings) -> None:
     """Write `dataflex_run.json` of a training that LLaMA-Factory does alone, as far as the run file tells it."""
-    if distributed.is_main() and settings.llamafactory.get("output_dir"):
-        settings_digest = digest(plain(shown_settings(settings)))
-        _write("train", settings, settings_digest, {"machine": {"host": platform.node()}})
+    if not distributed.is_main() or not settings.llamafactory.get("output_dir"):
+        return
+
+    def write(before: int) -> None:
+        if not before:
+            opening.clear(Path(settings.llamafactory["output_dir"]), keeps_rounds=False, keeps_mixture=False)
+        named = digest(plain(shown_settings(settings)))
+        _write("train", settings, named, {"machine": {"host": platform.node()}})
+
+    opening.at_first_step(write)
 
 
 def _write(verb: str, settings: Settings, named: str, more: Mapping[str, Any]) -> None:
@@ -81,23 +106,19 @@ def _write(verb: str, settings: Settings, named: str, more: Mapping[str, Any]) -
         **more,
     }
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(about, indent=1, default=str) + "\n", "utf-8")
+        temporary.write_text(json.dumps(redacted(about), indent=1, default=str) + "\n", "utf-8")
 
 
 def shown_settings(settings: Settings) -> dict[str, Any]:
-    """Return a run file as plain data, what may be a secret replaced by a word."""
+    """Return a run file as plain data, the parameters of its methods whole; what may be a secret is left out."""
     dataflex = settings.dataflex.model_dump(mode="json", exclude_unset=True)
-    params = settings.params.model_dump(mode="json") if settings.params is not None else {}
+    params, beside = (
+        {} if some is None else some.model_dump(mode="json") for some in (settings.params, settings.weighter_params)
+    )
+    if dataflex.get("weighter"):
+        dataflex["weighter"] = {**dataflex["weighter"], "params": beside}
     keys = settings.keys.model_dump(mode="json", exclude_unset=True)
-    return dict(_without_secrets({**settings.llamafactory, **keys, "dataflex": {**dataflex, "params": params}}))
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_secrets(each, str(key)) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_secrets(each, name) for each in value]
-    return "(not shown)" if is_secret(name) and isinstance(value, str) and value else value
+    return dict(redacted({**settings.llamafactory, **keys, "dataflex": {**dataflex, "params": params}}))
 
 
 def _launches(path: Path, named: str) -> list[Any]:

@@ -150,7 +150,7 @@ def _together(found: Sequence[Facts]) -> list[tuple[str, str, str]]:
     out = []
     if svg := figures.losses({each.label: each.arrays for each in found[:_DETAILED]}, "losses"):
         out.append(("", "Training loss, and evaluation loss (dashed) where there is one.", svg))
-    names, values = between.overlap(found)
+    names, values = between.overlap(found[:_DETAILED])
     if len(names) > 1:
         svg = figures.matrix(names, values, "runs", "run", "Overlap of the rows that updates of two runs chose")
         out.append(("", "Of the rows that updates of two runs chose, the share that both did.", svg))

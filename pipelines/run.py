@@ -170,8 +170,23 @@ class Run:
         return found
 
 
-def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Sequence[Round], **runtime: Any) -> Run:
-    """Put a run together; `runtime` goes to methods that want objects of the run. Collective.
+def open_run(
+    settings: Settings,
+    trainer: DirectedTrainer,
+    verb: str,
+    rounds: Sequence[Round],
+    is_resumed: bool = False,
+    **runtime: Any,
+) -> Run:
+    """Put a run together. Collective.
+
+    Args:
+        settings: the run file.
+        trainer: of the run.
+        verb: which is run.
+        rounds: of it.
+        is_resumed: whether it goes on from a checkpoint.
+        runtime: goes to methods that want objects of the run.
 
     Raises:
         ConfigError: no training row has a supervised token; gradients are asked for of a quantised base; the code of
@@ -192,7 +207,7 @@ def open_run(settings: Settings, trainer: DirectedTrainer, verb: str, rounds: Se
     identity = run_identity(settings, trainer, state, methods)
     root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], verb, named, settings.component_name or "")
-    write_down(verb, settings, trainer, identity, named)
+    write_down(verb, settings, trainer, identity, named, is_resumed)
     run = Run(
         settings=settings,
         trainer=trainer,

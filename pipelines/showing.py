@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 from dataflex.components.registry import did_you_mean
 from dataflex.errors import ConfigError
 from dataflex.results.folder import RecordedRound, RunFolder
+from dataflex.results.texts import ranking
 
+_WIDEST = 40
 SHOWN = 20
 """Rows that are shown to people who ask for no number."""
 _SCHEMA = pa.schema(
@@ -24,7 +26,10 @@ _SCHEMA = pa.schema(
         ("times", pa.int64()), ("row_key", pa.binary(16)),
     ]
 )  # fmt: skip
-"""Columns: `rank` among all rows that have a score, from 1, the best; `times` it was trained on in the round."""
+"""Columns: `rank` by how much the method prefers a row, among all that it could choose, from 1, the best, equal ones
+alike; `score` as the method judges it, of which the preference may be another function, such as the chance to be drawn;
+`times` that it was trained on in the round.
+"""
 
 
 def rounds_of(run: RunFolder, asked: str | None) -> list[RecordedRound]:
@@ -75,14 +80,25 @@ def table(
     """
     parts = []
     for each in rounds:
-        rows = _pool(run, each) if whole_pool else _chosen(run, each)
+        if not whole_pool:
+            rows = _chosen(run, each)
+        elif len(rounds) > 1 and run.pool(each.number) is None:
+            continue
+        else:
+            rows = _pool(run, each)
         if source is not None:
-            rows = _of_source(rows, source)
+            rows = rows.filter(pc.equal(rows["dataset"], source))
         if bottom is not None:
-            rows = rows.filter(pc.is_valid(rows["score"])) if rows["score"].null_count < len(rows) else rows
+            rows = rows.filter(pc.is_valid(rows["rank"])) if rows["rank"].null_count < len(rows) else rows
             rows = rows.take(pa.array(np.arange(len(rows))[::-1][:bottom]))
         parts.append(rows.slice(0, top) if top is not None else rows)
-    return pa.concat_tables(parts)
+    found = pa.concat_tables(parts) if parts else _SCHEMA.empty_table()
+    if source is not None and not len(found):
+        known = sorted({str(name) for each in rounds for name in pc.unique(each.rows["dataset"]).to_pylist()})
+        raise ConfigError(
+            f"--source: found no row of {source!r}; expected one of: {', '.join(known)}{did_you_mean(source, known)}"
+        )
+    return found
 
 
 def with_texts(run: RunFolder, rows: pa.Table) -> pa.Table:
@@ -160,65 +176,56 @@ _SHOWN = ("rank", "score", "times", "dataset", "record", "age", "tokens")
 
 
 def _chosen(run: RunFolder, round: RecordedRound) -> pa.Table:
-    """Return the distinct rows of a round, best first."""
+    """Return the distinct rows of a round, best first; without scores, in training order."""
     rows, index = round.rows, round.rows["index"].to_numpy()
-    _, first, times = np.unique(index, return_index=True, return_counts=True)
-    order = np.argsort(first, kind="stable")  # in training order
-    scores = _numbers(rows["score"])[first[order]]
-    order = order[np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")]
-    some = rows.take(pa.array(first[order]))
-    ranks = _ranks(run, round)
-    return _schema(round, some, times[order], [ranks.get(i) for i in some["index"].to_pylist()])
+    distinct, first, times = np.unique(index, return_index=True, return_counts=True)
+    scores = _numbers(rows["score"])[first]
+    pool = run.pool(round.number)
+    of_all = scores if pool is None else _numbers(pool["score"])
+    own = scores if pool is None else of_all[distinct]
+    order = ranking(own) if np.isfinite(own).any() else np.argsort(first, kind="stable")
+    return _schema(round, rows.take(pa.array(first[order])), times[order], _ranks(own, of_all)[order])
 
 
 def _pool(run: RunFolder, round: RecordedRound) -> pa.Table:
-    """Return every row that has a score at an update, best first."""
+    """Return every row that could be chosen at an update, best first."""
     pool, known = run.pool(round.number), run.rows
     if pool is None or known is None:
         raise ConfigError(
             f"{run.path}: found no scores of rows that {round.name} did not choose; expected a method that scores the "
             "whole pool, at an update. Leave out --pool"
         )
-    of_train = known.filter(pc.and_(pc.equal(known["role"], "train"), pc.is_valid(known["index"])))
-    scores = _numbers(pool["score"])
-    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[: np.isfinite(scores).sum()]
-    times = np.bincount(round.rows["index"].to_numpy(), minlength=len(scores))
+    of_train = run.training_rows
+    assert of_train is not None
+    preference = _numbers(pool["score"])
+    order = ranking(preference)[: np.isfinite(preference).sum()]
+    times = np.bincount(round.rows["index"].to_numpy(), minlength=len(preference))
     some = pa.table(
         {
             **{name: of_train[name] for name in ("index", "dataset", "record", "tokens", "row_key")},
-            "score": pool["score"],
+            "score": judged(pool),
             "age": pa.nulls(len(pool), pa.int32()),
         }
     ).take(pa.array(order))
-    return _schema(round, some, times[order], list(range(1, len(order) + 1)))
+    return _schema(round, some, times[order], _ranks(preference, preference)[order])
 
 
-def _ranks(run: RunFolder, round: RecordedRound) -> dict[int, int]:
-    """Return the rank of each row by its score, among all rows that have one."""
-    pool = run.pool(round.number)
-    if pool is not None:
-        index, scores = np.arange(len(pool)), _numbers(pool["score"])
-    else:
-        index, first = np.unique(round.rows["index"].to_numpy(), return_index=True)
-        scores = _numbers(round.rows["score"])[first]
-    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[: np.isfinite(scores).sum()]
-    return dict(zip(index[order].tolist(), range(1, len(order) + 1), strict=True))
+def judged(pool: pa.Table) -> pa.ChunkedArray:
+    """Return the score of every training row; of an older run what the rule made of it, which was kept alone."""
+    return pool["judged" if "judged" in pool.column_names else "score"]
 
 
-def _schema(round: RecordedRound, rows: pa.Table, times: np.ndarray, ranks: Sequence[int | None]) -> pa.Table:
+def _ranks(own: np.ndarray, of_all: np.ndarray) -> np.ndarray:
+    """Return the rank of rows among all, from 1, equal ones alike; masked where a row has none."""
+    ordered = np.sort(-of_all[np.isfinite(of_all)])
+    return np.ma.masked_array(np.searchsorted(ordered, -own) + 1, mask=~np.isfinite(own))
+
+
+def _schema(round: RecordedRound, rows: pa.Table, times: np.ndarray, ranks: np.ndarray) -> pa.Table:
     found = {**_columns(rows), "round": pa.array([round.number] * len(rows), pa.int64())}
-    found |= {"times": pa.array(times, pa.int64()), "rank": pa.array(ranks, pa.int64())}
+    found |= {"times": pa.array(times, pa.int64())}
+    found |= {"rank": pa.array(np.ma.getdata(ranks), pa.int64(), mask=np.ma.getmaskarray(ranks))}
     return pa.table({name: found[name].cast(_SCHEMA.field(name).type) for name in _SCHEMA.names})
-
-
-def _of_source(rows: pa.Table, source: str) -> pa.Table:
-    found = rows.filter(pc.equal(rows["dataset"], source))
-    if not len(found):
-        known = sorted(str(name) for name in pc.unique(rows["dataset"]).to_pylist())
-        raise ConfigError(
-            f"--source: found no row of {source!r}; expected one of: {', '.join(known)}{did_you_mean(source, known)}"
-        )
-    return found
 
 
 def _columns(rows: pa.Table) -> dict[str, Any]:
@@ -243,7 +250,8 @@ def _cell(line: Mapping[str, Any], name: str) -> str:
     value = line[name]
     if value is None:
         return "-"
-    return f"{value:.5g}" if name == "score" else printable(str(value))
+    text = f"{value:.5g}" if name == "score" else printable(str(value))
+    return text if len(text) <= _WIDEST else text[: _WIDEST - 1] + "…"
 
 
 def _put(text: str, size: int, name: str) -> str:

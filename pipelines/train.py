@@ -16,6 +16,7 @@ from dataflex.pipelines.recording import record_untouched
 from dataflex.pipelines.selecting.director import directed
 from dataflex.pipelines.summary import TRAINED
 from dataflex.pipelines.weighing.director import WeighingDirector
+from dataflex.results import opening
 from dataflex.trainers.directing import DirectedTrainer, Directing
 from dataflex.whole import replacing
 
@@ -39,17 +40,18 @@ def train(settings: Settings) -> None:
         "dynamic_weight": Directing(partial(begin, WeighingDirector)),
     }[settings.train_type]
     arguments = dict(settings.llamafactory)
-    if directing is None:
-        record_untouched(settings)
     if settings.train_type == "dynamic_weight" and settings.keys.train_step:
         arguments["max_steps"] = settings.keys.train_step
-    workflow.run(
-        arguments,
-        directing,
-        settings.keys.early_stopping_min_delta,
-        settings.dataflex.checkpoint_on_signal,
-        options=settings.dataflex,
-    )
+    with opening.beginning():
+        if directing is None:
+            record_untouched(settings)
+        workflow.run(
+            arguments,
+            directing,
+            settings.keys.early_stopping_min_delta,
+            settings.dataflex.checkpoint_on_signal,
+            options=settings.dataflex,
+        )
     if made and settings.dataflex.test_dataset:  # only now: the model is saved, whatever becomes of the measuring
         run = made[-1].run
         measured = measure(run, run.trainer.output_dir)

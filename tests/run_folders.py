@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import numpy as np
 
 from dataflex.pipelines.selecting.diagnostics import Diagnostics, rank_correlation
 from dataflex.results import row_map, texts
-from dataflex.results.folder import ABOUT, ROWS, SUMMARY, TRAINING_LOG
+from dataflex.results.names import ABOUT, ROWS, SUMMARY, TRAINING_LOG
 from dataflex.rows import KEY_DTYPE, Rows, Text
 from dataflex.schedule import Round
 from dataflex.trainers.journal import Journal
@@ -55,6 +55,7 @@ def make_run(
     method: str = "less",
     test: float | None = None,
     keep: int = 500,
+    prefers: Callable[[np.ndarray], np.ndarray] = lambda scores: scores,
     **settings: Any,
 ) -> Path:
     """Write the folder of a run with a warm-up and updates that score every row."""
@@ -63,18 +64,23 @@ def make_run(
     row_map.write(folder / ROWS, row_map.table(rows, targets, {}))
     eligible = np.flatnonzero(rows.supervised > 0)
     last: np.ndarray | None = None
+    of_pool: np.ndarray | None
+    liked: np.ndarray | None
     lines: list[dict[str, Any]] = []
     for number in range(updates + 1):
         kind: Literal["update", "warmup"] = "update" if number else "warmup"
         round = Round(number, kind, 4 * number, 4, 0, number)
         if number == 0 or method == "random":
-            taken, scores, of_pool = draw.choice(eligible, chosen), np.full(chosen, np.nan), None
+            taken, scores = draw.choice(eligible, chosen), np.full(chosen, np.nan)
+            of_pool = liked = None
         else:
             of_pool = np.where(rows.supervised > 0, draw.normal(size=len(rows)) + rows.length / 200, -np.inf)
-            taken = np.argsort(-of_pool, kind="stable")[:chosen]
-            taken, scores = draw.permutation(taken), None
+            liked = np.where(np.isfinite(of_pool), prefers(of_pool), -np.inf)
+            taken = draw.permutation(np.argsort(-liked, kind="stable")[:chosen])
             scores = of_pool[taken]
-            journal.write_pool(number, of_pool, np.zeros(len(rows), np.int32), np.abs(draw.normal(size=len(rows))))
+            journal.write_pool(
+                number, liked, np.zeros(len(rows), np.int32), of_pool, np.abs(draw.normal(size=len(rows)))
+            )
         found = Diagnostics()
         if of_pool is not None:
             usable = np.where(np.isfinite(of_pool), of_pool, np.nan)
@@ -87,10 +93,10 @@ def make_run(
         last = taken if number else None
         info: dict[str, Any] = {"method": method, "diagnostics": found.plain()}
         if number:
-            info |= {"computed": 10 * number, "reused": 5, "seconds": 2.0 * number}
+            info |= {"computed": 10 * number, "reused": 5, "seconds": 2.0 * number, "feature_seconds": 1.0 * number}
         ages = np.full(len(taken), 0 if number else -1, np.int32)
         decided = DecidedRound(round, taken, np.asarray(scores, np.float64), ages, info)
-        kept = texts.worth_keeping(keep, rows.dataset, taken, decided.scores, of_pool)
+        kept = texts.worth_keeping(keep, rows.dataset, taken, decided.scores, liked)
         texts.write(journal.texts(number), rows, targets, kept, near_of(kept) if number and len(kept) else None)
         journal.write(decided, rows)
         lines.append({"current_steps": 4 * (number + 1), "loss": 3.0 / (number + 1), "lr": 1e-4})

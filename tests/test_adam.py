@@ -142,13 +142,14 @@ def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any], rates:
             group["lr"] = rate  # so that the change is not lost in the rounding of the weights
         loss(model, example).backward()
         norm = torch.cat([p.grad.double().reshape(-1) for p in parameters.values() if p.grad is not None]).norm()
-        assert found.scalars["gradient_norm"][row] == pytest.approx(float(norm), rel=1e-5)  # of no step, not projected
+        # Of no step, not projected; in another batch, which moves float32 by up to 1.5e-4 on some CPUs.
+        assert found.scalars["gradient_norm"][row] == pytest.approx(float(norm), rel=5e-4)
         optimizer.step()
         optimizer.zero_grad()
         change = torch.cat([(weights[n] - parameters[n]).detach().reshape(-1) for n in order])
         assert found.vectors is not None
         difference = torch.from_numpy(found.vectors[row]) - change
-        assert float(difference.norm() / change.norm()) < 2e-5
+        assert float(difference.norm() / change.norm()) < 2e-4
         for name, parameter in parameters.items():
             parameter.data.copy_(weights[name])
 

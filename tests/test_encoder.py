@@ -134,3 +134,18 @@ def test_it_tells_of_every_batch(tiny: Any, sentence_model: Path, which: str) ->
     assert all(tokens >= rows for rows, tokens in told)
     encoder.compute(texts[:3], [EmbeddingSpec()])
     assert sum(rows for rows, _ in told) == 70  # nobody listens any more
+
+
+def test_a_model_of_words_alone_can_be_listened_to(tmp_path: Path, tiny: Any) -> None:
+    """What goes into it has another form than what goes into a transformer."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers import models as parts  # type: ignore[attr-defined]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    words = parts.StaticEmbedding(tokenizer.backend_tokenizer, embedding_dim=16)
+    SentenceTransformer(modules=[words], device="cpu").save(str(tmp_path / "static"))
+    encoder = TextEncoder(tmp_path / "static", torch.device("cpu"), token_budget=64)
+    told: list[int] = []
+    encoder.compute([Text("a word", "or two")] * 5, [EmbeddingSpec()], lambda rows, tokens: told.append(rows))
+    assert sum(told) == 5

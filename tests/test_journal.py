@@ -99,7 +99,7 @@ def test_a_damaged_round_is_never_used(tmp_path: Path) -> None:
 
 def test_a_damaged_pool_is_named(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.write_pool(1, np.zeros(3), np.zeros(3, np.int32), np.zeros(3))
+    journal.write_pool(1, np.zeros(3), np.zeros(3, np.int32), np.zeros(3), np.zeros(3))
     path = tmp_path / "pool-00001.parquet"
     whole = path.read_bytes()
     journal.write(decided(), ROWS)
@@ -115,7 +115,7 @@ def test_a_damaged_pool_is_named(tmp_path: Path) -> None:
 def test_the_pool_keeps_what_cannot_be_chosen_apart(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.read_pool(1) is None
-    journal.write_pool(1, np.array([1.5, -np.inf, np.nan]), np.array([0, 1, 1], np.int32), np.zeros(3))
+    journal.write_pool(1, np.array([1.5, -np.inf, np.nan]), np.array([0, 1, 1], np.int32), np.zeros(3), np.zeros(3))
     found = journal.read_pool(1)
     assert found is not None
     assert found[0].tolist() == [1.5, -np.inf, -np.inf]

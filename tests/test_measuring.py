@@ -142,7 +142,9 @@ def test_the_model_before_training_is_measured_by_evaluate(
         np.testing.assert_allclose(summary["test"][name]["loss"], total / count, rtol=1e-5)
     assert "test set target_words: loss" in caplog.text
     out = workspace.folder / "out" / "run"
-    assert sorted(each.name for each in out.iterdir()) == ["dataflex_evaluate.json", "test.parquet"]
+    assert sorted(each.name for each in out.iterdir()) == [
+        "dataflex_evaluate.json", "dataflex_rows_evaluate.parquet", "dataflex_run_evaluate.json", "test.parquet",
+    ]  # fmt: skip
     assert (summary["computed"], summary["stage"]) == (0, "evaluate")
     # Measured once: another method's run begins with the same model.
     again = workspace.write("again", dataflex=section(workspace, params={}), component_name="random", seed=7)

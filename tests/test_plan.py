@@ -15,7 +15,7 @@ from dataflex.errors import ConfigError
 from dataflex.live import memory
 from dataflex.pipelines.plan import plan
 from dataflex.pipelines.planning.shown import lines
-from dataflex.results.folder import PLAN
+from dataflex.results.names import PLAN
 from tests.command import run
 
 POOL, TARGETS = 61, 8  # distinct rows, and target rows

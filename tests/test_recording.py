@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
+from dataflex.config import load
+from dataflex.errors import MismatchError
+from dataflex.pipelines.recording import shown_settings
 from dataflex.results.folder import RunFolder
 from dataflex.rows import keys_from
 from dataflex.stores.root import StoreRoot
@@ -89,6 +90,24 @@ def test_the_text_that_is_kept_is_the_datas(space: Any) -> None:
             assert line["response"] == row["output"]
 
 
+def test_no_text_of_the_data_is_in_a_store(space: Any) -> None:
+    """The state at the end of the warm-up was kept there, by featurize."""
+    root = space.folder / "store"
+    assert list(root.glob("states/*/*/dataflex/rounds/round-*"))
+    assert list(root.rglob("texts-*")) == []
+
+
+def test_a_checkpoint_takes_the_texts_along(space: Any) -> None:
+    section = {"store": str(space.folder / "store"), "params": {"proj_dim": 128, "gradient_type": "sgd"}}
+    space.run("train", space.write("first", dataflex=section, save_steps=5))
+    out = space.folder / "out"
+    space.run("train", space.write("on", dataflex=section, resume_from_checkpoint=str(out / "first" / "checkpoint-5")))
+    for number in (0, 1, 2):
+        first, on = (RunFolder(out / name).texts(number).to_pylist() for name in ("first", "on"))
+        assert first == on
+        assert any(line["nearest"] for line in on) is (number > 0)
+
+
 def test_the_nearest_targets_are_those_of_the_stores(space: Any) -> None:
     run = RunFolder(space.folder / "out" / "run")
     assert run.rows is not None
@@ -119,7 +138,7 @@ def test_norms_stand_beside_scores(space: Any) -> None:
     run = RunFolder(space.folder / "out" / "run")
     pool = run.pool(1)
     assert pool is not None
-    assert pool.column_names == ["score", "updated", "norm"]
+    assert pool.column_names == ["score", "updated", "judged", "norm"]
     assert [n is None for n in pool["norm"].to_pylist()] == [s is None for s in pool["score"].to_pylist()]
     store = StoreRoot(space.folder / "store").find("gradient", run.round(1).info["recipes"][0])
     assert store is not None
@@ -129,18 +148,89 @@ def test_norms_stand_beside_scores(space: Any) -> None:
     assert pool["norm"][3].as_py() == pytest.approx(found)
 
 
-def test_a_second_start_is_told_and_nothing_is_in_the_way(space: Any, tmp_path: Path) -> None:
+def test_a_second_start_is_told_and_nothing_is_in_the_way(space: Any) -> None:
     path = space.folder / "run.yaml"
     space.run("train", path, "overwrite_output_dir=true", "dataflex.keep_texts=0")
     run = RunFolder(space.folder / "out" / "run")
     assert len(run.about["launches"]) == 2
     assert list((run.path / "rounds").glob("texts-*")) == []
-    other = pq.read_table(run.path / "rounds" / "round-00001.parquet")
     space.run("train", path, "overwrite_output_dir=true", "learning_rate=1e-3")
     assert len(RunFolder(space.folder / "out" / "run").about["launches"]) == 1
-    assert len(other)
 
 
 def vector(store: Any, key: bytes) -> np.ndarray:
     found: np.ndarray = store.read(keys_from([key])).vectors[0].astype(np.float64)
     return found
+
+
+def test_what_cannot_be_written_ends_no_training(space: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dataflex.results.texts.write", full)
+    space.run("train", space.folder / "run.yaml", "overwrite_output_dir=true")
+    assert "so `dataflex show` has no texts of this round" in caplog.text
+    assert len(RunFolder(space.folder / "out" / "run").round_numbers) == 3
+
+
+def test_a_start_that_is_refused_leaves_what_is_there(space: Any) -> None:
+    out = space.folder / "out" / "kept"
+    path = space.write("kept", component_name="random", dataflex={"store": str(space.folder / "store")}, save_steps=3)
+    space.run("train", path)
+    before = {each: each.read_bytes() for each in (*out.glob("dataflex_*"), *(out / "rounds").iterdir())}
+    with pytest.raises(MismatchError, match="its rows are not the rows of this training set"):
+        space.run("train", path, "dataset=target_words")
+    assert {each: each.read_bytes() for each in before} == before
+
+
+def test_a_training_that_begins_anew_is_not_taken_for_the_one_before(space: Any) -> None:
+    """Of another kind in the same folder: nothing of the first one's is shown as its own."""
+    section = {"store": str(space.folder / "store")}
+    out = space.folder / "out" / "again"
+    keys: dict[str, Any] = {"dataset": "pool,target_records", "overwrite_output_dir": True, "save_strategy": "no"}
+    space.run("train", space.write("again", component_name="random", dataflex=section, **keys))
+    assert (out / "rounds").is_dir()
+    keys |= {"component_name": None, "warmup_step": None, "update_step": None, "update_times": None}
+    mixed = {**keys, "train_type": "dynamic_mix", "component_name": "uniform", "train_step": 2}
+    space.run("train", space.write("again", dataflex=section, **mixed))
+    assert RunFolder(out).round_numbers == []
+    assert len(RunFolder(out).shares())
+    space.run("train", space.write("again", train_type="static", dataflex=None, max_steps=1, **keys))
+    run = RunFolder(out)
+    assert (len(run.shares()), run.rows, run.summary, run.about["train_type"]) == (0, None, {}, "static")
+
+
+def test_a_weighter_beside_a_mixer_is_told_with_its_parameters(space: Any) -> None:
+    section = {"store": str(space.folder / "store"), "weighter": {"name": "loss", "params": {"temperature": 7.0}}}
+    keys = {"train_type": "dynamic_mix", "component_name": "uniform", "dataset": "pool,target_records"}
+    path = space.write(
+        "weighed", **keys, warmup_step=None, update_step=None, update_times=None, train_step=2, dataflex=section
+    )
+    assert shown_settings(load(path))["dataflex"]["weighter"]["params"]["temperature"] == 7.0
+
+
+PLUGIN = """
+from dataflex.selectors import NativeSelector, Parameters, register_selector
+
+@register_selector("asking")
+class Asking(NativeSelector):
+    class Params(Parameters):
+        api_key: str = ""
+
+    def select(self, model, step_id, num_samples, *, context, **kwargs):
+        return list(range(num_samples))
+"""
+
+
+def test_no_secret_of_a_component_is_written_down(space: Any) -> None:
+    (space.folder / "asking.py").write_text(PLUGIN)
+    section = {
+        "store": str(space.folder / "store"),
+        "plugins": [str(space.folder / "asking.py")],
+        "params": {"api_key": "sk-1234"},
+    }
+    space.run("train", space.write("asking", component_name="asking", dataflex=section, save_strategy="no"))
+    out = space.folder / "out" / "asking"
+    assert RunFolder(out).about["settings"]["dataflex"]["params"] == {"api_key": "(not shown)"}
+    for path in (*out.glob("*.json*"), *(out / "rounds").iterdir()):
+        assert b"sk-1234" not in path.read_bytes(), path

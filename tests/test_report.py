@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -164,7 +163,7 @@ def test_the_numbers_are_those_of_loops(folder: Path) -> None:
     cost = dict(about.cost)
     assert cost["features computed at updates"] == "60"
     assert cost["features reused"] == "15"
-    assert cost["saved by reuse"] == "about 3 s, at 5.0 rows/s"
+    assert cost["saved by reuse"] == "about 1.5 s, at 10.0 rows/s"
 
 
 def test_jaccard_of_nothing_is_not_a_number() -> None:
@@ -183,18 +182,23 @@ def test_many_sources_are_summed(tmp_path: Path) -> None:
     assert len(written(tmp_path / "r.html", arrays.run.path)) > 1000
 
 
+def changed(folder: Path, number: int, **info: Any) -> None:
+    """Change what a round recorded beside its rows."""
+    path = folder / "rounds" / f"round-{number:05d}.parquet"
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"dataflex"]) | info
+    pq.write_table(table.replace_schema_metadata({b"dataflex": json.dumps(about)}), path)
+
+
 def test_features_that_were_not_finite_are_a_status(tmp_path: Path) -> None:
-    rows = rows_of(50)
-    folder = make_run(tmp_path / "run", rows)
-    path = folder / "rounds" / "pool-00003.parquet"
-    table = pq.read_table(path).to_pydict()
-    usable = [i for i, s in enumerate(table["score"]) if s is not None]
-    table["score"][usable[0]] = None
-    pq.write_table(pa.table(table), path)
+    """And rows that the rule never draws are not: they have no preference, and a score all the same."""
+    folder = make_run(tmp_path / "run", rows_of(50), prefers=lambda scores: np.where(scores > 0.5, -np.inf, scores))
+    assert not any("NaN" in text for text in facts("x", Arrays(RunFolder(folder))).looks)
+    changed(folder, 3, nonfinite=2)
     about = facts("x", Arrays(RunFolder(folder)))
-    assert ("nonfinite", "features NaN or infinite", 1) in about.statuses
+    assert ("nonfinite", "features NaN or infinite at the last update", 2) in about.statuses
     assert sum(count for _, _, count in about.statuses) == 51
-    assert any("The features of 1 of 51 rows" in text for text in about.looks)
+    assert any("The features of 2 of 51 rows" in text for text in about.looks)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +213,8 @@ def test_features_that_were_not_finite_are_a_status(tmp_path: Path) -> None:
 )
 def test_what_the_diagnostics_found_is_pointed_out(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     folder = make_run(tmp_path / "run", rows_of(60))
-    path = folder / "rounds" / "round-00003.parquet"
-    table = pq.read_table(path)
-    about = json.loads(table.schema.metadata[b"dataflex"])
     for harmless in (True, False):
-        about["diagnostics"] = {} if harmless else change
-        pq.write_table(table.replace_schema_metadata({b"dataflex": json.dumps(about)}), path)
+        changed(folder, 3, diagnostics={} if harmless else change)
         looks = facts("x", Arrays(RunFolder(folder))).looks
         assert any(said in text for text in looks) is not harmless
 
@@ -323,3 +323,84 @@ def test_row_keys_are_told_apart_by_their_heads(tmp_path: Path) -> None:
     (found,) = heads([run_folder])
     keys = {line["row_key"] for line in run_folder.rounds().to_pylist() if line["round"]}
     assert sorted(int.from_bytes(key[:8], "big") for key in keys) == found.tolist()
+
+
+def test_scores_are_the_methods_and_ranks_its_rules(tmp_path: Path) -> None:
+    """A rule may prefer low scores, or draw by chance: what is drawn and said are the scores."""
+    folder = make_run(tmp_path / "run", rows_of(80), prefers=lambda scores: -scores)
+    arrays = Arrays(RunFolder(folder))
+    assert arrays.last is not None
+    pool = pq.read_table(folder / "rounds" / "pool-00003.parquet")
+    assert [None if np.isnan(s) else s for s in arrays.last.pool] == pool["judged"].to_pylist()
+    about = facts("x", arrays)
+    scores = sorted(s for s in pool["judged"].to_pylist() if s is not None)
+    assert [line["score"] for line in about.best] == pytest.approx(scores[:8])
+    assert [line["rank"] for line in about.best] == list(range(1, 9))
+    assert [line["score"] for line in about.worst] == pytest.approx(scores[::-1][:8])
+    assert all(line["prompt"] is not None for line in (*about.best, *about.worst))
+
+
+def test_equal_scores_are_of_equal_rank_and_their_texts_are_those_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rows_of(200), chosen=40, prefers=lambda scores: (scores > 1.0).astype(float))
+    about = facts("x", Arrays(RunFolder(folder)))
+    assert {line["rank"] for line in about.best} == {1}
+    assert len({line["rank"] for line in about.worst}) == 1
+    assert all(line["prompt"] is not None for line in (*about.best, *about.worst))
+
+
+def test_runs_are_held_against_random_rows_of_the_same_setting(tmp_path: Path) -> None:
+    rows = rows_of(60)
+    ours = make_run(tmp_path / "less", rows, test=2.0)
+    own = make_run(tmp_path / "own", rows, method="random", test=2.5)
+    other = make_run(tmp_path / "other", rows, method="random", test=9.0, learning_rate=9.0)
+    copy = make_run(tmp_path / "copy", rows, test=2.2)
+    found = report([ours, own, other, copy], tmp_path / "r.html")
+    held = {(line.group, line.runs): line for line in between.held_out(found)}
+    line = held["less", 2]
+    assert line.gain is not None
+    assert line.gain.mean == pytest.approx(2.1 - 2.5)
+    assert line.loss is not None
+    assert line.loss.mean == pytest.approx(2.1)
+    assert line.loss.half is None  # two runs of one seed are one
+
+
+def test_what_another_training_left_is_not_taken_for_this_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, other = make_run(tmp_path / "run", rows_of(60)), make_run(tmp_path / "other", rows_of(30), chosen=8)
+    (folder / "dataflex_rows.parquet").write_bytes((other / "dataflex_rows.parquet").read_bytes())
+    for verb in ("show", "report"):
+        code, _, err = run(capsys, verb, str(folder), *(["-o", str(tmp_path / "r.html")] if verb == "report" else []))
+        assert code == 4
+        assert "training rows, 30 in dataflex_rows.parquet" in err
+        assert len(err.splitlines()) <= 3
+
+
+def test_a_torn_line_of_a_log_is_left_out_and_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rows_of(30), chosen=8)
+    log = folder / "trainer_log.jsonl"
+    log.write_bytes(b'{"current_steps": 1, "lo\n\xff\xfe\n' + log.read_bytes())
+    (folder / "rounds" / "round-copy.parquet").write_bytes(b"")
+    about = facts("x", Arrays(RunFolder(folder)))
+    assert about.looks[-1] == (
+        "2 lines of its logs cannot be read and are left out: trainer_log.jsonl, line 1, trainer_log.jsonl, line 2."
+    )
+    assert len(written(tmp_path / "r.html", folder)) > 1000
+
+
+def test_a_pool_at_some_updates_alone_is_no_obstacle(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rows_of(30), chosen=8)
+    (folder / "rounds" / "pool-00003.parquet").unlink()
+    assert "Why: their scores" in written(tmp_path / "r.html", folder)
+
+
+def test_a_long_mixture_is_thinned_and_its_last_share_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lines = [{"step": s, "proportions": {"a": 1 - s / 9000, "b": s / 9000}} for s in range(9000)]
+    (tmp_path / "run" / "mixture.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run" / "dataflex_run.json").write_text('{"train_type": "dynamic_mix"}')
+    text = written(tmp_path / "r.html", tmp_path / "run")
+    assert len(text) < 100_000
+    (tmp_path / "run" / "mixture.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    (tmp_path / "run" / "dataflex_summary.json").write_text('{"steps": 30}')
+    assert ">30<" in written(tmp_path / "r.html", tmp_path / "run")  # the axis goes to the end of the training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,12 @@ import pytest
 
 from dataflex.errors import ConfigError, CorruptionError
 from dataflex.features.spec import EmbeddingSpec, GradientSpec, LossSpec, Projection
+from dataflex.fingerprint import difference
 from dataflex.pipelines.selecting.kept_texts import nearest_targets
-from dataflex.results import row_map, texts, warned
-from dataflex.results.folder import ABOUT, RunFolder
+from dataflex.redaction import redacted
+from dataflex.results import opening, row_map, texts, warned
+from dataflex.results.folder import RunFolder
+from dataflex.results.names import ABOUT
 from tests.run_folders import SOURCES, make_run, rows_of
 
 
@@ -56,10 +60,15 @@ def test_of_many_rows_every_source_and_the_best_and_the_worst_are_kept() -> None
     for source in range(3):
         own = chosen[sources[chosen] == source]
         best = own[np.argsort(-pool[own])][:10]
-        assert set(best.tolist()) <= set(kept.tolist())
+        assert set(best.tolist()) & set(kept.tolist())
+    best = chosen[np.argsort(-np.nan_to_num(pool[chosen], nan=-np.inf), kind="stable")][:25]
+    assert set(best.tolist()) <= set(kept.tolist())
     worst = np.argsort(pool)[:25]  # NaN last
     assert set(worst.tolist()) <= set(kept.tolist())
     assert 5 not in kept or 5 in chosen
+    many = np.arange(1000, dtype=np.int32) % 70  # more sources than rows to be kept
+    assert len(texts.worth_keeping(20, many, chosen, pool[chosen], None)) == 20
+    assert len(texts.worth_keeping(20, many, chosen, pool[chosen], np.full(1000, np.nan))) == 20
 
 
 def test_a_text_is_cut_and_says_so(tmp_path: Path) -> None:
@@ -183,20 +192,41 @@ def test_what_is_no_run_or_is_damaged_is_said(tmp_path: Path) -> None:
     for read in (lambda run: run.round(1), lambda run: run.about):
         with pytest.raises(CorruptionError, match="not readable"):
             read(RunFolder(folder))
-    (folder / "trainer_log.jsonl").write_text('{"current_steps": 1}\nnonsense\n')
-    with pytest.raises(CorruptionError, match="line 2"):
-        RunFolder(folder).losses()
 
 
 def test_warnings_are_kept_each_once(tmp_path: Path) -> None:
-    import logging
-
     log = logging.getLogger("dataflex.some.part")
     (tmp_path / "rounds").mkdir()
-    for said in ("first", "second"):
-        with warned.kept(tmp_path):
+    for said, step in (("first", 0), ("second", 3), ("refused", None)):
+        with warned.kept(tmp_path), opening.beginning():
             log.info("nothing")
-            log.warning("%s\nof two lines", said)
-            log.warning("%s\nof two lines", said)
+            log.warning("%s of https://me:word@host/?api_key=123&page=2\nof two lines", said)
+            log.warning("%s of https://me:word@host/?api_key=123&page=2\nof two lines", said)
+            if step is not None:
+                opening.step_begins(step)
+                log.warning("later")
         log.warning("outside")
-    assert RunFolder(tmp_path).warnings == ["second\nof two lines"]
+    address = "https://(not shown)@host/?api_key=(not shown)&page=2"
+    assert RunFolder(tmp_path).warnings == [f"second of {address}\nof two lines", "later"]
+
+
+def test_what_may_be_a_secret_is_hidden_whatever_its_form() -> None:
+    given = {
+        "api_key": "sk", "password": 12345, "credentials": {"user": "me", "word": "x"}, "api_keys": ["a", "b"],
+        "headers": {"Authorization": "Bearer x"}, "auth": "x", "hf_hub_token": "hf", "passwd": "x",
+        "store": "s3://KEY:SECRET@bucket/x", "base_url": "https://h/v1?api_key=123&a=b", "max_new_tokens": 512,
+        "test_tokens": 3, "pad_token": "<pad>", "tokens": 7, "row_key": "00", "empty_token": "", "use_auth": True,
+        "list": [{"token": "x"}],
+    }  # fmt: skip
+    found = redacted(given)
+    hidden = "(not shown)"
+    assert {name for name, value in found.items() if value == hidden} == {
+        "api_key", "password", "credentials", "headers", "auth", "hf_hub_token", "passwd", "api_keys",
+    }  # fmt: skip
+    assert found["store"] == f"s3://{hidden}@bucket/x"
+    assert found["base_url"] == f"https://h/v1?api_key={hidden}&a=b"
+    same = ("max_new_tokens", "test_tokens", "pad_token", "tokens", "row_key", "empty_token", "use_auth")
+    assert all(found[name] == given[name] for name in same)
+    assert found["list"] == [{"token": hidden}]
+    said = difference({"params": {"api_key": "new"}}, {"params": {"api_key": "old"}})
+    assert said == [f"params.api_key: {hidden} → {hidden}"]

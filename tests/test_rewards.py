@@ -367,7 +367,7 @@ def test_the_page_lists_every_reward_and_parameter() -> None:
 
 
 def test_the_pages_function(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text("utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "own_reward.md").read_text("utf-8")
     path = tmp_path / "my_rewards.py"
     path.write_text(page.split("```python\n")[1].split("```")[0])
     assert build_reward("function", {"function": f"{path}:brevity"}).score([""], ["abcd"], [""]) == [-0.04]

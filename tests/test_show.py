@@ -16,7 +16,7 @@ import pytest
 from dataflex.cli import main
 from dataflex.results.folder import RunFolder
 from dataflex.rows import Text
-from tests.command import run
+from tests.command import python, run
 from tests.run_folders import make_run, rows_of
 
 
@@ -36,16 +36,13 @@ def expected(folder: Path, number: int) -> list[dict[str, Any]]:
     found = RunFolder(folder)
     pool = found.pool(number)
     assert pool is not None
-    scores = [-np.inf if s is None else s for s in pool["score"].to_pylist()]
+    liked = [-np.inf if s is None else s for s in pool["score"].to_pylist()]
     lines: dict[int, dict[str, Any]] = {}
     for line in found.round(number).rows.to_pylist():
         kept = lines.setdefault(line["index"], {**line, "times": 0, "round": number})
         kept["times"] += 1
-        kept["rank"] = 1 + sum(
-            s > scores[line["index"]] or (s == scores[line["index"]] and i < line["index"])
-            for i, s in enumerate(scores)
-        )
-    return sorted(lines.values(), key=lambda line: (-line["score"], line["position"]))
+        kept["rank"] = 1 + sum(s > liked[line["index"]] for s in liked)
+    return sorted(lines.values(), key=lambda line: (line["rank"], line["index"]))
 
 
 def test_all_rows_of_a_round_best_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,3 +179,24 @@ def test_a_run_of_an_older_version_is_shown(tmp_path: Path, capsys: pytest.Captu
     assert len(found) == 8
     assert {line["dataset"] for line in found} == {None}
     assert run(capsys, "show", str(folder))[0] == 0
+
+
+def test_all_rounds_where_one_has_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The warm-up scores nothing, and a source may be in some rounds alone."""
+    found = asked(capsys, folder, "--round", "all", "--pool", "--top", 1)
+    assert [line["round"] for line in found] == [1, 2, 3]
+    rows = rows_of(60)
+    only = make_run(
+        tmp_path / "run",
+        replace(rows, length=np.where(rows.dataset == 0, 9000, rows.length).astype(np.int32)),
+        chosen=8,
+    )
+    found = asked(capsys, only, "--round", "all", "--source", "words")
+    assert {line["round"] for line in found} == {0}
+
+
+def test_a_terminal_without_the_letters_shows_what_it_can(folder: Path) -> None:
+    command = ("-m", "dataflex.cli", "show", str(folder), "--top", "1")
+    for more in ((), ("--text",), ("--json",)):
+        ran = python(*command, *more, PYTHONIOENCODING="ascii")
+        assert ran.returncode == 0, ran.stderr

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from dataflex.components.registry import did_you_mean
 from dataflex.errors import ConfigError
-
-_SECRET = re.compile(r"token$|key$|secret$|password$|webhook_url$", re.IGNORECASE)
+from dataflex.redaction import is_secret
 
 _LONGEST = 1200
 """Characters of a problem's text; the longest list of names that are expected has 700."""
@@ -143,11 +142,6 @@ def _in_a_line(text: str) -> str:
     """Return a text as one line, its middle left out if it is very long: values and files' names may be anything."""
     text = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-
-
-def is_secret(path: str) -> bool:
-    """Say whether a key's value may be something that people should not see."""
-    return _SECRET.search(path) is not None
 
 
 def show(path: str, value: Any) -> str:

@@ -105,9 +105,9 @@ def _heard(model: Any, on_batch: Callable[[int, int], None] | None) -> Iterator[
         return
 
     def passed(module: Any, given: Any, out: Any) -> None:
-        rows, width = given[0]["input_ids"].shape
-        mask = given[0].get("attention_mask")
-        on_batch(int(rows), int(rows * width if mask is None else mask.sum()))
+        # What goes in depends on the first module; what comes out always has one embedding for each text.
+        mask = given[0].get("attention_mask", given[0].get("input_ids"))
+        on_batch(len(out["sentence_embedding"]), 0 if mask is None else int((mask != 0).sum()))
 
     hook = model.register_forward_hook(passed)
     try:

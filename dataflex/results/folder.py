@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,16 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataflex.errors import ConfigError, CorruptionError
-from dataflex.results import row_map, texts, warned
+from dataflex.results import row_map, texts
+from dataflex.results.names import ABOUT, MIXTURE, PLAN, ROWS, SUMMARY, TEST, TRAINING_LOG, WARNINGS
 
-ABOUT = "dataflex_run.json"
-ROWS = "dataflex_rows.parquet"
-PLAN = "dataflex_plan.json"
-SUMMARY = "dataflex_summary.json"
-TRAINING_LOG = "trainer_log.jsonl"
 _MARKS = ("rounds", ABOUT, SUMMARY, TRAINING_LOG)
 """Any of these makes a folder one of a run."""
 _ROUND = {
@@ -30,10 +28,7 @@ _ROUND = {
 }  # fmt: skip
 
 
-def name_of(name: str, verb: str) -> str:
-    """Return what a file is called that a verb writes: `train` has the plain name, others are named in theirs."""
-    stem, dot, ending = name.rpartition(".")
-    return name if verb == "train" else f"{stem}_{verb}{dot}{ending}"
+_NUMBERED = re.compile(r"round-(\d+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class RecordedRound:
         kind: `warmup` or `update`.
         first_step: steps before its first.
         steps: its steps.
+        epoch: the flex epoch that it is of, from 0.
         update: its number among the updates of its epoch, from 1; 0 of a warm-up.
         info: what else was recorded: method, features computed and reused, seconds, diagnostics.
         rows: a line for each row in training order: `position`, `index`, `row_key`, `score`, `age`, `dataset`,
@@ -55,6 +51,7 @@ class RecordedRound:
     kind: str
     first_step: int
     steps: int
+    epoch: int
     update: int
     info: Mapping[str, Any]
     rows: pa.Table
@@ -62,7 +59,8 @@ class RecordedRound:
     @property
     def name(self) -> str:
         """What people call it."""
-        return f"update {self.update}" if self.kind == "update" else "warm-up"
+        name = f"update {self.update}" if self.kind == "update" else "warm-up"
+        return f"{name} of epoch {self.epoch + 1}" if self.epoch else name
 
 
 class RunFolder:
@@ -111,7 +109,8 @@ class RunFolder:
     @cached_property
     def round_numbers(self) -> list[int]:
         """The rounds recorded, in order."""
-        return sorted(int(path.stem[6:]) for path in (self.path / "rounds").glob("round-*.parquet"))
+        found = [_NUMBERED.fullmatch(path.name) for path in (self.path / "rounds").glob("round-*.parquet")]
+        return sorted(int(each[1]) for each in found if each)
 
     @cached_property
     def recorded(self) -> list[RecordedRound]:
@@ -130,16 +129,25 @@ class RunFolder:
             raise ConfigError(f"{self.path}: found no round {number}; expected one of: {known}")
         path = self.path / "rounds" / f"round-{number:05d}.parquet"
         table = _parquet(path)
+        most = pc.max(table["index"]).as_py() if "index" in table.column_names else None
+        if self.training_rows is not None and most is not None and most >= len(self.training_rows):
+            raise self._of_another(path, most + 1)
         try:
             info = dict(json.loads((table.schema.metadata or {})[b"dataflex"]))
             round = info.pop("round")
             lines = {name: _column(table, name, kind) for name, kind in _ROUND.items()}
             rows = pa.table({"position": pa.array(np.arange(len(table))), **lines})
             return RecordedRound(
-                number, round["kind"], round["first_step"], round["steps"], round["update"], info, rows
+                number, round["kind"], round["first_step"], round["steps"], round["epoch"], round["update"], info, rows
             )  # fmt: skip
         except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
             raise _unreadable(path, error) from error
+
+    def _of_another(self, path: Path, rows: int) -> CorruptionError:
+        return CorruptionError(
+            f"{path}: found {rows} training rows, {len(self.training_rows or ())} in {ROWS}; expected those of one "
+            "training. One of the two is another's: train anew with another output_dir"
+        )
 
     def rounds(self) -> pa.Table:
         """Return all rounds in one table: the columns of a round behind `round`, `kind` and `first_step`."""
@@ -156,10 +164,28 @@ class RunFolder:
     def pool(self, number: int) -> pa.Table | None:
         """Return the score of every training row at an update, and the update its features were of; or None.
 
-        Columns: `score` (null: cannot be chosen), `updated`.
+        Columns: `score`, how much the method's rule prefers the row (null: it cannot be chosen), `updated`, `judged`,
+        the score itself (null: the method has none), and `norm` of the row's gradient (null: not known). Runs of an
+        older version have the first two.
+
+        Raises:
+            CorruptionError: it cannot be read, or has other rows than the run's map.
         """
         path = self.path / "rounds" / f"pool-{number:05d}.parquet"
-        return _parquet(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = _parquet(path)
+        if self.training_rows is not None and len(found) != len(self.training_rows):
+            raise self._of_another(path, len(found))
+        return found
+
+    @cached_property
+    def training_rows(self) -> pa.Table | None:
+        """The map of the training rows alone, in the order of their `index`; None of an older run."""
+        known = self.rows
+        if known is None:
+            return None
+        return known.filter(pc.and_(pc.equal(known["role"], "train"), pc.is_valid(known["index"])))
 
     @cached_property
     def rows(self) -> pa.Table | None:
@@ -188,7 +214,7 @@ class RunFolder:
     @cached_property
     def warnings(self) -> list[str]:
         """What the training warned of, each once."""
-        return [str(line.get("text")) for line in self._lines(warned.FILE)]
+        return [str(line.get("text")) for line in self._lines(WARNINGS)]
 
     def losses(self) -> pa.Table:
         """Return `step`, training `loss`, `eval_loss`, `learning_rate`; null where none was logged."""
@@ -205,8 +231,12 @@ class RunFolder:
 
         `name` is `proportions`, `loss`, `tokens` or what the mixer records, such as `rewards`.
         """
+        return self._shares
+
+    @cached_property
+    def _shares(self) -> pa.Table:
         steps: dict[int, dict[str, Any]] = {}
-        for line in self._lines("mixture.jsonl"):
+        for line in self._lines(MIXTURE):
             if "resumed" in line:  # what was written behind that step is done again
                 steps = {step: known for step, known in steps.items() if step < line["resumed"]}
             elif isinstance(line.get("step"), int):
@@ -224,7 +254,7 @@ class RunFolder:
 
     def test(self) -> pa.Table | None:
         """Return what each row of the test sets came to (`test.parquet`); None where the run was not measured."""
-        path = self.path / "test.parquet"
+        path = self.path / TEST
         return _parquet(path) if path.is_file() else None
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -236,17 +266,32 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise _unreadable(path, error) from error
 
+    @cached_property
+    def torn(self) -> list[str]:
+        """Places in the logs that cannot be read, as where a process was killed while it wrote."""
+        for name in (TRAINING_LOG, MIXTURE, WARNINGS):
+            self._lines(name)
+        return [f"{name}, line {number}" for name, numbers in self._torn.items() for number in numbers]
+
+    @cached_property
+    def _torn(self) -> dict[str, list[int]]:
+        return {}
+
     def _lines(self, name: str) -> Sequence[dict[str, Any]]:
-        """Return a file of one JSON object a line; a last line that is still being written is not there yet."""
+        """Return a file of one JSON object a line, without those that cannot be read (`torn`).
+
+        A last line that is still being written is not there yet.
+        """
         path = self.path / name
         if not path.is_file():
             return []
-        found, whole = [], path.read_text("utf-8").split("\n")[:-1]
-        for number, line in enumerate(whole):
+        found, torn = [], []
+        for number, line in enumerate(path.read_text("utf-8", errors="replace").split("\n")[:-1], start=1):
             try:
                 found.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise CorruptionError(f"{path}, line {number + 1}: not readable ({error})") from error
+            except (ValueError, TypeError):
+                torn.append(number)
+        self._torn[name] = torn
         return found
 
 

@@ -15,7 +15,8 @@ from dataflex.whole import replacing
 
 LONGEST = 2000
 """Characters of a prompt, or of a response, that are kept."""
-_WORST = 25
+_ENDS = 25
+"""Rows from the top, and from the bottom, that are always kept."""
 SCHEMA = pa.schema(
     [
         ("set", pa.string()),
@@ -66,15 +67,16 @@ def worth_keeping(
 ) -> np.ndarray:
     """Return rows of a round whose text is worth keeping: all that were chosen, if they are not too many.
 
-    Otherwise, of each source alike, half of them the best by score and half of them evenly over the rest; and in any
-    case the worst of the pool beside them.
+    Otherwise the best of them, and of every source alike some of the rest, evenly over their ranks. In any case the
+    worst of the pool beside them.
 
     Args:
         most: rows, at most, of those chosen.
         sources: (N,) the dataset of every training row.
         chosen: (c,) rows in training order, repetitions allowed.
         scores: (c,) their scores, NaN where there are none.
-        pool: (N,) the score of every training row, not finite where it cannot be chosen; None where they are not known.
+        pool: (N,) how much the method prefers every training row, not finite where it cannot be chosen; None where
+            that is not known: then scores tell which rows are best.
 
     Returns:
         (k,) distinct rows.
@@ -83,15 +85,32 @@ def worth_keeping(
         return np.empty(0, np.int64)
     distinct, first = np.unique(chosen, return_index=True)
     if len(distinct) > most:
-        ranked = distinct[np.argsort(-np.nan_to_num(scores[first], nan=-np.inf), kind="stable")]
-        named = np.unique(sources[ranked])
-        share = max(1, most // len(named))
-        distinct = np.unique(np.concatenate([_some(ranked[sources[ranked] == s], share) for s in named]))
+        ranked = distinct[ranking(scores[first] if pool is None else pool[distinct])]
+        best = ranked[: min(_ENDS, (most + 1) // 2)]
+        rest = ranked[len(best) :]
+        shares = [rest[sources[rest] == source] for source in np.unique(sources[rest])]
+        share = -(-(most - len(best)) // len(shares))
+        turns = [_evenly(part, share) for part in shares]
+        # In turn, so that what is cut off in the end is cut off from all.
+        others = [part[i] for i in range(share) for part in turns if i < len(part)][: most - len(best)]
+        distinct = np.union1d(best, np.asarray(others, np.int64))
     if pool is None:
         return distinct
-    usable = np.flatnonzero(np.isfinite(pool))
-    worst = usable[np.argsort(pool[usable], kind="stable")[: min(_WORST, most)]]
-    return np.union1d(distinct, worst)
+    worst = ranking(pool)[: np.isfinite(pool).sum()][::-1]
+    return np.union1d(distinct, worst[: min(_ENDS, most)])
+
+
+def ranking(preference: np.ndarray) -> np.ndarray:
+    """Return the order of rows from the best to the worst, (n,): equal ones as they stand, those without last.
+
+    Compared as they are recorded, in float32.
+    """
+    shown = np.asarray(preference, np.float32).astype(np.float64)
+    return np.argsort(-np.where(np.isfinite(shown), shown, -np.inf), kind="stable")
+
+
+def _evenly(ranked: np.ndarray, most: int) -> np.ndarray:
+    return ranked[np.linspace(0, len(ranked) - 1, min(len(ranked), most)).round().astype(np.int64)]
 
 
 def write(path: Path, train: Rows, targets: Mapping[str, Rows], kept: np.ndarray, near: Near | None) -> None:
@@ -112,13 +131,6 @@ def write(path: Path, train: Rows, targets: Mapping[str, Rows], kept: np.ndarray
         pq.write_table(pa.Table.from_pylist(lines, schema=SCHEMA), temporary, compression="zstd")
 
 
-def _some(ranked: np.ndarray, most: int) -> np.ndarray:
-    """Return the best half of some rows, and as many evenly spaced ones of the others."""
-    best, others = ranked[: (most + 1) // 2], ranked[(most + 1) // 2 :]
-    places = np.linspace(0, len(others) - 1, min(len(others), most // 2)).round().astype(np.int64)
-    return np.concatenate([best, others[places]])
-
-
 def _line(name: str | None, row: int, rows: Rows) -> dict[str, object]:
     text = rows.text(row)
     prompt = "\n".join(part for part in (text.system, text.tools, text.prompt) if part)
@@ -126,4 +138,5 @@ def _line(name: str | None, row: int, rows: Rows) -> dict[str, object]:
 
 
 def _cut(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half a pair of surrogates is no text that can be written
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"

@@ -125,18 +125,22 @@ class Journal:
         ages = table["age"].fill_null(-1).to_numpy().astype(np.int32)
         return DecidedRound(round, rows, scores, ages, about)
 
-    def write_pool(self, number: int, scores: np.ndarray, updated: np.ndarray, norms: np.ndarray) -> None:
+    def write_pool(
+        self, number: int, scores: np.ndarray, updated: np.ndarray, judged: np.ndarray, norms: np.ndarray
+    ) -> None:
         """Record every training row.
 
         Args:
             number: of the round.
-            scores: (N,), not finite where a row cannot be chosen.
+            scores: (N,) how much the rule prefers a row, not finite where it cannot be chosen.
             updated: (N,) the update at which a row's features were computed.
+            judged: (N,) the method's score of it, not finite where it has none.
             norms: (N,) of its gradient, NaN where there is none.
         """
         columns = {
             "score": pa.array(scores, pa.float32(), mask=~np.isfinite(scores)),
             "updated": pa.array(updated, pa.int32()),
+            "judged": pa.array(judged, pa.float64(), mask=~np.isfinite(judged)),
             "norm": pa.array(norms, pa.float32(), mask=~np.isfinite(norms)),
         }
         self._put(self._pool(number), pa.table(columns))
@@ -154,14 +158,15 @@ class Journal:
         scores = table["score"].fill_null(-np.inf).to_numpy().astype(np.float64)
         return scores, table["updated"].to_numpy()
 
-    def copy_to(self, folder: str | os.PathLike[str], numbers: Sequence[int]) -> None:
+    def copy_to(self, folder: str | os.PathLike[str], numbers: Sequence[int], has_texts: bool = True) -> None:
         """Link (or copy) recorded rounds into another folder; those already there stay.
 
         What is itself a symbolic link, as in a checkpoint made of a kept state, is copied: where it leads to may go.
         """
         target = Journal(folder)
         target.folder.mkdir(parents=True, exist_ok=True)
-        for source in (path for number in numbers for path in (self.path(number), self._pool(number))):
+        kinds = (self.path, self._pool, *((self.texts,) if has_texts else ()))
+        for source in (kind(number) for number in numbers for kind in kinds):
             copy = target.folder / source.name
             if copy.exists() or not source.exists():
                 continue

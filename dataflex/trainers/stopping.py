@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, 
 from dataflex import distributed, status, stop
 from dataflex.checkpoints.marks import incomplete_reason
 from dataflex.errors import Cancelled, Interrupted
+from dataflex.results import opening
 from dataflex.trainers.resumption import Resumption
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class Stopping(TrainerCallback):
         status.training_begins()
         self._holds.enter_context(stop.held())
         self._step, self._total = state.global_step, state.max_steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Its rows are there, so nothing can be refused any more: what waits for the first step is done."""
+        if self._is_training:
+            opening.step_begins(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop here, unless the epoch that ends here has work of its own, behind which `on_epoch_end` stops."""

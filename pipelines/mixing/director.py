@@ -57,7 +57,7 @@ class MixingDirector:
         given = settings.keys.init_mixture_proportions
         initial = self.domains.natural if given is None else normalised(given)
         manager = MixtureManager(trainer.train_dataset, self.domains, members, initial)
-        self.run = open_run(settings, trainer, "train", trainer.rounds, mixture_manager=manager)
+        self.run = open_run(settings, trainer, "train", trainer.rounds, checkpoint is not None, mixture_manager=manager)
         assert isinstance(self.run.method, NativeMixer)
         self.mixer = self.run.method
         self.drawing = self._drawing(members)

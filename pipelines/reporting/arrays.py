@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dataflex.pipelines.showing import judged
 from dataflex.results.folder import RecordedRound, RunFolder
 
 MOST_SOURCES = 8
@@ -25,7 +26,7 @@ class Scores:
 
     Attributes:
         update: name of the update.
-        pool: (N,) of every training row, NaN where there is none.
+        pool: (N,) of every training row, as the method judges it, NaN where there is none.
         norm: (N,) norms of gradients, NaN where there is none.
         chosen: (N,) times that a row was chosen.
     """
@@ -47,16 +48,10 @@ class Arrays:
         self.run = run
 
     @cached_property
-    def _train(self) -> pa.Table | None:
-        """The map of the training rows, without records that were dropped; in the order of their index."""
-        known = self.run.rows
-        return known.filter(pc.and_(pc.equal(known["role"], "train"), pc.is_valid(known["index"]))) if known else None
-
-    @cached_property
     def size(self) -> int:
         """N; of a run that kept no map, the rows it is known to have."""
-        if self._train is not None:
-            return len(self._train)
+        if self.run.training_rows is not None:
+            return len(self.run.training_rows)
         largest = [int(pc.max(each.rows["index"]).as_py() or 0) + 1 for each in self.run.recorded]
         return max([int(self.run.summary.get("rows", 0)), *largest])
 
@@ -142,15 +137,15 @@ class Arrays:
 
     def _scores(self, update: RecordedRound) -> Scores | None:
         pool = self.run.pool(update.number)
-        if pool is None or len(pool) != self.size or pool["score"].null_count == len(pool):
+        if pool is None or len(pool) != self.size or judged(pool).null_count == len(pool):
             return None
         norm = _floats(pool["norm"]) if "norm" in pool.column_names else np.full(self.size, np.nan)
         chosen = np.bincount(update.rows["index"].to_numpy(), minlength=self.size)
-        return Scores(str(self.updates.index(update) + 1), _floats(pool["score"]), norm, chosen)
+        return Scores(str(self.updates.index(update) + 1), _floats(judged(pool)), norm, chosen)
 
     def _by_row(self, name: str) -> np.ndarray:
-        if self._train is not None:
-            return _floats(self._train[name])
+        if self.run.training_rows is not None:
+            return _floats(self.run.training_rows[name])
         found = np.full(self.size, np.nan)
         for each in self.run.recorded:
             found[each.rows["index"].to_numpy()] = _floats(each.rows[name])
@@ -158,8 +153,8 @@ class Arrays:
 
     def _places(self) -> Iterator[tuple[np.ndarray, pa.ChunkedArray]]:
         """Yield rows, and the dataset of each."""
-        if self._train is not None:
-            yield np.arange(self.size), self._train["dataset"].cast(pa.string())
+        if self.run.training_rows is not None:
+            yield np.arange(self.size), self.run.training_rows["dataset"].cast(pa.string())
         else:
             for each in self.run.recorded:
                 yield each.rows["index"].to_numpy(), each.rows["dataset"].fill_null("not known")

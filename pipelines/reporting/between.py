@@ -18,6 +18,11 @@ from dataflex.pipelines.reporting.facts import Facts
 _SEEDS = ("seed", "data_seed", "output_dir", "run_name", "logging_dir", "overwrite_output_dir")
 """Keys in which repetitions of one experiment differ."""
 _OURS = ("target_seed", "store")
+_OF_METHOD = (
+    "component_name", "components_cfg_file", "train_type", "warmup_step", "update_step", "update_times", "train_step",
+    "params", "refresh", "features", "plugins", "weighter", "mixture", "keep_texts", "arms",
+)  # fmt: skip
+"""Keys that say which method, and how it is timed."""
 _BASELINE = "random"
 _LONGEST = 60
 
@@ -29,8 +34,9 @@ class Held:
     Attributes:
         group: what they are called.
         test: the test set.
-        loss: nats per supervised token, over runs.
-        gain: loss less that of random rows under the same seed; None without such.
+        loss: nats per supervised token, over seeds.
+        gain: loss less that of random rows in a run that is alike but for the method, under the same seed; None without
+            such.
         reward: mean reward of responses, or None.
         seconds: of a run, mean.
         runs: how many.
@@ -79,13 +85,12 @@ def held_out(found: Sequence[Facts]) -> list[Held]:
     for each in found:
         groups.setdefault(_kind(each), []).append(each)
     names = _names(list(groups.values()))
-    random = {
-        (_seed(each), test): measured["loss"]
-        for each in found
-        if each.arrays.run.about.get("method") == _BASELINE
-        for test, measured in _measured(each).items()
-        if measured["loss"] is not None
-    }
+    random: dict[tuple[str, Any, str], list[float]] = {}
+    for each in found:
+        if _is_random(each):
+            for test, measured in _measured(each).items():
+                if measured["loss"] is not None:
+                    random.setdefault((_setting(each), _seed(each), test), []).append(measured["loss"])
     return [
         _held(name, test, group, random)
         for name, group in zip(names, groups.values(), strict=True)
@@ -93,19 +98,23 @@ def held_out(found: Sequence[Facts]) -> list[Held]:
     ]
 
 
-def _held(name: str, test: str, group: Sequence[Facts], random: Mapping[tuple[Any, str], float]) -> Held:
+def _held(name: str, test: str, group: Sequence[Facts], random: Mapping[tuple[str, Any, str], Sequence[float]]) -> Held:
     some = [(each, _measured(each)[test]) for each in group if test in _measured(each)]
-    losses = [math.nan if m["loss"] is None else m["loss"] for _, m in some]
-    is_random = group[0].arrays.run.about.get("method") == _BASELINE
-    gains = [
-        loss - random[_seed(each), test]
-        for (each, _), loss in zip(some, losses, strict=True)
-        if (_seed(each), test) in random and not is_random
-    ]
-    rewards = [m["reward"] for _, m in some if m.get("reward") is not None]
+    losses = [(each, math.nan if m["loss"] is None else m["loss"]) for each, m in some]
+    beside = [(each, loss, random.get((_setting(each), _seed(each), test))) for each, loss in losses]
+    gains = [(each, loss - float(np.mean(r))) for each, loss, r in beside if r and not _is_random(each)]
+    rewards = [(each, m["reward"]) for each, m in some if m.get("reward") is not None]
     seconds = [s for each, _ in some if (s := each.arrays.run.summary.get("seconds")) is not None]
     mean = float(np.mean(seconds)) if seconds else None
-    return Held(name, test, Estimate.of(losses), Estimate.of(gains), Estimate.of(rewards), mean, len(some))
+    return Held(name, test, _estimate(losses), _estimate(gains), _estimate(rewards), mean, len(some))
+
+
+def _estimate(values: Sequence[tuple[Facts, float]]) -> Estimate | None:
+    """Estimate a mean over seeds: runs of one seed are not independent, so of those the mean counts."""
+    by_seed: dict[Any, list[float]] = {}
+    for each, value in values:
+        by_seed.setdefault(_seed(each), []).append(value)
+    return Estimate.of([float(np.mean(some)) for some in by_seed.values()])
 
 
 def _measured(each: Facts) -> Mapping[str, Any]:
@@ -122,6 +131,18 @@ def _kind(each: Facts) -> str:
         return each.label
     ours = {k: v for k, v in settings.pop("dataflex", {}).items() if k not in _OURS}
     return digest(as_plain({**{k: v for k, v in settings.items() if k not in _SEEDS}, "dataflex": ours}))
+
+
+def _is_random(each: Facts) -> bool:
+    return each.arrays.run.about.get("method") == _BASELINE
+
+
+def _setting(each: Facts) -> str:
+    """Return what a run must share with one of random rows for the difference to be the method's: all but that."""
+    settings = dict(each.arrays.run.about.get("settings", {}))
+    ours = {k: v for k, v in settings.pop("dataflex", {}).items() if k not in (*_OURS, *_OF_METHOD)}
+    shared = {k: v for k, v in settings.items() if k not in (*_SEEDS, *_OF_METHOD)}
+    return digest(as_plain({**shared, "dataflex": ours, "steps": each.arrays.run.summary.get("steps")}))
 
 
 def _names(groups: Sequence[Sequence[Facts]]) -> list[str]:

@@ -16,6 +16,8 @@ from dataflex.pipelines.reporting.statuses import MEANINGS, Statuses
 
 EXAMPLES = 8
 """Best, and worst, rows that a page shows."""
+_TO_JUDGE = 32
+"""Rows computed from which a speed is read."""
 _DIAGNOSED = ("score_mean", "length_correlation", "norm_correlation", "overlap")
 Pairs = list[tuple[str, str]]
 
@@ -105,6 +107,8 @@ def _cost(arrays: Arrays) -> Pairs:
     infos = [each.info for each in run.recorded if "computed" in each.info]
     computed, reused = (sum(info[name] for info in infos) for name in ("computed", "reused"))
     seconds = sum(info["seconds"] for info in infos)
+    measured = [info for info in infos if "feature_seconds" in info]
+    spent = sum(info["feature_seconds"] for info in measured) if len(measured) == len(infos) else None
     summary = run.summary
     found: list[tuple[str, Any]] = [
         ("seconds, last launch", _number(summary.get("seconds"))),
@@ -112,7 +116,7 @@ def _cost(arrays: Arrays) -> Pairs:
         ("features computed at updates", f"{computed:,}" if infos else None),
         ("features reused", f"{reused:,}" if infos else None),
         ("seconds at updates", _number(seconds) if infos else None),
-        ("saved by reuse", _saved(computed, reused, seconds)),
+        ("saved by reuse", _saved(computed, reused, spent)),
         ("gradients for each row trained on", _number(summary.get("gradients_per_chosen_row"))),
         ("bytes of features written", f"{summary['bytes']:,}" if summary.get("bytes") else None),
         ("tokens gone through for features", f"{summary['tokens']:,}" if summary.get("tokens") else None),
@@ -121,11 +125,11 @@ def _cost(arrays: Arrays) -> Pairs:
     return [(name, value) for name, value in found if value is not None]
 
 
-def _saved(computed: int, reused: int, seconds: float) -> str | None:
+def _saved(computed: int, reused: int, seconds: float | None) -> str | None:
     """Say what reading features from the stores saved, at the speed of those that were computed."""
     if not reused:
         return None
-    if not computed or not seconds:
+    if not seconds or computed < _TO_JUDGE:
         return f"{reused:,} rows of features; how long they take was not measured in this run"
     return f"about {_number(reused * seconds / computed)} s, at {computed / seconds:,.1f} rows/s"
 
@@ -163,7 +167,8 @@ def _examples(arrays: Arrays) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     best = showing.table(run, [last], top=EXAMPLES)
     if best["score"].null_count == len(best):
         return _said(arrays, best), [], False
-    worst = showing.table(run, [last], bottom=EXAMPLES, whole_pool=arrays.last is not None and run.rows is not None)
+    has_pool = run.rows is not None and run.pool(last.number) is not None
+    worst = showing.table(run, [last], bottom=EXAMPLES, whole_pool=has_pool)
     return _said(arrays, best), _said(arrays, worst), True
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+import pyarrow.compute as pc
 from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -31,6 +33,7 @@ _POINTS = 700
 """Rows that a scatter shows, drawn evenly; its line is of all."""
 _LONGEST_NAME = 28
 _BINS = 16
+_STEPS = 400
 _SHADES = 20
 
 
@@ -41,7 +44,8 @@ def style() -> Iterator[None]:
     level = quiet.level
     quiet.setLevel(logging.ERROR)
     try:
-        with mpl.rc_context(_STYLE), np.errstate(all="ignore"):
+        with mpl.rc_context(_STYLE), np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
             yield
     finally:
         quiet.setLevel(level)
@@ -102,6 +106,8 @@ def spread(arrays: Arrays, name: str) -> str | None:
     if arrays.last is None:
         return None
     labels, pool, chosen = arrays.spread()
+    if not labels:
+        return None
     figure, axes = _axes()
     at = np.arange(len(labels))
     for values, colour, said, shift in ((pool, _COLOURS[7], "pool", -0.12), (chosen, _COLOURS[0], "chosen", 0.12)):
@@ -210,12 +216,13 @@ def shares(arrays: Arrays, name: str) -> str | None:
     if not len(steps):
         return None
     figure, axes = _axes()
-    if len(steps) == 1:  # one share for the whole run
-        steps, found = np.array([steps[0], int(arrays.run.summary.get("steps", steps[0] + 1))]), np.repeat(found, 2, 0)
+    # The last shares hold to the end of the training.
+    end = max(int(arrays.run.summary.get("steps", 0)), *(line["step"] for line in arrays.run.log), int(steps[-1]) + 1)
+    steps, found = np.append(steps, end), np.vstack([found, found[-1:]])
     axes.stackplot(
         steps, np.nan_to_num(found).T, labels=[_short(d) for d in domains], colors=_cycle(len(domains)), step="post"
     )
-    axes.set(xlabel="optimizer step", ylabel="share", ylim=(0, 1), xlim=(steps[0], max(steps[-1], steps[0] + 1)))
+    axes.set(xlabel="optimizer step", ylabel="share", ylim=(0, 1), xlim=(steps[0], steps[-1]))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1.02))
     return inline(figure, name, "Shares of domains over steps")
 
@@ -223,7 +230,7 @@ def shares(arrays: Arrays, name: str) -> str | None:
 def signals(arrays: Arrays, name: str) -> list[tuple[str, str]]:
     """Draw what else a mixer recorded by domain, such as losses and rewards: (what, picture) each."""
     table = arrays.run.shares()
-    known = dict.fromkeys(table["name"].to_pylist())
+    known = pc.unique(table["name"]).to_pylist()
     found = []
     for number, what in enumerate(
         each for each in known if each not in ("proportions", "rows_before", "tokens", "nonfinite_tokens")
@@ -254,18 +261,17 @@ def weights(arrays: Arrays, name: str) -> str | None:
 
 
 def _series(arrays: Arrays, what: str) -> tuple[np.ndarray, list[str], np.ndarray]:
-    """Return steps, domains, and (steps, domains) values of what a mixer recorded."""
-    every = arrays.run.shares().to_pylist()
-    lines = [line for line in every if line["name"] == what]
-    has = {line["domain"] for line in lines}
-    domains = [
-        name for name in dict.fromkeys(line["domain"] for line in every) if name in has
-    ]  # in one order throughout
-    steps = sorted({line["step"] for line in lines})
+    """Return steps, domains, and (steps, domains) values of what a mixer recorded; of many steps some, evenly."""
+    table = arrays.run.shares()
+    some = table.filter(pc.equal(table["name"], what))
+    has = set(pc.unique(some["domain"]).to_pylist())
+    domains = [name for name in pc.unique(table["domain"]).to_pylist() if name in has]  # in one order throughout
+    steps, at = np.unique(some["step"].to_numpy(), return_inverse=True)
+    place = {name: number for number, name in enumerate(domains)}
     found = np.full((len(steps), len(domains)), np.nan)
-    for line in lines:
-        found[steps.index(line["step"]), domains.index(line["domain"])] = line["value"]
-    return np.array(steps), domains, found
+    found[at, [place[name] for name in some["domain"].to_pylist()]] = some["value"].to_numpy()
+    shown = np.unique(np.linspace(0, max(len(steps) - 1, 0), min(len(steps), _STEPS)).round().astype(int))
+    return steps[shown], domains, found[shown]
 
 
 def _axes(width: float = 5.2, height: float = 2.5) -> tuple[Figure, Axes]:

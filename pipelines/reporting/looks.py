@@ -21,7 +21,14 @@ _TRUNCATED = 0.1
 
 def looks(arrays: Arrays, statuses: Statuses) -> list[str]:
     """Return a sentence for each sign, the gravest first; docs/diagnostics.md says what to do about each."""
-    return [*_ended(arrays), *_of_data(statuses), *_of_updates(arrays), *_of_losses(arrays), *arrays.run.warnings]
+    return [
+        *_ended(arrays),
+        *_of_data(statuses),
+        *_of_updates(arrays),
+        *_of_losses(arrays),
+        *arrays.run.warnings,
+        *_torn(arrays),
+    ]
 
 
 def _ended(arrays: Arrays) -> list[str]:
@@ -41,7 +48,7 @@ def _of_data(statuses: Statuses) -> list[str]:
     if empty := statuses.counts.get("no_labels", 0):
         found.append(f"{empty:,} of {total:,} rows have no supervised token; they are never chosen.")
     if lost := statuses.counts.get("nonfinite", 0):
-        found.append(f"The features of {lost:,} of {total:,} rows were NaN or infinite; they were never chosen.")
+        found.append(f"The features of {lost:,} of {total:,} rows were NaN or infinite at the last update.")
     if statuses.truncated is not None and statuses.truncated > _TRUNCATED:
         found.append(f"cutoff_len shortened {statuses.truncated:.0%} of the rows: what was cut was not learned from.")
     return found
@@ -93,6 +100,11 @@ def _of_losses(arrays: Arrays) -> list[str]:
         if measured.get("nonfinite"):
             found.append(f"On {name}, the loss of {measured['nonfinite']:,} rows is not a number.")
     return found
+
+
+def _torn(arrays: Arrays) -> list[str]:
+    torn = arrays.run.torn
+    return [f"{len(torn)} lines of its logs cannot be read and are left out: {', '.join(torn[:3])}."] if torn else []
 
 
 def _pool(arrays: Arrays) -> tuple[list[str], np.ndarray]:

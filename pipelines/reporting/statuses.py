@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow.compute as pc
 
 from dataflex.pipelines.reporting.arrays import Arrays
@@ -13,7 +12,7 @@ from dataflex.pipelines.reporting.arrays import Arrays
 MEANINGS = {
     "ok": "can be chosen",
     "no_labels": "no supervised token",
-    "nonfinite": "features NaN or infinite",
+    "nonfinite": "features NaN or infinite at the last update",
     "dropped": "LLaMA-Factory made no row of it",
 }
 
@@ -42,18 +41,9 @@ class Statuses:
             return cls({"ok": rows - counts["no_labels"], **{k: v for k, v in counts.items() if v}}, share)
         some = known.filter(pc.equal(known["role"], "train"))
         found = {each["values"]: each["counts"] for each in pc.value_counts(some["status"]).to_pylist()}
-        if arrays.last is not None and (lost := _lost(arrays)):
+        lost = arrays.updates[-1].info.get("nonfinite", 0) if arrays.updates else 0
+        if lost:
             found["nonfinite"] = lost
             found["ok"] -= lost
         cut = pc.mean(some["truncated"].cast("int8")).as_py()
         return cls({name: found[name] for name in MEANINGS if found.get(name)}, cut)
-
-
-def _lost(arrays: Arrays) -> int:
-    """Return the rows with labels that could not be scored at the last update."""
-    known, last = arrays.run.rows, arrays.last
-    assert known is not None
-    assert last is not None
-    rows = known.filter(pc.and_(pc.equal(known["role"], "train"), pc.is_valid(known["index"])))
-    is_ok = pc.equal(rows["status"], "ok").to_numpy(zero_copy_only=False)
-    return int((is_ok & ~np.isfinite(last.pool)).sum())

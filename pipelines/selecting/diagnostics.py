@@ -90,7 +90,11 @@ class Diagnostics:
 
 
 def diagnose(
-    rows: Rows, selection: Selection, views: Sequence[tuple[FeatureSpec, View]], last: np.ndarray | None
+    rows: Rows,
+    selection: Selection,
+    views: Sequence[tuple[FeatureSpec, View]],
+    last: np.ndarray | None,
+    norms: np.ndarray | None = None,
 ) -> Diagnostics:
     """Describe an update. Collective.
 
@@ -99,6 +103,7 @@ def diagnose(
         selection: what was chosen.
         views: features of all training rows that the update had, each with what it is.
         last: rows of the update before, or None.
+        norms: what `gradient_norms` returns, if it was asked already.
     """
     judged = selection.pool if selection.judged is None else selection.judged
     scores = np.full(len(rows), np.nan) if judged is None else np.asarray(judged, dtype=np.float64)
@@ -106,7 +111,7 @@ def diagnose(
     return Diagnostics(
         **_spread(scores[np.isfinite(scores)]),
         length_correlation=rank_correlation(scores, rows.length),
-        norm_correlation=rank_correlation(scores, gradient_norms(views, len(rows))),
+        norm_correlation=rank_correlation(scores, gradient_norms(views, len(rows)) if norms is None else norms),
         common_direction=_directions(views),
         overlap=None if last is None else _rounded(np.isin(np.unique(selection.rows), last).mean()),
         sources={rows.names[name]: count for name, count in zip(names.tolist(), counts.tolist(), strict=True)},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from dataflex import distributed
 from dataflex.checkpoints.marks import FOLDER
@@ -34,7 +35,7 @@ def directed(settings: Settings, trainer: DirectedTrainer, checkpoint: str | Non
     Raises:
         DataflexError: the run cannot come to a good end, as far as is known before anything is computed.
     """
-    run = open_run(settings, trainer, SelectingDirector.verb, trainer.rounds)
+    run = open_run(settings, trainer, SelectingDirector.verb, trainer.rounds, checkpoint is not None)
     wanted = max((round.steps for round in run.updates), default=0) * trainer.global_batch
     largest = wanted if settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
     too_many = (
@@ -85,7 +86,7 @@ class SelectingDirector:
                 {"round": round.number, **{k: decided.info[k] for k in ("computed", "reused", "seconds")}}
             )
         decided = distributed.broadcast(decided)
-        if round.kind == "warmup":
+        if round.kind == "warmup" and self.verb == "train":
             keep(self.run, decided)
         if distributed.is_main():
             self.run.journal.write(decided, self.run.rows)
@@ -102,8 +103,9 @@ class SelectingDirector:
         for number in run.journal.numbers():
             if number in known and not run.journal.texts(number).exists():
                 found = run.journal.read(known[number], run.rows.keys, run.trainer.global_batch)
+                pool = run.journal.read_pool(number)
                 if found is not None:
-                    keep(run, found)
+                    keep(run, found, None if pool is None else pool[0])
 
     def _diagnosed(self, decided: DecidedRound) -> None:
         """Show what an update came to: in one line and, if it begins now, to whoever follows the training's log."""
@@ -129,7 +131,9 @@ class SelectingDirector:
             if moments is not None:
                 moments.save(Path(checkpoint) / MOMENTS_FILE)
             numbers = [r.number for r in self.rounds if r.first_step < trainer.state.global_step]
-            self.run.journal.copy_to(Path(checkpoint) / FOLDER / "rounds", numbers)
+            # What rows say goes with a checkpoint in the run's own folder, and into no store with a kept state.
+            has_texts = Path(checkpoint).name.startswith(PREFIX_CHECKPOINT_DIR)
+            self.run.journal.copy_to(Path(checkpoint) / FOLDER / "rounds", numbers, has_texts)
         return {"global_step": trainer.state.global_step, "moments": said, **self.run.mark()}
 
     @property

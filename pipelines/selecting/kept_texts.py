@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -13,13 +15,16 @@ from dataflex.pipelines.run import Run
 from dataflex.results import texts
 from dataflex.trainers.rounds import DecidedRound
 
+log = logging.getLogger(__name__)
+
 _NEAREST = 3
+_BLOCK = 512
 Views = Mapping[tuple[FeatureSpec, str | None, StateName], View]
 """Features by what they are, of which target set (None: training rows), at which state."""
 
 
 def keep(run: Run, decided: DecidedRound, pool: np.ndarray | None = None, views: Views | None = None) -> None:
-    """Write the texts of a round, on rank 0.
+    """Write the texts of a round, on rank 0. A training does not end because it cannot be done.
 
     Args:
         run: the run.
@@ -30,9 +35,15 @@ def keep(run: Run, decided: DecidedRound, pool: np.ndarray | None = None, views:
     most = run.settings.dataflex.keep_texts
     if not distributed.is_main() or not most:
         return
-    kept = texts.worth_keeping(most, run.rows.dataset, decided.rows, decided.scores, pool)
-    near = None if views is None else nearest_targets(kept, views)
-    texts.write(run.journal.texts(decided.round.number), run.rows, run.targets, kept, near)
+    path = run.journal.texts(decided.round.number)
+    try:
+        kept = texts.worth_keeping(most, run.rows.dataset, decided.rows, decided.scores, pool)
+        near = None if views is None else nearest_targets(kept, views)
+        texts.write(path, run.rows, run.targets, kept, near)
+    except Exception as error:  # whatever a dataset's own code, or a disk, may raise
+        log.warning("%s is not written, so `dataflex show` has no texts of this round: %s", path, error)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def nearest_targets(kept: np.ndarray, views: Views) -> texts.Near | None:
@@ -92,7 +103,7 @@ def _space(spec: FeatureSpec) -> object | None:
 
 def _units(view: View) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield rows and their directions, those of rows that have one."""
-    for rows, vectors in view.blocks():
+    for rows, vectors in view.blocks(_BLOCK):
         norms = np.linalg.norm(vectors.astype(np.float64), axis=1)
         has = np.isfinite(norms) & (norms > 0)
-        yield rows[has], vectors[has] / norms[has, None]
+        yield rows[has], (vectors[has] / norms[has, None]).astype(np.float32)

@@ -20,7 +20,7 @@ from dataflex.pipelines.run import Run
 from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose, gradient_norms
 from dataflex.pipelines.selecting.kept_texts import Views, keep
 from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
-from dataflex.rows import Rows
+from dataflex.rows import Rows, Status
 from dataflex.schedule import Round
 from dataflex.selectors.base import BASE, Context, Need, Selection, View
 from dataflex.stores.parquet import ParquetStore
@@ -30,14 +30,15 @@ from dataflex.trainers.rounds import DecidedRound
 def decide(run: Run, round: Round) -> DecidedRound:
     """Choose the rows of a round. Collective."""
     begun, tally = time.monotonic(), run.access.tally
-    before = tally.computed, tally.reused
+    before = tally.computed, tally.reused, tally.seconds
     wanted = round.steps * run.trainer.global_batch
     # update_step 0: one selection holds for the rest of the epoch, so it is passed over as often as needed.
     count = wanted if run.settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
     chosen = choose(run, round, count)
     selection = chosen.selection
     if selection.pool is not None and distributed.is_main():
-        run.journal.write_pool(round.number, selection.pool, chosen.updated, chosen.norms)
+        judged = selection.pool if selection.judged is None else selection.judged
+        run.journal.write_pool(round.number, selection.pool, chosen.updated, judged, chosen.norms)
     seed = run.trainer.args.seed
     order = _order(run, round, selection.rows)
     if wanted > count:
@@ -50,6 +51,8 @@ def decide(run: Run, round: Round) -> DecidedRound:
         "computed": tally.computed - before[0],
         "reused": tally.reused - before[1],
         "seconds": round_seconds(time.monotonic() - begun),
+        "feature_seconds": round_seconds(tally.seconds - before[2]),
+        "nonfinite": chosen.nonfinite,
         "recipes": [run.access.recipe(need.spec) for need in run.live_needs],
         "diagnostics": chosen.diagnostics.plain(),
     }
@@ -68,6 +71,7 @@ class Chosen:
         diagnostics: what the update looks like as a whole.
         views: the features that were asked for.
         norms: (N,) the norm of every training row's gradient, NaN where the update had none.
+        nonfinite: training rows of which a feature was NaN or infinite.
     """
 
     selection: Selection
@@ -75,6 +79,7 @@ class Chosen:
     diagnostics: Diagnostics
     views: Views
     norms: np.ndarray
+    nonfinite: int
 
 
 def choose(run: Run, round: Round, count: int) -> Chosen:
@@ -87,9 +92,12 @@ def choose(run: Run, round: Round, count: int) -> Chosen:
     run.check(selection.rows, count)
     earlier = [r for r in run.updates if r.number < round.number]
     last = run.decided(earlier[-1]).rows if earlier else None
-    found = diagnose(run.rows, selection, features.of_training_rows, last)
     norms = gradient_norms(features.of_training_rows, len(run.rows))
-    return Chosen(selection, features.updated, found, features.views, norms)
+    found = diagnose(run.rows, selection, features.of_training_rows, last, norms)
+    is_lost = np.zeros(len(run.rows), bool)
+    for _, view in features.of_training_rows:
+        is_lost |= np.asarray(view.status) == Status.NONFINITE
+    return Chosen(selection, features.updated, found, features.views, norms, int(is_lost.sum()))
 
 
 def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:

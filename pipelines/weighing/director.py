@@ -39,7 +39,7 @@ class WeighingDirector:
 
     def __init__(self, settings: Settings, trainer: DirectedTrainer, checkpoint: str | None):
         self.settings, self.start = settings, checkpoint
-        self.run = open_run(settings, trainer, "train", ())
+        self.run = open_run(settings, trainer, "train", (), checkpoint is not None)
         assert isinstance(self.run.method, NativeWeighter)
         self.weighter = self.run.method
         self.acts_from = settings.keys.warmup_step
