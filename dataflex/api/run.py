@@ -16,7 +16,6 @@ from typing import Any
 from dataflex import distributed
 from dataflex.api.choice import Choice
 from dataflex.api.results import RunResults
-from dataflex.components.registry import use_plugins
 from dataflex.config import Settings
 from dataflex.config import load as load_settings
 from dataflex.environment import QUIET
@@ -162,22 +161,22 @@ class Run:
     @contextlib.contextmanager
     def _at_work(self, verb: str) -> Iterator[None]:
         """Surround a verb with all that the command surrounds it with, and leave the process fit for the next one."""
-        distributed.check_environment(os.environ)
-        folder = self.folder  # first: a training that can name none has nothing to return
-        refuse_several(verb, needs_processes=bool(self.settings.llamafactory.get("deepspeed")))
-        refuse_unusable(self.settings.store_root)
-        if not _busy.acquire(blocking=False):
-            raise ConflictError(
-                f"{verb}: another verb is at work in this process; expected one at a time, as LLaMA-Factory's state is "
-                f"the whole process's. Wait for it, or use the command (into {folder})"
-            )
-        try:
-            use_plugins(self.settings.dataflex.plugins)  # another run file may have been read meanwhile
-            with _told(), _quiet(), running(verb, self.settings):
-                yield
-        finally:
-            _busy.release()
-            _free()
+        with _quiet():  # around all of it: to count the devices torch is imported
+            distributed.check_environment(os.environ)
+            folder = self.folder  # a training that can name none has nothing to return
+            refuse_several(verb, needs_processes=bool(self.settings.llamafactory.get("deepspeed")))
+            refuse_unusable(self.settings.store_root)
+            if not _busy.acquire(blocking=False):
+                raise ConflictError(
+                    f"{verb} into {folder}: another verb is at work in this process; expected one at a time, as "
+                    "LLaMA-Factory's state is the whole process's. Wait for it, or use the command"
+                )
+            try:
+                with _told(), running(verb, self.settings):
+                    yield
+            finally:
+                _busy.release()
+                _free()
 
     def _summary(self, verb: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / f"dataflex_{verb}.json").read_text("utf-8")))
