@@ -36,8 +36,8 @@ def running(verb: str, settings: Settings) -> Iterator[None]:
             if distributed.local_rank() == 0 and folder:
                 refuse_misplaced(folder)
             distributed.prepare()
-            keeps = verb == "train" and distributed.is_main() and folder
-            with kept(folder) if keeps else contextlib.nullcontext():
+            keeps = verb == "train" and distributed.is_main()
+            with kept(folder) if keeps and folder else contextlib.nullcontext():
                 yield
     except KeyboardInterrupt as interrupt:  # behind the pipelines' imports it says more: `trainers.stopping`
         rest = "the same command begins where this one would have"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dataflex.config import load
 from dataflex.errors import ConfigError, ConflictError, CoverageError, DataflexError, MismatchError
 from dataflex.results import row_map
 from dataflex.stores.root import folder_name
-from tests.command import python
+from tests.command import ROOT, python
 from tests.roots import empty_root, make_store
 from tests.test_store_format import FROZEN, KEYS, SCALARS, STATUS, STORES, VECTORS, recipe
 
@@ -311,7 +312,7 @@ def test_what_does_not_fit_is_refused(read: dataflex.RunResults, pool: Dataset, 
         with pytest.raises(ConfigError, match="name: found 'pol'; expected one of the run's train data: pool"):
             call(pool, "pol")
         with pytest.raises(ConfigError, match=r"found datasets\.DatasetDict; expected a datasets\.Dataset"):
-            call(DatasetDict({"train": pool}))  # type: ignore[arg-type]
+            call(DatasetDict({"train": pool}))
         with pytest.raises(ConfigError, match="found columns score, which would be added"):
             call(pool.rename_column("source", "score"))
     with pytest.raises(ConfigError, match="role: found 'eval'; expected one of train, target, test"):
@@ -330,7 +331,7 @@ def test_what_does_not_fit_is_refused(read: dataflex.RunResults, pool: Dataset, 
         dataflex.read_run(copy).join(pool)
 
 
-def made(folder: Path, settings: dict[str, Any], lines: list[tuple[str, str, int | None, int]]) -> dataflex.RunResults:
+def made(folder: Path, settings: dict[str, Any], lines: list[tuple[str, str, int, int]]) -> dataflex.RunResults:
     """Write the folder of a run without rounds: of each row its role, data set, index and record."""
     (folder / "dataflex_run.json").write_text(json.dumps({"settings": settings}))
     rows: list[dict[str, Any]] = [
@@ -357,6 +358,25 @@ def test_records_that_are_repeated_or_were_not_loaded(tmp_path: Path) -> None:
     assert joined["row_key"][3] == b"a0000000000000003"[-16:]
     with pytest.raises(ConfigError, match="name: found no name; expected one of the run's train data: a, b"):
         run.join(four)
+
+
+def test_what_the_page_names_is_there() -> None:
+    text = (ROOT / "docs" / "python.md").read_text("utf-8") + (ROOT / "README.md").read_text("utf-8")
+    things = {
+        "run": dataflex.Run, "results": dataflex.RunResults, "choice": dataflex.Choice, "store": dataflex.Store,
+        "dataflex": dataflex,
+    }  # fmt: skip
+    found = set(re.findall(r"(?<![\w./])(run|results|choice|store|dataflex)\.(\w+)\(", text))
+    assert len(found) > 12
+    assert [(thing, name) for thing, name in found if not hasattr(things[thing], name)] == []
+    what_was_left = text.split("## What a run left")[1].split("### Joined")[0]
+    named = [
+        name
+        for cell in re.findall(r"^\| (`.+?) \|", what_was_left, re.MULTILINE)
+        for name in re.findall(r"`(\w+)", cell)
+    ]
+    assert len(named) > 12
+    assert [name for name in named if not hasattr(dataflex.RunResults, name)] == []
 
 
 def test_packed_blocks_are_no_records(tmp_path: Path) -> None:

@@ -130,13 +130,20 @@ def test_verbs_one_after_the_other(workspace: Any) -> None:
     assert_equal_weights(workspace.weights("command"), weights)
 
 
-def test_a_finished_folder_is_refused_as_by_the_command_and_a_test_set_is_measured(workspace: Any) -> None:
+def test_a_finished_folder_is_refused_as_by_the_command_and_a_test_set_is_measured(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     section = {"store": str(workspace.folder / "store"), "test_dataset": "target_words"}
     plain = {"component_name": "random", "save_strategy": "no", "save_steps": None, "update_times": 1}
     run = dataflex.load(workspace.write("measured", **plain, dataflex=section))
     before = run.evaluate()["target_words"]
     assert (before["rows"], state(run, "status_evaluate.json")) == (8, ("finished", 0))
-    after = run.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])  # as where nobody has set logging up
+        after = run.train()
+    warning = "training set: LLaMA-Factory dropped 1 records"
+    assert capsys.readouterr().err.count(warning) == 1
+    assert [text for text in after.warnings if text.startswith(warning)]
     table = after.test()
     assert table is not None
     loss = table["loss_sum"].to_numpy().sum() / table["tokens"].to_numpy().sum()

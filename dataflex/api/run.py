@@ -172,7 +172,7 @@ class Run:
                     "LLaMA-Factory's state is the whole process's. Wait for it, or use the command"
                 )
             try:
-                with _told(), running(verb, self.settings):
+                with _heard(), _told(), running(verb, self.settings):
                     yield
             finally:
                 _busy.release()
@@ -191,6 +191,24 @@ def _told() -> Iterator[None]:
         if not isinstance(error, DataflexError) and (what := told(error)) is not None:
             error.add_note(f"dataflex: {what[0]}")
         raise
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Print our warnings where nobody has set logging up.
+
+    Python does so by itself, but not while there is any handler, such as the one that keeps them in the run's folder.
+    """
+    logger = logging.getLogger("dataflex")
+    last = None if logger.hasHandlers() else logging.lastResort
+    if last is None:
+        yield
+        return
+    logger.addHandler(last)
+    try:
+        yield
+    finally:
+        logger.removeHandler(last)
 
 
 @contextlib.contextmanager
