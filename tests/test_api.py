@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
@@ -23,6 +24,7 @@ from dataflex.results import row_map
 from dataflex.stores.root import folder_name
 from tests.command import ROOT, python
 from tests.roots import empty_root, make_store
+from tests.run_folders import SOURCES, make_run, rows_of
 from tests.test_store_format import FROZEN, KEYS, SCALARS, STATUS, STORES, VECTORS, recipe
 
 NAMES = {layout.storage: folder_name(kind, recipe(kind, layout)) for kind, layout in STORES if kind == "embedding"}
@@ -43,6 +45,7 @@ print(dataflex.open_store.__module__, dataflex.Run is type(run), hasattr(datafle
         "[] Run('run.yaml', less, output_dir='out')",
         "dataflex.api.stores True False",
     ], done.stderr
+    assert all(getattr(dataflex, name) is not None for name in dataflex.__all__)
 
 
 def test_overrides_are_what_the_command_line_would_say(run_file: Path) -> None:
@@ -329,6 +332,30 @@ def test_what_does_not_fit_is_refused(read: dataflex.RunResults, pool: Dataset, 
     (copy / "dataflex_rows.parquet").unlink()
     with pytest.raises(ConfigError, match=r"found no dataflex_rows\.parquet; expected the map of its rows"):
         dataflex.read_run(copy).join(pool)
+
+
+def test_several_data_sets_are_joined_each_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    rows = rows_of(60)
+    run = dataflex.read_run(make_run(tmp_path / "run", rows, updates=2, chosen=24))
+    data = Dataset.from_dict({"n": list(range(20))})
+    every = run.rounds()
+    counted = 0
+    for number, name in enumerate(SOURCES):
+        given = Dataset.from_dict({"n": list(range(61))}) if name == "letters" else data  # of which one was dropped
+        joined, chosen = run.join(given, name), run.chosen(data if name != "letters" else given, name)
+        ours = every.filter(pc.equal(every["dataset"], name))
+        assert joined["chosen"][:20] == np.bincount(ours["record"].to_numpy(), minlength=20).tolist()
+        expected = ours.filter(pc.equal(ours["kind"], "update"))
+        assert chosen["n"][:] == expected["record"].to_pylist()
+        assert chosen["row_key"][:] == [rows.keys[i].tobytes() for i in expected["index"].to_pylist()]
+        silent = rows.supervised[number::3] == 0
+        assert [score is None for score in joined["score"][:20]] == silent.tolist()
+        assert joined["status"][:20] == np.where(silent, "no_labels", "ok").tolist()
+        counted += sum(joined["chosen"][:])
+    assert counted == len(every) == 72
+    with pytest.raises(ConfigError, match="found no record of where its stores are"):
+        run.stores()
 
 
 def made(folder: Path, settings: dict[str, Any], lines: list[tuple[str, str, int, int]]) -> dataflex.RunResults:

@@ -101,7 +101,8 @@ class RunResults(RunFolder):
         """
         _check(dataset)
         picks = export.picks(self, name, round, len(dataset))
-        found = _beside(dataset.select(picks["record"].to_pylist()), picks.drop_columns("record"), prefix)
+        some = dataset.select(picks["record"].to_pylist()).flatten_indices()
+        found = _beside(some, picks.drop_columns("record"), prefix)
         if parquet is not None:
             with replacing(Path(parquet)) as temporary:
                 found.to_parquet(os.fspath(temporary))

@@ -153,7 +153,7 @@ def _of(run: RunFolder, name: str | None, role: str) -> pa.Table:
         )
     lines = _map(run)
     lines = lines.filter(pc.equal(lines["role"], role))
-    names = list(dict.fromkeys(lines["dataset"].to_pylist()))
+    names = pc.unique(lines["dataset"]).to_pylist()
     if name is None and len(names) == 1:
         return lines
     if name not in names:
