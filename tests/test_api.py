@@ -154,7 +154,7 @@ def test_a_store_is_opened_by_path_by_kind_or_alone(tmp_path: Path, monkeypatch:
     assert dataflex.open_store(name="loss").path == loss.path
     made = make_store(empty_root("memory", tmp_path), 1)
     alone = dataflex.open_store("memory://tested/root")
-    assert (alone.name, alone.bytes) == (made.folder, made.bytes)
+    assert (alone.name, alone.nbytes) == (made.folder, made.bytes)
 
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)

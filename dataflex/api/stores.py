@@ -21,7 +21,6 @@ from dataflex.stores.values import Values
 if TYPE_CHECKING:
     import pandas as pd
 
-Missing = Literal["error", "nan"]
 _ABSENT = len(Status)
 _STATUS = np.array([*(status.name.lower() for status in Status), "missing"])
 """What a status is called, by its number; the last is of rows that the store does not have."""
@@ -121,7 +120,7 @@ class Store:
         return self._store.layout.width
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Size of the committed data files."""
         return self._store.bytes
 
@@ -137,7 +136,7 @@ class Store:
         rows: Any = None,
         columns: Sequence[str] | None = None,
         vectors: bool = True,
-        missing: Missing = "error",
+        missing: Literal["error", "nan"] = "error",
     ) -> dict[str, np.ndarray]:
         """Return columns by name: `row_key` (R,), `status` (R,) text, scalars (R,), `vector` (R, D) float32.
 
@@ -173,7 +172,7 @@ class Store:
         rows: Any = None,
         columns: Sequence[str] | None = None,
         vectors: bool = True,
-        missing: Missing = "error",
+        missing: Literal["error", "nan"] = "error",
     ) -> pa.Table:
         """Return a table; vectors are lists of D float32. The arguments are those of `to_numpy`."""
         values, is_there = self._read(rows, columns, vectors, missing)
@@ -184,7 +183,7 @@ class Store:
         rows: Any = None,
         columns: Sequence[str] | None = None,
         vectors: bool = False,
-        missing: Missing = "error",
+        missing: Literal["error", "nan"] = "error",
     ) -> pd.DataFrame:
         """Return a data frame, without vectors unless they are asked for: pandas keeps each as an object.
 
@@ -199,9 +198,7 @@ class Store:
         for values in self._store.scan(size, columns, vectors):
             yield _table(values, np.ones(len(values), bool))
 
-    def _read(
-        self, rows: Any, columns: Sequence[str] | None, vectors: bool, missing: Missing
-    ) -> tuple[Values, np.ndarray]:
+    def _read(self, rows: Any, columns: Sequence[str] | None, vectors: bool, missing: str) -> tuple[Values, np.ndarray]:
         """Return the values of rows, zeros for those that are not there, and which are, (R,) bool."""
         if rows is None:
             parts = [block.keys for block in self._store.scan(columns=(), vectors=False)]
