@@ -15,8 +15,9 @@ import typer
 
 from dataflex import distributed, mix_verbs, run_file_verbs, run_verbs, stop, store_verbs
 from dataflex.answer import Json, answer
-from dataflex.errors import Cancelled, ConfigError, DataflexError, Interrupted
-from dataflex.faults import of_user_code, told
+from dataflex.environment import QUIET
+from dataflex.errors import ConfigError, DataflexError, Interrupted
+from dataflex.faults import told
 
 if TYPE_CHECKING:
     from dataflex.config import Settings
@@ -48,8 +49,6 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...", help="Each takes the place of the file's value; dotted keys reach into mappings."
     ),
 ]
-QUIET = {"LLAMAFACTORY_VERBOSITY": "WARNING", "TRANSFORMERS_VERBOSITY": "warning", "TQDM_DELAY": "5"}
-"""Of the libraries below, where nobody has set it and --verbose is not given."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -349,10 +348,8 @@ def _settings(run: Path, overrides: list[str] | None) -> Settings:
 @contextlib.contextmanager
 def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Settings]:
     """Give the settings in every process of the run; the process that was called becomes their launcher."""
-    from dataflex.config.outputs import refuse_misplaced
     from dataflex.launch import launch
-    from dataflex.results.warned import kept
-    from dataflex.status import reported
+    from dataflex.running import running
 
     settings = _settings(run, overrides)
     _look_at(settings.store_root)  # in every process: one that ends alone leaves the others waiting for it
@@ -360,40 +357,8 @@ def _started(verb: str, run: Path, overrides: list[str] | None) -> Iterator[Sett
     launch(sys.argv[1:], needs_processes=bool(settings.llamafactory.get("deepspeed")))
     for note in settings.notes if distributed.is_main() else ():
         log.warning("%s: %s", run, note)
-    try:
-        with _leaving(), reported(verb, settings.llamafactory.get("output_dir")), _staying(verb):
-            if distributed.local_rank() == 0 and settings.llamafactory.get("output_dir"):
-                refuse_misplaced(settings.llamafactory["output_dir"])
-            distributed.prepare()
-            keeps = verb == "train" and distributed.is_main() and settings.llamafactory.get("output_dir")
-            with kept(settings.llamafactory["output_dir"]) if keeps else contextlib.nullcontext():
-                yield settings
-    except KeyboardInterrupt as interrupt:  # behind the pipelines' imports it says more: `trainers.stopping`
-        rest = "the same command begins where this one would have"
-        raise Cancelled(f"Ctrl-C: {verb} stopped; what is committed stays, and {rest}") from interrupt
-
-
-@contextlib.contextmanager
-def _staying(verb: str) -> Iterator[None]:
-    """Refuse a `sys.exit` of code that a command runs, such as a component: the command would seem to be done."""
-    try:
-        yield
-    except SystemExit as error:
-        where = of_user_code(error) or f"SystemExit: {error.code}"
-        raise DataflexError(f"{verb} was ended by code that it ran, before it was done: {where}") from error
-
-
-@contextlib.contextmanager
-def _leaving() -> Iterator[None]:
-    """End the process group of a run that went well, or that all processes have left at the same place."""
-    try:
-        yield
-    except Interrupted as interrupted:
-        if interrupted.is_together:
-            interrupted.__traceback__ = None  # its frames hold the trainer, which must be gone first
-            distributed.leave()
-        raise
-    distributed.leave()
+    with running(verb, settings):
+        yield settings
 
 
 if __name__ == "__main__":

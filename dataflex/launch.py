@@ -121,6 +121,31 @@ def check(env: Mapping[str, str], needs_processes: bool) -> None:
         check_numbers(env)
 
 
+def refuse_several(verb: str, needs_processes: bool) -> None:
+    """Refuse, for a verb that is called from Python, what the command would start processes for.
+
+    Raises:
+        ConfigError: this is one of several processes, or the command would start some, or one under a launcher.
+    """
+    world = distributed.number(os.environ, "WORLD_SIZE", 1, least=1)
+    if world > 1:
+        found = f"a process of {world} (WORLD_SIZE)"
+    elif command_line([verb], os.environ, _devices, needs_processes) is None:
+        _require_group(os.environ)
+        return
+    elif needs_processes:
+        found = "deepspeed in the run file, which works under a launcher alone, and no launcher"
+    elif _is_forced(os.environ):
+        found = "a launcher asked for by FORCE_TORCHRUN or USE_MCA"
+    else:
+        found = f"{_devices()} devices"
+    raise ConfigError(
+        f"{verb}: found {found}; expected one process with one device, as a verb that is called from Python works in "
+        f"the process that calls it. Use the command: dataflex {verb} RUN.yaml; or, to go on with one device, set "
+        "CUDA_VISIBLE_DEVICES to it before torch is imported"
+    )
+
+
 def check_numbers(env: Mapping[str, str]) -> int:
     """Check every number that the launcher is given, and return the number of nodes.
 

@@ -46,11 +46,13 @@ def listening() -> Iterator[None]:
     """Answer SIGTERM and SIGUSR1 until the end of the block; only the first of them counts.
 
     Outside of `held`, the first one raises `Interrupted` where the process is. Others are ignored: a launcher and a
-    scheduler may both send one, and what the first began must come to its end.
+    scheduler may both send one, and what the first began must come to its end. Python hands signals to the main thread
+    alone, so in another one nothing is listened for.
     """
     global _now, _is_listening
-    _now, _is_listening = _Asked(), True
-    kept = {number: signal.signal(number, _answer) for number in SIGNALS}
+    is_main = threading.current_thread() is threading.main_thread()
+    _now, _is_listening = _Asked(), is_main
+    kept = {number: signal.signal(number, _answer) for number in SIGNALS} if is_main else {}
     try:
         yield
     finally:

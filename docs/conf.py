@@ -29,8 +29,8 @@ exclude_patterns = [
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 nitpicky = True
 nitpick_ignore_regex = [  # other packages' names, whose inventories lie on the network
-    ("py:.*", r"(abc|collections|enum|numpy|os|pathlib|pydantic|types|typing)\..*"),
-    ("py:.*", r"(FieldInfo|NoneType|Tensor)"),
+    ("py:.*", r"(abc|collections|enum|numpy|os|pathlib|pd|pyarrow|pydantic|types|typing)\..*"),
+    ("py:.*", r"(Dataset|FieldInfo|NoneType|Tensor)"),
     ("py:.*", r"dataflex\.(.*\._.*|components\.registry\.C|stores\.files\.Files)"),  # nobody else's business
 ]
 smartquotes = False  # two hyphens begin an option

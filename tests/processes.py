@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from dataflex.cli import QUIET
+from dataflex.environment import QUIET
 
 
 def environment(**more: str) -> dict[str, str]:

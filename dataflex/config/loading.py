@@ -23,7 +23,7 @@ from dataflex.config.outputs import check_outputs, check_store
 from dataflex.config.packages import check_trackers, missing_packages
 from dataflex.config.paths import check_files, repeated
 from dataflex.config.problems import Problems
-from dataflex.config.runfile import Document, override, read
+from dataflex.config.runfile import Document, override, put, read
 from dataflex.config.settings import Settings, store_root
 from dataflex.environment import is_on
 from dataflex.errors import ConfigError
@@ -34,12 +34,15 @@ from dataflex.selectors.base import REFRESHES
 from dataflex.weighters.base import NativeWeighter
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
+def load(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Settings:
     """Read and check a run file.
 
     Args:
         path: YAML or JSON.
         overrides: `key=value` texts that win over the file; dotted keys reach into mappings.
+        values: the same as values of Python's, as `dataflex.load` takes them.
 
     Raises:
         ConfigError: lists everything that is wrong.
@@ -47,10 +50,25 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Setting
     problems = Problems()
     document = read(Path(path), problems)
     if document is not None:
-        document = override(document, overrides, problems)
+        document = override(document, overrides, problems) if values is None else _put(document, values, problems)
     problems.raise_if_any()
     assert document is not None
     return _Loading(document, problems).settings()
+
+
+def _put(document: Document, values: Mapping[str, Any], problems: Problems) -> Document:
+    """Return the document with values in place of what it has; in `dataflex`, and in its `params`, entry by entry."""
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        given |= _reaching(key, value)
+    return put(document, given, problems, by="dataflex.load")
+
+
+def _reaching(key: str, value: Any) -> dict[str, Any]:
+    """Return a value by its dotted key; a mapping that is reached into as several."""
+    if key not in ("dataflex", "dataflex.params") or not isinstance(value, Mapping):
+        return {key: value}
+    return {at: each for name, item in value.items() for at, each in _reaching(f"{key}.{name}", item).items()}
 
 
 class _Loading:

@@ -28,21 +28,23 @@ class Origin:
     Attributes:
         file: the file they were read from.
         lines: dotted path -> line, from 1.
-        overridden: dotted paths given on the command line, each with its value whole.
+        overridden: dotted paths given in place of the file's, each with its value whole.
+        by: where they were given.
     """
 
     file: Path
     lines: Mapping[str, int] = field(default_factory=dict)
     overridden: frozenset[str] = frozenset()
+    by: str = "command line"
 
     def place(self, path: str) -> str:
         """Return "file:line" of a dotted path, or of the nearest one above it that is written."""
         above = [path, *(path[:at] for at in range(len(path) - 1, 0, -1) if path[at] == ".")]
         if not self.overridden.isdisjoint(above):
-            return "command line"
+            return self.by
         line = next((self.lines[each] for each in above if path and each in self.lines), None)
         if line is None and any(each.startswith(f"{path}.") for each in self.overridden):
-            return "command line"  # the mapping that a dotted key reaches into is written nowhere else
+            return self.by  # the mapping that a dotted key reaches into is written nowhere else
         return f"{self.file}:{line}" if line else str(self.file)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import numbers
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ _PLAIN = ("str", "int", "float", "bool", "null", "map", "seq", "merge", "timesta
 
 @dataclass(frozen=True)
 class Document:
-    """What a file, and the command line after it, say."""
+    """What a file, and what was given in place of it, say."""
 
     values: dict[str, Any]
     origin: Origin
@@ -92,6 +94,46 @@ def override(document: Document, arguments: Sequence[str], problems: Problems) -
         values = _replaced(values, key.split("."), added["value"])
         given.add(key)
     return replace(document, values=values, origin=replace(document.origin, overridden=frozenset(given)))
+
+
+def put(document: Document, given: Mapping[str, Any], problems: Problems, by: str) -> Document:
+    """Return the document with values of Python's in place of what it has.
+
+    Args:
+        document: what a file says.
+        given: key, dotted or not -> value whole; paths count as text, tuples as lists.
+        problems: takes what is no plain value.
+        by: where the values were given.
+    """
+    values, origin = document.values, replace(document.origin, overridden=frozenset(given), by=by)
+    for key, value in given.items():
+        try:
+            if not re.fullmatch(r"\w+(\.\w+)*", key):
+                raise _Refused("found no key; expected one as in a run file, dotted or not")
+            added = _plain(value)
+            _refuse_unusable(added)
+        except (_Refused, RecursionError) as error:
+            problems.say(origin, key, _reason(error))
+            continue
+        values = _replaced(values, key.split("."), added)
+    return replace(document, values=values, origin=origin)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML would have given it."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, numbers.Integral):  # NumPy's as well
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    raise _Refused(f"found {type(value).__name__}; expected text, a number, true, false, a list, a mapping or None")
 
 
 def _replaced(below: Any, keys: Sequence[str], value: Any) -> Any:
