@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from dataflex.components.registry import did_you_mean
 from dataflex.errors import ConfigError
-from dataflex.results.folder import RecordedRound, RunFolder
+from dataflex.results.folder import RecordedRound, RunFolder, judged
 from dataflex.results.texts import ranking
 
 _WIDEST = 40
@@ -208,11 +208,6 @@ def _pool(run: RunFolder, round: RecordedRound) -> pa.Table:
         }
     ).take(pa.array(order))
     return _schema(round, some, times[order], _ranks(preference, preference)[order])
-
-
-def judged(pool: pa.Table) -> pa.ChunkedArray:
-    """Return the score of every training row; of an older run what the rule made of it, which was kept alone."""
-    return pool["judged" if "judged" in pool.column_names else "score"]
 
 
 def _ranks(own: np.ndarray, of_all: np.ndarray) -> np.ndarray:

@@ -66,12 +66,16 @@ def test_it_goes_from_a_file_to_a_trained_model(
             looked = python("-c", block("python", "# look.py"))
             assert looked.stdout.startswith("update 1: [("), looked.stderr
             assert looked.stdout.count("\n") == 3
+            best = python("-c", block("python", "# best.py"))
+            assert [line.count(" ") > 2 for line in best.stdout.splitlines() if line[:1] in "-0123456789"] == [True] * 3
         if verb == "show":
             assert len(out.splitlines()) == 5
+        if verb == "plan":
+            assert "to compute" in out
         if verb == "validate":
             assert "7 optimizer steps" in out
             assert "gradient (adam, sjlt to 64) of the training rows, after the warm-up of 1 step" in out
-    assert done == ["validate", "featurize", "train", "show", "report", "compare", "select"]
+    assert done == ["validate", "plan", "featurize", "train", "show", "report", "compare", "select"]
     assert "<title>" in Path("saves/report.html").read_text("utf-8")
     assert Path("saves/less/adapter_model.safetensors").is_file()
     assert json.loads(Path("saves/less/dataflex_summary.json").read_text())["test"]

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dataflex.errors import ConfigError, MismatchError
-from dataflex.results.folder import ROWS, RecordedRound, RunFolder
+from dataflex.results.folder import RecordedRound, RunFolder, judged
+from dataflex.results.names import ROWS
 
 ROLES = ("train", "target", "test")
 
@@ -17,8 +18,8 @@ ROLES = ("train", "target", "test")
 def scores(run: RunFolder, number: int | None = None) -> pa.Table:
     """Return a line for each training row, in the order of `index`.
 
-    Columns: `index` (position in the training set), `dataset`, `record`, `row_key`, `status`, `tokens`, `score` (null:
-    none is known, or the row cannot be chosen) and `chosen` (how often the row is in the round).
+    Columns: `index` (position in the training set), `dataset`, `record`, `row_key`, `status`, `tokens`, `score` (as the
+    method judges the row; null: it does not, or that is not known) and `chosen` (how often the row is in the round).
 
     Args:
         run: the run's folder.
@@ -40,7 +41,7 @@ def scores(run: RunFolder, number: int | None = None) -> pa.Table:
         )
     score = np.full(count, np.nan)
     if pool is not None:
-        score = pool["score"].cast(pa.float64()).fill_null(np.nan).to_numpy().copy()
+        score = judged(pool).cast(pa.float64()).fill_null(np.nan).to_numpy().copy()
     own = round.rows["score"].fill_null(np.nan).to_numpy()
     score[index] = np.where(np.isnan(own), score[index], own)
     found = {name: rows[name] for name in ("index", "dataset", "record", "row_key", "status", "tokens")}

@@ -295,6 +295,11 @@ class RunFolder:
         return found
 
 
+def judged(pool: pa.Table) -> pa.ChunkedArray:
+    """Return the score of every training row; of an older run what the rule made of it, which was kept alone."""
+    return pool["judged" if "judged" in pool.column_names else "score"]
+
+
 def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     """Return a column, null where a run of an older version has none."""
     return table[name].cast(kind) if name in table.column_names else pa.chunked_array([pa.nulls(len(table), kind)])

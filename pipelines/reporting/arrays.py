@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dataflex.pipelines.showing import judged
-from dataflex.results.folder import RecordedRound, RunFolder
+from dataflex.results.folder import RecordedRound, RunFolder, judged
 
 MOST_SOURCES = 8
 OTHERS = "all others"
