@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dataflex import stop
 from dataflex.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -18,8 +20,14 @@ LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "l
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
+    # At the end of a process that was asked to stop, signals are ignored; this process goes on.
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     out, err = capsys.readouterr()
     return int(caught.value.code or 0), out, err
 
