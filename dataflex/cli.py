@@ -110,8 +110,9 @@ class _Stderr(logging.Handler):
     """Writes to the current `sys.stderr`, which progress bars replace so that log lines do not break into them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line."""
-        print(self.format(record), file=sys.stderr, flush=True)
+        """Write a line. Names of data are anybody's: what would steer the terminal is written as a blank."""
+        text = "".join(c if c.isprintable() or c in "\n\t" else " " for c in self.format(record))
+        print(text, file=sys.stderr, flush=True)
 
 
 def _show_version(is_asked: bool) -> None:

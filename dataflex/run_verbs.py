@@ -52,6 +52,8 @@ def show(
         from dataflex.config.outputs import refuse_unwritable
         from dataflex.whole import replacing
 
+        if parquet.suffix.lower() != ".parquet":
+            raise ConfigError(f"--parquet: found {parquet}; expected a name that ends in .parquet")
         refuse_unwritable("--parquet", parquet)
         with replacing(parquet) as temporary:
             pq.write_table(rows, temporary)
@@ -73,6 +75,8 @@ def report(
     from dataflex.config.outputs import refuse_unwritable
     from dataflex.pipelines.report import report
 
+    if output.suffix.lower() not in (".html", ".htm"):  # one that was meant for something else would be lost
+        raise ConfigError(f"--output: found {output}; expected a name that ends in .html")
     refuse_unwritable("--output", output)
     found = report(runs, output, title)
     said = [f"wrote {output}: {len(found)} run{'s'[: len(found) > 1]}, {output.stat().st_size / 1e6:.1f} MB"]

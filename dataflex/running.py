@@ -10,6 +10,7 @@ from dataflex import distributed
 from dataflex.config.outputs import refuse_misplaced
 from dataflex.errors import Cancelled, DataflexError, Interrupted
 from dataflex.faults import of_user_code
+from dataflex.results import opening
 from dataflex.results.warned import kept
 from dataflex.status import reported
 
@@ -37,7 +38,7 @@ def running(verb: str, settings: Settings) -> Iterator[None]:
                 refuse_misplaced(folder)
             distributed.prepare()
             keeps = verb == "train" and distributed.is_main()
-            with kept(folder) if keeps and folder else contextlib.nullcontext():
+            with opening.beginning(), kept(folder) if keeps and folder else contextlib.nullcontext():
                 yield
     except KeyboardInterrupt as interrupt:  # behind the pipelines' imports it says more: `trainers.stopping`
         rest = "the same command begins where this one would have"

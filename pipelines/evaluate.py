@@ -28,7 +28,7 @@ SUMMARY = "dataflex_evaluate.json"
 def evaluate(settings: Settings) -> None:
     """Measure the model as it is before any training, with the adapter that the run file names. Call it on every rank.
 
-    Writes `test.parquet` and a summary into the run's folder.
+    Writes `test_evaluate.parquet` and a summary into the run's folder.
 
     Raises:
         ConfigError: the run file names no test set.
@@ -68,7 +68,7 @@ class EvaluateDirector:
 
     def decide(self, round: Round) -> None:
         """Measure, and stop."""
-        found = measure(self._run, self._folder)
+        found = measure(self._run, self._folder, self.verb)
         write_summary(self._folder / SUMMARY, self.verb, replace(self._run, rounds=()), {"test": found})
 
     def saved(self, checkpoint: str) -> dict[str, Any]:

@@ -133,5 +133,11 @@ class InvarianceDirector:
 def _precision(about: dict[str, Any]) -> str:
     weights = str(about["weights"]).removeprefix("torch.")
     name = weights if about["autocast"] == "none" else str(about["autocast"])
-    is_tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if name == "float32" and is_tf32 else name
+    return "tf32" if name == "float32" and torch.cuda.is_available() and _takes_tf32() else name
+
+
+def _takes_tf32() -> bool:
+    matmul: Any = torch.backends.cuda.matmul
+    # Asked in the newer way where there is one: once it was used, the older one raises an error.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"

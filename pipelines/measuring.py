@@ -14,24 +14,24 @@ from dataflex import distributed
 from dataflex.access.fragments import Tally
 from dataflex.features.spec import LossSpec
 from dataflex.pipelines.run import Run
+from dataflex.results.names import TEST, name_of
 from dataflex.rows import Rows, Status
 from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
 
-FILE = "test.parquet"
-"""In a run's folder: `dataset`, `record`, `row_key`, `tokens`, `loss_sum` in nats, and `reward` where one judges."""
 
+def measure(run: Run, folder: Path, verb: str = "train") -> dict[str, Any]:
+    """Measure the live model on every test set and write each row's figures. Collective.
 
-def measure(run: Run, folder: Path) -> dict[str, Any]:
-    """Measure the live model on every test set and write each row's figures into `FILE`. Collective.
-
+    The file has `dataset`, `record`, `row_key`, `tokens`, `loss_sum` in nats, and `reward` where one judges.
     Losses stand in the stores under the model's own content, so a model is measured once however often it is asked for.
     A row without a supervised token has no loss and enters nothing; one whose loss is not finite makes its set's so.
 
     Args:
         run: the run.
-        folder: takes the file.
+        folder: takes the file: `test.parquet` of a training, `test_evaluate.parquet` of `evaluate`.
+        verb: which measures.
 
     Returns:
         Test set -> rows, supervised tokens, `loss` (nats per supervised token of the whole set; None if it is not
@@ -46,7 +46,7 @@ def measure(run: Run, folder: Path) -> dict[str, Any]:
         access.tally = kept
     if tables and distributed.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / FILE) as temporary:
+        with replacing(folder / name_of(TEST, verb)) as temporary:
             pq.write_table(pa.concat_tables(tables.values()), temporary, write_page_checksum=True)
     found = {name: _summary(table) for name, table in tables.items()}
     for name, about in found.items():

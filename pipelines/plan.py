@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from dataflex.llamafactory.records import Sample
 from dataflex.pipelines.featurize import QUIET
 from dataflex.pipelines.planning.document import Planned
 from dataflex.pipelines.planning.known_model import KnownModel, sharding_of
+from dataflex.redaction import redacted
 from dataflex.results.names import PLAN
 from dataflex.trainers.directing import DirectedTrainer, Directing, Stopped
 from dataflex.trainers.outline import Prepared
@@ -52,6 +54,12 @@ def plan(settings: Settings, sample: int | None = None) -> dict[str, Any]:
         raise ConfigError(
             f"stage: found {settings.llamafactory['stage']}, whose rows are LLaMA-Factory's own; plan looks at those "
             f"of {' and '.join(_STAGES)}"
+        )
+    held_out = settings.llamafactory.get("val_size") or 0
+    if sample is not None and held_out >= 1:
+        raise ConfigError(
+            f"--sample: found val_size: {held_out}, a number of rows; expected a share below 1, as some records "
+            "stand for all. Plan without --sample"
         )
     refuse_misplaced(settings.llamafactory["output_dir"])
     count = processes(os.environ, bool(settings.llamafactory.get("deepspeed")))
@@ -119,7 +127,12 @@ class _Planning:
         """Put together what there is to say."""
         assert self.prepared is not None
         assert self.known is not None
-        outline = self.prepared.outline(self.schedule, self.processes)
+        # Left out above, and part of the run's identity all the same.
+        self.prepared.training_args.deepspeed = self.settings.llamafactory.get("deepspeed")
+        rows = None if self.sample is None else self.sample.scaled(self.prepared.sets.train)
+        outline = self.prepared.outline(self.schedule, self.processes, rows)
         state = self.known.state(facts, outline, sharding_of(self.settings))
         planned = Planned(self.settings, outline, state, self.sample, self.processes)
-        self.found = planned.document() | {"took": round(time.monotonic() - self.begun, 2)}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        about = {"digest": planned.run.identity, "time": now, "took": round(time.monotonic() - self.begun, 2)}
+        self.found = redacted(planned.document() | about)

@@ -19,7 +19,7 @@ from dataflex.config.settings import Settings
 from dataflex.fingerprint import digest, plain
 from dataflex.redaction import redacted
 from dataflex.results import opening, row_map
-from dataflex.results.names import ABOUT, ROWS, name_of
+from dataflex.results.names import ABOUT, PLAN, ROWS, name_of
 from dataflex.rows import RowSets
 from dataflex.trainers.directing import DirectedTrainer
 from dataflex.whole import replacing
@@ -93,13 +93,15 @@ def record_untouched(settings: Settings) -> None:
 def _write(verb: str, settings: Settings, named: str, more: Mapping[str, Any]) -> None:
     path = Path(settings.llamafactory["output_dir"]) / name_of(ABOUT, verb)
     launch = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "host": platform.node()}
+    earlier = _earlier(path, named)
     about = {
         "verb": verb,
         "run_file": str(settings.path),
         "method": settings.component_name,
         "train_type": settings.train_type,
         "digest": named,
-        "launches": [*_launches(path, named), launch],
+        "launches": [*(earlier.get("launches") or []), launch],
+        "planned": earlier.get("planned") or _planned(path.parent, named),
         "settings": shown_settings(settings),
         "store": settings.store_root,
         "versions": _versions(),
@@ -121,13 +123,22 @@ def shown_settings(settings: Settings) -> dict[str, Any]:
     return dict(redacted({**settings.llamafactory, **keys, "dataflex": {**dataflex, "params": params}}))
 
 
-def _launches(path: Path, named: str) -> list[Any]:
-    """Return the earlier starts of the same run; none of another one, or where the file cannot be read."""
+def _earlier(path: Path, named: str) -> dict[str, Any]:
+    """Return what an earlier launch of the same run wrote; nothing of another run, or where it cannot be read."""
     try:
-        earlier = json.loads(path.read_text("utf-8"))
-        return list(earlier["launches"]) if earlier["digest"] == named else []
-    except (OSError, ValueError, TypeError, KeyError):
-        return []
+        earlier = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return earlier if earlier.get("digest") == named else {}
+
+
+def _planned(folder: Path, named: str) -> Any:
+    """Return the time that a plan of this very run, made before it, had estimated."""
+    try:
+        plan = dict(json.loads((folder / PLAN).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return plan.get("seconds") if plan.get("digest") == named else None
 
 
 def _parameters(trainer: DirectedTrainer, trained: bool = False) -> int:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dataflex import distributed
 from dataflex.config.outputs import refuse_unwritable
+from dataflex.config.paths import dataset_files, names
 from dataflex.config.settings import Settings
 from dataflex.errors import ConfigError
 from dataflex.pipelines.featurize import FeaturizeDirector, begin_to_update, run_until_update
@@ -61,7 +62,7 @@ def select(settings: Settings, num: int, output: Path | None) -> Selected:
     if num < 1:
         raise ConfigError(f"--num: found {num}; expected at least 1")
     if output is not None:
-        _refuse(output)
+        _refuse(settings, output)
     if settings.component is None:
         raise ConfigError("component_name: found none; expected a selector, with train_type: dynamic_select")
     arguments = settings.llamafactory
@@ -77,10 +78,15 @@ def select(settings: Settings, num: int, output: Path | None) -> Selected:
     return found[0]
 
 
-def _refuse(output: Path) -> None:
+def _refuse(settings: Settings, output: Path) -> None:
     """Refuse a name under which the choice cannot be written."""
     if output.suffix != ".json":
         raise ConfigError(f"--output: found {output}; expected a name that ends in .json")
+    given = settings.llamafactory
+    sets = [name for key in ("dataset", "eval_dataset") for name in names(given.get(key))]
+    read = dataset_files([*sets, *settings.dataflex.test_dataset], given.get("dataset_dir") or "data")
+    if any(file.resolve() == output.resolve() for files in read.values() for file in files):
+        raise ConfigError(f"--output: found {output}, which the run reads its data from; expected another file")
     for written in (output, output.with_suffix(".parquet"), output.with_name("dataset_info.json")):
         refuse_unwritable("--output", written)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
 import dataflex
 from dataflex.api import run as api_run
+from dataflex.api.run import _as_before
 from dataflex.config import load
 from dataflex.errors import ConfigError, ConflictError, CoverageError, DataflexError, MismatchError
 from dataflex.results import row_map
+from dataflex.stores.files import LocalFiles
 from dataflex.stores.root import folder_name
 from tests.command import ROOT, python
 from tests.roots import empty_root, make_store
@@ -411,3 +416,42 @@ def test_packed_blocks_are_no_records(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="its rows are blocks packed from several records"):
         run.join(Dataset.from_dict({"n": [0]}))
     assert issubclass(ConfigError, DataflexError)
+
+
+def test_switches_of_the_process_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that asks for TF32 or determinism sets them for the process; the next one has not asked."""
+    monkeypatch.setenv("KEPT", "before")
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
+
+    def run() -> None:
+        matmul.fp32_precision = "tf32"
+        torch.use_deterministic_algorithms(True)
+        os.environ.update(CUBLAS_WORKSPACE_CONFIG=":16:8", KEPT="after")
+        raise ValueError("ended")
+
+    with pytest.raises(ValueError, match="ended"), _as_before():
+        run()
+    assert (matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()) == before
+    assert os.environ["KEPT"] == "before"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_rows_that_came_tokenized_are_no_records(tmp_path: Path) -> None:
+    """LLaMA-Factory's own tokenized sets say nothing of the records that they were made of."""
+    folder = make_run(tmp_path / "run", replace(rows_of(20), truncated=None), chosen=4, tokenized_path="saves/tokens")
+    read = dataflex.read_run(folder)
+    with pytest.raises(ConfigError, match="came tokenized from saves/tokens"):
+        read.join(Dataset.from_dict({"x": list(range(20))}))
+
+
+def test_truth_values_of_numpy_are_taken(run_file: Path) -> None:
+    assert dataflex.load(run_file, do_train=np.True_).settings.llamafactory["do_train"] is True
+
+
+def test_a_store_is_read_by_at_least_a_row_at_a_time(tmp_path: Path) -> None:
+    store = dataflex.open_store(tmp_path / "root", make_store(LocalFiles(tmp_path / "root"), 1).folder)
+    assert sum(table.num_rows for table in store.batches(1)) == len(store)
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match="at least 1"):
+            list(store.batches(size))

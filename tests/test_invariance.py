@@ -15,6 +15,7 @@ from dataflex.doctor.gradients import TOLERANCES, refuse, report
 from dataflex.errors import DataflexError
 from dataflex.features.engine import FeatureEngine
 from dataflex.features.invariance import CONDITIONS, chosen_rows, moved
+from dataflex.pipelines.invariance import _takes_tf32
 from tests.architectures import build
 from tests.command import python, run
 
@@ -137,3 +138,24 @@ def test_what_eager_attention_does_not_mend_is_said(workspace: Any, monkeypatch:
     assert plain["within"] is False
     with pytest.raises(DataflexError, match=r"it is not the attention \(.* under flash_attn: disabled\)"):
         refuse(findings)
+
+
+@pytest.mark.parametrize("name", ["gpt2_lora", "opt_lora"])
+def test_rows_are_padded_no_longer_than_positions_go(name: str) -> None:
+    """Positions that are learned end; where a row has nearly all of them, little can be padded."""
+    rows = [{"input_ids": [1 + i % 8 for i in range(n)], "labels": [1 + i % 8 for i in range(n)]} for n in (20, 15)]
+    found = moved(FeatureEngine(build(name), pad_token_id=0, token_budget=1000), rows, pad_token_id=0)
+    assert max(each.most for each in found.values()) < TOLERANCES["float32"]
+
+
+def test_tensor_float_is_asked_for_in_the_way_it_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the newer switch was used, torch refuses to read the older one."""
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert _takes_tf32()
+        matmul.fp32_precision = "ieee"
+        assert not _takes_tf32()
+    finally:
+        matmul.fp32_precision = before

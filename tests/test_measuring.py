@@ -143,7 +143,8 @@ def test_the_model_before_training_is_measured_by_evaluate(
     assert "test set target_words: loss" in caplog.text
     out = workspace.folder / "out" / "run"
     assert sorted(each.name for each in out.iterdir()) == [
-        "dataflex_evaluate.json", "dataflex_rows_evaluate.parquet", "dataflex_run_evaluate.json", "test.parquet",
+        "dataflex_evaluate.json", "dataflex_rows_evaluate.parquet", "dataflex_run_evaluate.json",
+        "test_evaluate.parquet",
     ]  # fmt: skip
     assert (summary["computed"], summary["stage"]) == (0, "evaluate")
     # Measured once: another method's run begins with the same model.
@@ -164,7 +165,7 @@ def test_the_likeliest_responses_are_judged(workspace: Any, tmp_path: Path) -> N
     summary = workspace.run("evaluate", path)
     model = AutoModelForCausalLM.from_pretrained(workspace.tiny.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(workspace.tiny.model)
-    table = pq.read_table(workspace.folder / "out" / "run" / "test.parquet").to_pandas()
+    table = pq.read_table(workspace.folder / "out" / "run" / "test_evaluate.parquet").to_pandas()
     assert summary["test"]["target_words"]["scored"] == 8
     np.testing.assert_allclose(summary["test"]["target_words"]["reward"], table[:8].reward.mean(), rtol=1e-6)
     records = json.loads((workspace.tiny.dataset_dir / "target_words.json").read_text())

@@ -15,6 +15,9 @@ from dataflex.errors import ConfigError
 from dataflex.live import memory
 from dataflex.pipelines.plan import plan
 from dataflex.pipelines.planning.shown import lines
+from dataflex.pipelines.reporting.arrays import Arrays
+from dataflex.pipelines.reporting.facts import facts
+from dataflex.results.folder import RunFolder
 from dataflex.results.names import PLAN
 from tests.command import run
 
@@ -149,7 +152,7 @@ def test_the_model_is_loaded_once_and_no_pass_is_made(
     cold, warm = planned(path, *own), planned(path, *own)
     assert len(loaded) == 1
     for found in (cold, warm):
-        del found["took"], found["seconds"], found["featurize"]["seconds"]
+        del found["took"], found["time"], found["seconds"], found["featurize"]["seconds"]
     assert warm == cold
     planned(path, *own, "dataflex.params.proj_dim=64", "update_times=3")  # of the same model
     assert len(loaded) == 1
@@ -253,3 +256,56 @@ def test_several_processes_do_not_plan(less: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="found 2 processes; expected one"):
         plan(settings)
+
+
+def test_no_secret_is_in_a_plan(workspace: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = {"type": "judge", "base_url": "http://user:hunter2@localhost:1/v1?api_key=hunter3", "model": "m"}
+    path = write(workspace, "nice", {"reward": judge, "proj_dim": 64}, component_name="nice")
+    code, out, _ = run(capsys, "plan", str(path), "--json")
+    assert code == 0
+    kept = (workspace.folder / "out" / "nice" / PLAN).read_text()
+    assert "hunter" not in out + kept
+    assert "localhost:1/v1" in kept
+
+
+def test_a_sample_plans_the_schedule_and_the_targets_of_all(workspace: Any) -> None:
+    section = {"target_rows": 2}
+    path = write(workspace, "whole", {"proj_dim": 64}, update_times=-1, num_train_epochs=1.0, dataflex=section)
+    whole, some = planned(path), planned(path, sample=31)
+    assert some["schedule"]["steps"] == whole["schedule"]["steps"]
+    assert (
+        [each["rows"] for each in some["targets"].values()]
+        == [each["rows"] for each in whole["targets"].values()]
+        == [2]
+    )
+    assert some["totals"]["computed"] == pytest.approx(whole["totals"]["computed"], rel=0.1)
+    with pytest.raises(ConfigError, match="expected a share below 1"):
+        planned(path, "val_size=8", "eval_dataset=null", sample=31)
+
+
+def test_a_plan_names_what_the_run_names(workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the division of the batch, and by DeepSpeed's file, which is a part of the identity."""
+    path = write(workspace, "named", {"proj_dim": 64}, dataflex={"warmup_split": "exact"})
+    one = planned(path)
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    two = planned(path, "gradient_accumulation_steps=1")
+    assert one["schedule"]["global_batch"] == two["schedule"]["global_batch"]
+    assert one["states"][0]["lineage"] != two["states"][0]["lineage"]
+    file = workspace.folder / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}')
+    sharded = planned(path, "gradient_accumulation_steps=1", f"deepspeed={file}")
+    assert sharded["digest"] != two["digest"]
+    file.write_text('{"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": "auto"}')
+    assert planned(path, "gradient_accumulation_steps=1", f"deepspeed={file}")["digest"] != sharded["digest"]
+
+
+def test_a_report_has_the_plan_that_was_made_before_the_run(less: Any) -> None:
+    space, path, before, _ = less
+    folder = space.folder / "out" / "less"
+    about = RunFolder(folder).about
+    assert (about["digest"], about["planned"]) == (before["digest"], before["seconds"])
+    planned(path, "update_times=5")  # another plan, and later
+    said = dict(facts("x", Arrays(RunFolder(folder))).cost)["seconds, as planned"]
+    assert float(said.split()[0].replace(",", "")) == pytest.approx(before["seconds"]["estimate"], rel=1e-3)
+    planned(path)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from dataflex.config import load
-from dataflex.errors import MismatchError
+from dataflex.errors import CorruptionError, CoverageError, MismatchError
 from dataflex.pipelines.recording import shown_settings
+from dataflex.results import opening
 from dataflex.results.folder import RunFolder
 from dataflex.rows import keys_from
 from dataflex.stores.root import StoreRoot
@@ -234,3 +240,72 @@ def test_no_secret_of_a_component_is_written_down(space: Any) -> None:
     assert RunFolder(out).about["settings"]["dataflex"]["params"] == {"api_key": "(not shown)"}
     for path in (*out.glob("*.json*"), *(out / "rounds").iterdir()):
         assert b"sk-1234" not in path.read_bytes(), path
+
+
+def test_what_was_set_aside_comes_back_unless_a_step_is_taken(tmp_path: Path) -> None:
+    rounds = tmp_path / "rounds"
+
+    def earlier() -> None:
+        rounds.mkdir(exist_ok=True)
+        (rounds / "old").write_text("old")
+
+    def refused() -> None:
+        opening.set_aside(rounds)
+        rounds.mkdir()
+        (rounds / "new").write_text("new")
+        raise ValueError("refused")
+
+    earlier()
+    with pytest.raises(ValueError, match="refused"), opening.beginning(), opening.beginning():
+        refused()
+    assert [each.name for each in rounds.iterdir()] == ["old"]
+    with opening.beginning():
+        opening.set_aside(rounds)
+        rounds.mkdir()
+        (rounds / "new").write_text("new")
+        opening.step_begins(0)
+    assert [each.name for each in rounds.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [rounds]
+    # Killed before its first step: the next start finds the older one's as it was.
+    rounds.rename(tmp_path / ".rounds.earlier")
+    earlier()
+    with opening.beginning():
+        opening.set_aside(rounds)
+        assert not rounds.exists()
+    assert [each.name for each in rounds.iterdir()] == ["new"]
+    waited: list[int] = []
+    opening.at_first_step(waited.append)  # outside: nobody waits
+    with opening.beginning():
+        opening.step_begins(3)
+    assert waited == []
+
+
+def test_a_start_that_fails_before_its_first_step_leaves_the_rounds(space: Any) -> None:
+    out = space.folder / "out" / "before"
+    path = space.write(
+        "before", save_strategy="no", dataflex={"store": str(space.folder / "store"), "params": {"proj_dim": 64}}
+    )
+    space.run("train", path)
+    rounds = {each.name: each.read_bytes() for each in (out / "rounds").iterdir()}
+    with pytest.raises(CoverageError):
+        space.run("train", path, "overwrite_output_dir=true", "seed=9", "dataflex.on_missing=error", "warmup_step=0")
+    assert {each.name: each.read_bytes() for each in (out / "rounds").iterdir()} == rounds
+    assert not (out / ".rounds.earlier").exists()
+    assert len(RunFolder(out).rounds()) == sum(len(each.rows) for each in RunFolder(out).recorded)
+
+
+def test_rounds_of_another_training_are_not_shown_under_this_map(space: Any, tmp_path: Path) -> None:
+    out = shutil.copytree(space.folder / "out" / "run", tmp_path / "run")
+    table = pq.read_table(out / "dataflex_rows.parquet")
+    train = table.filter(pc.equal(table["role"], "train"))
+    keys = train["row_key"].to_pylist()
+    turned = pa.array([keys[1], keys[0], *keys[2:]], pa.binary(16))
+    for number in RunFolder(out).round_numbers:
+        assert len(RunFolder(out).round(number).rows)
+    pq.write_table(
+        train.set_column(train.column_names.index("row_key"), "row_key", turned), out / "dataflex_rows.parquet"
+    )
+    rows = [RunFolder(space.folder / "out" / "run").round(n).rows["index"].to_pylist() for n in (0, 1, 2)]
+    number = next(n for n, some in enumerate(rows) if {0, 1} & set(some))
+    with pytest.raises(CorruptionError, match="found other rows than"):
+        RunFolder(out).round(number)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -404,3 +408,29 @@ def test_a_long_mixture_is_thinned_and_its_last_share_is_drawn(tmp_path: Path) -
     (tmp_path / "run" / "mixture.jsonl").write_text(json.dumps(lines[0]) + "\n")
     (tmp_path / "run" / "dataflex_summary.json").write_text('{"steps": 30}')
     assert ">30<" in written(tmp_path / "r.html", tmp_path / "run")  # the axis goes to the end of the training
+
+
+def test_a_training_that_was_killed_is_said_to_be(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", rows_of(30), chosen=8)
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    for pid, said in ((int(ended.stdout), "was killed"), (os.getpid(), "has not finished (running)")):
+        status = {"state": "running", "host": socket.gethostname(), "pid": pid, "message": None}
+        (folder / "status.json").write_text(json.dumps(status))
+        assert said in facts("x", Arrays(RunFolder(folder))).looks[0]
+
+
+def test_what_turns_letters_is_a_sign_and_nulls_are_nothing(tmp_path: Path) -> None:
+    assert legible("a\u202eb\u2066c") == "a�b�c"
+    folder = make_run(tmp_path / "run", rows_of(30), chosen=8)
+    about = json.loads((folder / "dataflex_run.json").read_text())
+    (folder / "dataflex_run.json").write_text(json.dumps(dict.fromkeys(about) | {"planned": {"estimate": "soon"}}))
+    assert len(written(tmp_path / "r.html", folder)) > 1000
+
+
+def test_no_other_file_becomes_a_page(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("mine")
+    for command in (["report", str(folder), "-o"], ["show", str(folder), "--parquet"]):
+        code, _, err = run(capsys, *command, str(tmp_path / "run.yaml"))
+        assert code == 2
+        assert "expected a name that ends in" in err
+    assert (tmp_path / "run.yaml").read_text() == "mine"

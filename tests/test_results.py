@@ -198,7 +198,7 @@ def test_warnings_are_kept_each_once(tmp_path: Path) -> None:
     log = logging.getLogger("dataflex.some.part")
     (tmp_path / "rounds").mkdir()
     for said, step in (("first", 0), ("second", 3), ("refused", None)):
-        with warned.kept(tmp_path), opening.beginning():
+        with opening.beginning(), warned.kept(tmp_path):
             log.info("nothing")
             log.warning("%s of https://me:word@host/?api_key=123&page=2\nof two lines", said)
             log.warning("%s of https://me:word@host/?api_key=123&page=2\nof two lines", said)

@@ -172,7 +172,7 @@ class Run:
                     "LLaMA-Factory's state is the whole process's. Wait for it, or use the command"
                 )
             try:
-                with _heard(), _told(), running(verb, self.settings):
+                with _as_before(), _heard(), _told(), running(verb, self.settings):
                     yield
             finally:
                 _busy.release()
@@ -180,6 +180,33 @@ class Run:
 
     def _summary(self, verb: str) -> dict[str, Any]:
         return dict(json.loads((self.folder / f"dataflex_{verb}.json").read_text("utf-8")))
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Give the environment, and torch's switches for a whole process, back as they were.
+
+    Transformers sets them where a run asks for TF32 or determinism, and resets them for no run that does not: features
+    of the next one would be of another precision than their name says.
+    """
+    import torch
+
+    environment = dict(os.environ)
+    backends = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn)
+    names = ("fp32_precision", "deterministic", "benchmark")
+    held = [(each, name, getattr(each, name)) for each in backends for name in names if hasattr(each, name)]
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warns)
+        for each, name, value in held:
+            if getattr(each, name) != value:
+                setattr(each, name, value)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 @contextlib.contextmanager

@@ -194,7 +194,13 @@ class Store:
     def batches(
         self, size: int = 4096, columns: Sequence[str] | None = None, vectors: bool = True
     ) -> Iterator[pa.Table]:
-        """Yield the tables of `to_arrow` of all rows, `size` rows at a time: memory is bounded by that."""
+        """Yield the tables of `to_arrow` of all rows, `size` rows at a time: memory is bounded by that.
+
+        Raises:
+            ConfigError: `size` is not positive.
+        """
+        if size < 1:
+            raise ConfigError(f"size: found {size}; expected the rows of a table, at least 1")
         for values in self._store.scan(size, columns, vectors):
             yield _table(values, np.ones(len(values), bool))
 

@@ -123,6 +123,8 @@ def _plain(value: Any) -> Any:
     """Return a value as YAML would have given it."""
     if value is None or isinstance(value, bool | str):
         return value
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's
+        return bool(value)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, numbers.Integral):  # NumPy's as well

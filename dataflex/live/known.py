@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,21 @@ class KnownState(ModelState):
         return found
 
     def _remembered(self, what: str, folder: Path, find: Callable[[], Any]) -> Any:
-        files = contents(folder)
+        files = _contents(folder)
         about = {"what": what, "files": files}
         found = self._memory.recall(about)
         if found is None:
             found = find()
-            if is_settled(files) and contents(folder) == files:
+            if is_settled(files) and _contents(folder) == files:
                 self._memory.keep(about, found)
         return found
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """Return the files of a folder, and of the base that an adapter in it names."""
+    found = contents(folder)
+    if "adapter_config.json" in found and "config.json" not in found:
+        named = json.loads((folder / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+        with contextlib.suppress(MismatchError):  # that there is none is said by what reads it
+            found |= {f"the base/{name}": about for name, about in _contents(model_folder(str(named))).items()}
+    return found

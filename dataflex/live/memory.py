@@ -64,11 +64,11 @@ class Memory:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Return what tells whether the files under a folder are the same, by their paths; hidden ones are left out."""
+    """Return what tells whether the files under a folder are the same, by path; those of hidden names are left out."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
+        if name.name.startswith("."):
             continue
         with suppress(FileNotFoundError):  # gone by now
             about = path.stat()

@@ -24,6 +24,7 @@ from dataflex.errors import DataflexError
 from dataflex.explanation import at_record, explained
 from dataflex.llamafactory.columns import unfit
 from dataflex.llamafactory.place import Place, place_of
+from dataflex.rows import Rows
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,11 @@ class Sample:
         """Return by dataset how many records were looked at, and of how many."""
         looked = {name: min(total, self.count) for name, total in self.totals.items()}
         return {"records": looked, "of": dict(self.totals)}
+
+    def scaled(self, rows: Rows) -> int:
+        """Return how many rows those that were looked at stand for."""
+        counts = np.bincount(rows.dataset, minlength=len(rows.names))
+        return round(sum(n * self.factor(name) for n, name in zip(counts.tolist(), rows.names, strict=True)))
 
     def factor(self, name: str) -> float:
         """Return how many records each that was looked at stands for."""

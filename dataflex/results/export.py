@@ -155,6 +155,11 @@ def _of(run: RunFolder, name: str | None, role: str) -> pa.Table:
     lines = _map(run)
     lines = lines.filter(pc.equal(lines["role"], role))
     names = pc.unique(lines["dataset"]).to_pylist()
+    if len(lines) and lines["truncated"].null_count == len(lines) and settings.get("tokenized_path"):
+        raise ConfigError(
+            f"{run.path}: its rows came tokenized from {settings['tokenized_path']}, where nothing says which "
+            "records they were; expected a run on datasets"
+        )
     if name is None and len(names) == 1:
         return lines
     if name not in names:

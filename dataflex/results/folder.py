@@ -129,9 +129,7 @@ class RunFolder:
             raise ConfigError(f"{self.path}: found no round {number}; expected one of: {known}")
         path = self.path / "rounds" / f"round-{number:05d}.parquet"
         table = _parquet(path)
-        most = pc.max(table["index"]).as_py() if "index" in table.column_names else None
-        if self.training_rows is not None and most is not None and most >= len(self.training_rows):
-            raise self._of_another(path, most + 1)
+        self._refuse_another(path, table)
         try:
             info = dict(json.loads((table.schema.metadata or {})[b"dataflex"]))
             round = info.pop("round")
@@ -142,6 +140,24 @@ class RunFolder:
             )  # fmt: skip
         except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
             raise _unreadable(path, error) from error
+
+    def _refuse_another(self, path: Path, round: pa.Table) -> None:
+        """Hold the rows of a round against the map of the run.
+
+        Raises:
+            CorruptionError: they are of another training.
+        """
+        known = self.training_rows
+        if known is None or not {"index", "row_key"} <= set(round.column_names):
+            return
+        most = pc.max(round["index"]).as_py() or 0
+        if most >= len(known):
+            raise self._of_another(path, most + 1)
+        if not known["row_key"].take(round["index"].combine_chunks()).equals(round["row_key"].cast(pa.binary(16))):
+            raise CorruptionError(
+                f"{path}: found other rows than {ROWS} has at their places; expected those of one training. One of the "
+                "two is another's, as where a training was killed before its first step: start it again"
+            )
 
     def _of_another(self, path: Path, rows: int) -> CorruptionError:
         return CorruptionError(

@@ -24,7 +24,8 @@ def split_of(trainer: DirectedTrainer) -> dict[str, int]:
     return {
         "per device": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
-        "processes": args.world_size,
+        # Of a plan, which is one process, those that the run will have.
+        "processes": trainer.global_batch // (args.per_device_train_batch_size * args.gradient_accumulation_steps),
     }
 
 

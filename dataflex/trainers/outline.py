@@ -35,12 +35,13 @@ class Prepared:
     finetuning_args: Any
     trainer: type[DataflexTrainer]
 
-    def outline(self, schedule: Schedule | None, processes: int) -> DataflexTrainer:
+    def outline(self, schedule: Schedule | None, processes: int, rows: int | None = None) -> DataflexTrainer:
         """Return the trainer of so many processes, without a model, an optimizer or a loader.
 
         Args:
             schedule: of a run whose rows are decided; None: their order is LLaMA-Factory's.
             processes: that will train.
+            rows: in the training set, where those at hand stand for more.
         """
         made, args = self.trainer.__new__(self.trainer), self.training_args
         made.args, made.model_arguments, made.finetuning_args = args, self.model_args, self.finetuning_args
@@ -50,7 +51,7 @@ class Prepared:
         made.lr_scheduler, made._created_lr_scheduler = None, False
         made.global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
         if schedule is not None:
-            made.rounds = take_rounds(args, schedule, len(self.sets.train), made.global_batch)
+            made.rounds = take_rounds(args, schedule, rows or len(self.sets.train), made.global_batch)
         return made
 
 

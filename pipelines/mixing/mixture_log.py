@@ -12,6 +12,7 @@ import numpy as np
 from dataflex import distributed
 from dataflex.checkpoints.marks import FOLDER
 from dataflex.errors import MismatchError
+from dataflex.results import opening
 
 _STATE = f"{FOLDER}/mixture.json"
 _MARK = "as it was"
@@ -32,10 +33,10 @@ class MixRecord:
         self._log, self._outcome = folder / "mixture.jsonl", folder / "mixture_proportions.json"
 
     def begin(self) -> None:
-        """Remove what an earlier run left."""
+        """Take what an earlier run left out of the way."""
         if distributed.is_main():
-            self._log.unlink(missing_ok=True)
-            self._outcome.unlink(missing_ok=True)
+            for path in (self._log, self._outcome):
+                opening.set_aside(path)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append a line to the log."""

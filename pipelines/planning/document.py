@@ -61,9 +61,9 @@ class Planned:
         self.folder = Path(settings.llamafactory["output_dir"])
         self.run = self._run(outline)
         self.steps = steps_of(self.run, settings, outline.args, processes, self._factor(self.run.rows))
-        warm = WarmState(self.run, is_resumed=False) if sample is None and self.run.rounds else None
+        warm = WarmState(self.run, is_resumed=bool(self.steps.done)) if sample is None and self.run.rounds else None
         self.naming = Naming(self.run, state, warm)
-        self._factors: dict[str | None, float] = {n: self._factor(rows) for n, rows in self.run.targets.items()}
+        self._factors: dict[str | None, float] = {n: self._of_target(rows) for n, rows in self.run.targets.items()}
         self._factors[None] = self._factor(self.run.rows)
 
     def document(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class Planned:
     @property
     def _begins_kept(self) -> bool:
         """Whether the training starts from a kept state; trainings with a mixer or weighter do not look for one."""
-        return self.naming.is_kept and self.settings.train_type == "dynamic_select"
+        return self.naming.is_kept and not self.steps.done and self.settings.train_type == "dynamic_select"
 
     def _measuring(self, clock: Clock) -> list[Work]:
         """Return the passes over the test sets at the end of the training, whose model nobody knows yet."""
@@ -174,7 +174,7 @@ class Planned:
             "rows": about["rows"],
             "tokens": about["tokens"],
             "pool": about | lost,
-            "targets": {name: _about(some, self._factor(some)) for name, some in self.run.targets.items()},
+            "targets": {name: _about(some, self._of_target(some)) for name, some in self.run.targets.items()},
             "sample": None if self.sample is None else self.sample.plain(),
         }
 
@@ -182,8 +182,13 @@ class Planned:
         """Return how many rows each that was looked at stands for."""
         if self.sample is None or not len(rows):
             return 1.0
-        counts = np.bincount(rows.dataset, minlength=len(rows.names))
-        return float(sum(n * self.sample.factor(name) for n, name in zip(counts, rows.names, strict=True)) / len(rows))
+        return self.sample.scaled(rows) / len(rows)
+
+    def _of_target(self, rows: Rows) -> float:
+        """Return the same of a target set, of which no more are drawn than the run file says."""
+        most = self.settings.dataflex.target_rows
+        factor = self._factor(rows)
+        return factor if self.sample is None or most is None else min(factor, most / max(1, len(rows)))
 
     def _states(self) -> list[dict[str, Any]]:
         """Return the kept state that the run begins from, or that it will keep."""

@@ -56,7 +56,7 @@ def differences(found: Sequence[Facts]) -> list[tuple[str, list[str]]]:
 
     What only some of the methods have is left out: that follows from the method.
     """
-    flat = [dict(_flat(each.arrays.run.about.get("settings", {}))) for each in found]
+    flat = [dict(_flat(each.arrays.run.about.get("settings") or {})) for each in found]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     out = []
     for key in keys:
@@ -122,14 +122,14 @@ def _measured(each: Facts) -> Mapping[str, Any]:
 
 
 def _seed(each: Facts) -> Any:
-    return each.arrays.run.about.get("settings", {}).get("seed", 42)
+    return (each.arrays.run.about.get("settings") or {}).get("seed", 42)
 
 
 def _kind(each: Facts) -> str:
-    settings = dict(each.arrays.run.about.get("settings", {}))
+    settings = dict(each.arrays.run.about.get("settings") or {})
     if not settings:
         return each.label
-    ours = {k: v for k, v in settings.pop("dataflex", {}).items() if k not in _OURS}
+    ours = {k: v for k, v in (settings.pop("dataflex", None) or {}).items() if k not in _OURS}
     return digest(as_plain({**{k: v for k, v in settings.items() if k not in _SEEDS}, "dataflex": ours}))
 
 
@@ -139,8 +139,8 @@ def _is_random(each: Facts) -> bool:
 
 def _setting(each: Facts) -> str:
     """Return what a run must share with one of random rows for the difference to be the method's: all but that."""
-    settings = dict(each.arrays.run.about.get("settings", {}))
-    ours = {k: v for k, v in settings.pop("dataflex", {}).items() if k not in (*_OURS, *_OF_METHOD)}
+    settings = dict(each.arrays.run.about.get("settings") or {})
+    ours = {k: v for k, v in (settings.pop("dataflex", None) or {}).items() if k not in (*_OURS, *_OF_METHOD)}
     shared = {k: v for k, v in settings.items() if k not in (*_SEEDS, *_OF_METHOD)}
     return digest(as_plain({**shared, "dataflex": ours, "steps": each.arrays.run.summary.get("steps")}))
 
@@ -155,7 +155,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, each in value.items():
             yield from _flat(each, f"{name}.{key}" if name else str(key))
-    else:
+    elif value is not None:
         yield name, value
 
 

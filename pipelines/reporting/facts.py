@@ -77,25 +77,25 @@ def facts(label: str, arrays: Arrays) -> Facts:
 def _identity(arrays: Arrays) -> Pairs:
     run = arrays.run
     about = run.about
-    settings: Mapping[str, Any] = about.get("settings", {})
-    model, data, machine = (about.get(name, {}) for name in ("model", "data", "machine"))
+    settings: Mapping[str, Any] = about.get("settings") or {}
+    model, data, machine = (about.get(name) or {} for name in ("model", "data", "machine"))
     found: list[tuple[str, Any]] = [
         ("folder", run.path),
         ("method", about.get("method") or about.get("train_type")),
         ("model", settings.get("model_name_or_path")),
         ("parameters", _of(model.get("parameters"), model.get("trained"), "{:,}, of which {:,} are trained")),
         ("training rows", _sized(settings.get("dataset"), data.get("train"))),
-        *(("target set", _sized(name, size)) for name, size in data.get("targets", {}).items()),
-        *(("test set", _sized(name, size)) for name, size in data.get("tests", {}).items()),
+        *(("target set", _sized(name, size)) for name, size in (data.get("targets") or {}).items()),
+        *(("test set", _sized(name, size)) for name, size in (data.get("tests") or {}).items()),
         ("rows of a step", about.get("global_batch")),
         ("learning rate", settings.get("learning_rate")),
         ("seed", settings.get("seed", 42) if settings else None),
-        ("parameters of the method", _listed(settings.get("dataflex", {}).get("params", {}))),
-        ("refresh", _listed(settings.get("dataflex", {}).get("refresh", {}))),
+        ("parameters of the method", _listed((settings.get("dataflex") or {}).get("params") or {})),
+        ("refresh", _listed((settings.get("dataflex") or {}).get("refresh") or {})),
         ("state", run.status.get("state")),
-        ("launches", ", ".join(each["time"] for each in about.get("launches", [])[-5:])),
+        ("launches", ", ".join(each["time"] for each in (about.get("launches") or [])[-5:])),
         ("machine", _listed(machine)),
-        ("versions", _listed(about.get("versions", {}))),
+        ("versions", _listed(about.get("versions") or {})),
         ("store", about.get("store") or run.summary.get("store")),
         ("identity", about.get("digest")),
     ]
@@ -103,7 +103,7 @@ def _identity(arrays: Arrays) -> Pairs:
 
 
 def _cost(arrays: Arrays) -> Pairs:
-    run = arrays.run
+    run, about = arrays.run, arrays.run.about
     infos = [each.info for each in run.recorded if "computed" in each.info]
     computed, reused = (sum(info[name] for info in infos) for name in ("computed", "reused"))
     seconds = sum(info["seconds"] for info in infos)
@@ -111,16 +111,16 @@ def _cost(arrays: Arrays) -> Pairs:
     spent = sum(info["feature_seconds"] for info in measured) if len(measured) == len(infos) else None
     summary = run.summary
     found: list[tuple[str, Any]] = [
-        ("seconds, last launch", _number(summary.get("seconds"))),
-        ("of these, features", _number(summary.get("feature_seconds"))),
+        ("all, last launch: seconds", _number(summary.get("seconds"))),
+        ("features, last launch: seconds", _number(summary.get("feature_seconds"))),
         ("features computed at updates", f"{computed:,}" if infos else None),
         ("features reused", f"{reused:,}" if infos else None),
         ("seconds at updates", _number(seconds) if infos else None),
         ("saved by reuse", _saved(computed, reused, spent)),
-        ("gradients for each row trained on", _number(summary.get("gradients_per_chosen_row"))),
-        ("bytes of features written", f"{summary['bytes']:,}" if summary.get("bytes") else None),
-        ("tokens gone through for features", f"{summary['tokens']:,}" if summary.get("tokens") else None),
-        ("seconds, as planned", _planned(run.plan)),
+        ("gradients of the last launch for each row trained on", _number(summary.get("gradients_per_chosen_row"))),
+        ("bytes of features written, last launch", f"{summary['bytes']:,}" if summary.get("bytes") else None),
+        ("tokens gone through for features, last launch", f"{summary['tokens']:,}" if summary.get("tokens") else None),
+        ("seconds, as planned", _planned(about.get("planned"))),
     ]
     return [(name, value) for name, value in found if value is not None]
 
@@ -134,9 +134,11 @@ def _saved(computed: int, reused: int, seconds: float | None) -> str | None:
     return f"about {_number(reused * seconds / computed)} s, at {computed / seconds:,.1f} rows/s"
 
 
-def _planned(plan: Mapping[str, Any]) -> str | None:
-    estimate = plan.get("seconds", {}).get("estimate") if isinstance(plan.get("seconds"), Mapping) else None
-    return None if estimate is None else f"{_number(estimate)} (by {plan['seconds'].get('from', 'an unknown rule')})"
+def _planned(seconds: Any) -> str | None:
+    """Return the time that had been planned when the training began."""
+    if not isinstance(seconds, Mapping) or not isinstance(seconds.get("estimate"), int | float):
+        return None
+    return f"{_number(seconds['estimate'])} (by {seconds.get('from', 'an unknown rule')})"
 
 
 def _rounds(arrays: Arrays) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +39,25 @@ def _ended(arrays: Arrays) -> list[str]:
     if state in (None, "finished"):
         return []
     more = f": {status['message']}" if status.get("message") else ""
+    if state == "running" and _is_gone(status):
+        return [
+            "The training was killed before its end; everything below is of what there is. The same command goes on."
+        ]
     return [f"The training has not finished ({state}{more}); everything below is of what there is so far."]
+
+
+def _is_gone(status: Mapping[str, Any]) -> bool:
+    """Say whether the process that wrote a status ran on this machine and does no more."""
+    pid = status.get("pid")
+    if status.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _of_data(statuses: Statuses) -> list[str]:

@@ -12,6 +12,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""What turns the direction of the letters that follow it."""
 _FOLDER = Path(__file__).parent
 
 
@@ -39,7 +41,7 @@ def render(values: Mapping[str, Any]) -> str:
 def legible(value: Any) -> str:
     """Return a text that a browser shows as it is: control characters and broken pairs as a sign of their own."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return "".join("�" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+    return "".join("�" if c in _TURNING or (unicodedata.category(c) == "Cc" and c not in "\n\t") else c for c in text)
 
 
 def _picture(svg: str) -> Markup:

@@ -9,6 +9,7 @@ from dataflex import distributed
 from dataflex.errors import CoverageError
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.selecting import update, warmup
+from dataflex.results import opening
 from dataflex.selectors.base import Beginning
 
 
@@ -50,10 +51,12 @@ def begin(run: Run, checkpoint: str | None, largest: int, too_many: str) -> Begu
     if checkpoint is not None:
         run.state.require_same_base(checkpoint, is_resumed=True)
         run.say_what_has_changed(checkpoint)
+        if distributed.is_main():
+            opening.give_back(run.journal.folder)
         warmup.restore_rounds(run, Path(checkpoint))
         return Begun(run, warm, checkpoint)
     if distributed.is_main():
-        run.journal.clear()
+        opening.set_aside(run.journal.folder)
     distributed.barrier()
     return Begun(run, warm, warm.start())
 
