@@ -72,9 +72,9 @@ def moved(engine: FeatureEngine, examples: Sequence[Mapping[str, Any]], pad_toke
         DataflexError: the model has no exact per-example gradient.
     """
     longest = max(len(example["input_ids"]) for example in examples)
-    base: Any = getattr(engine.model, "get_base_model", lambda: engine.model)()
+    get_base: Any = getattr(engine.model, "get_base_model", lambda: engine.model)
     # Where positions are learned, they end.
-    room = getattr(base.config.get_text_config(), "max_position_embeddings", None) or 2 * longest
+    room = getattr(get_base().config.get_text_config(), "max_position_embeddings", None) or 2 * longest
     padded = [_padded(example, max(longest, min(2 * longest, room)), pad_token_id) for example in examples]
     backwards = [_padded(example, longest, pad_token_id) for example in reversed(examples)]
     alone = _each(engine, examples)
