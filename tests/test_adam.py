@@ -133,7 +133,7 @@ def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any], rates:
         schedule.step()
     spec = GradientSpec(direction="adam", projection=Projection(type="identity"))
     engine = FeatureEngine(model, pad_token_id=0, moments=Moments.from_optimizer(optimizer, parameters.items()))
-    (found,) = engine.compute(EXAMPLES, [spec])
+    alone = [engine.compute([example], [spec]) for example in EXAMPLES]
     order = [p.name for p in sorted(engine.parameters, key=lambda p: p.key)]
     weights, state = {n: p.detach().clone() for n, p in parameters.items()}, copy.deepcopy(optimizer.state_dict())
     for row, example in enumerate(EXAMPLES):
@@ -142,14 +142,15 @@ def test_engine_equals_the_step_of_the_optimizer(make: Callable[[], Any], rates:
             group["lr"] = rate  # so that the change is not lost in the rounding of the weights
         loss(model, example).backward()
         norm = torch.cat([p.grad.double().reshape(-1) for p in parameters.values() if p.grad is not None]).norm()
-        # Of no step, not projected; in another batch, which moves float32 by up to 1.5e-4 on some CPUs.
-        assert found.scalars["gradient_norm"][row] == pytest.approx(float(norm), rel=5e-4)
+        # Alone, as the optimizer has it: how far a batch moves float32 depends on the CPU, and other tests bound it.
+        (found,) = alone[row]
+        assert found.scalars["gradient_norm"][0] == pytest.approx(float(norm), rel=1e-5)  # of no step, not projected
         optimizer.step()
         optimizer.zero_grad()
         change = torch.cat([(weights[n] - parameters[n]).detach().reshape(-1) for n in order])
         assert found.vectors is not None
-        difference = torch.from_numpy(found.vectors[row]) - change
-        assert float(difference.norm() / change.norm()) < 2e-4
+        difference = torch.from_numpy(found.vectors[0]) - change
+        assert float(difference.norm() / change.norm()) < 2e-5
         for name, parameter in parameters.items():
             parameter.data.copy_(weights[name])
 

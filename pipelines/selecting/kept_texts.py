@@ -40,7 +40,7 @@ def keep(run: Run, decided: DecidedRound, pool: np.ndarray | None = None, views:
         kept = texts.worth_keeping(most, run.rows.dataset, decided.rows, decided.scores, pool)
         near = None if views is None else nearest_targets(kept, views)
         texts.write(path, run.rows, run.targets, kept, near)
-    except Exception as error:  # whatever a dataset's own code, or a disk, may raise
+    except (OSError, ValueError) as error:  # a disk that is full, a text that cannot be written (Arrow's are such too)
         log.warning("%s is not written, so `dataflex show` has no texts of this round: %s", path, error)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
