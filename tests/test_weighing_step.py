@@ -40,7 +40,8 @@ def begun(weighter: NativeWeighter, batches: Sequence[Batch], items: torch.Tenso
     state = SimpleNamespace(global_step=0, max_steps=1)
     if items is None:
         items = torch.stack([(b["labels"][:, 1:] >= 0).sum() for b in batches]).sum()
-    trainer: Any = SimpleNamespace(args=args, state=state, model_accepts_loss_kwargs=True)
+    # Sharded, so that the head is left in the model: logits are given here.
+    trainer: Any = SimpleNamespace(args=args, state=state, model_accepts_loss_kwargs=True, is_fsdp_enabled=True)
     made.begin(trainer, batches, items)
     return made
 

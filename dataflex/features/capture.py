@@ -51,17 +51,30 @@ class Taps:
         self.calls: dict[nn.Module, int] = {}
         self.paused = False
         self._receive = receive
+        self._modules: set[nn.Module] = set()
         self._backward = False
 
     @contextmanager
     def on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Put the hooks on, and take them off."""
-        handles = [module.register_forward_hook(self._hook, with_kwargs=True) for module in modules]
+        self._modules = set(modules)
+        handles = [module.register_forward_hook(self._hook, with_kwargs=True) for module in self._modules]
         try:
             yield
         finally:
+            self._modules = set()
             for handle in handles:
                 handle.remove()
+
+    def count(self, module: nn.Module) -> None:
+        """Count a use of a module; when the backward pass runs it again for gradient checkpointing that is the same."""
+        if not self._backward:
+            self.calls[module] = self.calls.get(module, 0) + 1
+
+    def hand_over(self, module: nn.Module, x: Tensor, gy: Tensor) -> None:
+        """Hand over what a tap on a module would have seen, if there is one on it."""
+        if module in self._modules:
+            self._receive(module, x, gy)
 
     def backward(self, total: Tensor) -> None:
         """Run the backward pass of a scalar loss; every tap on its way hands over what it saw."""
@@ -80,8 +93,7 @@ class Taps:
                 f"{type(module).__name__} has trainable parameters but not one tensor in and one out, so there is no "
                 "exact rule for its per-example gradient; freeze it or train a LoRA adapter"
             )
-        if not self._backward:  # in the backward pass gradient checkpointing runs the module again: the same use of it
-            self.calls[module] = self.calls.get(module, 0) + 1
+        self.count(module)
         (x,) = inputs
         if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
             # As the module itself does; half the memory, and what autograd's own weight gradient would see.

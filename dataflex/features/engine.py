@@ -21,7 +21,9 @@ from dataflex.features.adam import Moments, adam_direction
 from dataflex.features.batching import Batch, collate, plan_batches
 from dataflex.features.cross_entropy import token_losses
 from dataflex.features.gradient import Parameter, trainable_parameters
+from dataflex.features.head import Head, find_head
 from dataflex.features.inference import evaluation
+from dataflex.features.lora import in_one
 from dataflex.features.pooling import pool
 from dataflex.features.projection import Projector, build_projector
 from dataflex.features.sketch import DidNotRun, Direction, Sketches, Target
@@ -75,6 +77,8 @@ class FeatureEngine:
         # Two tokens, so that one of them is predicted and there is a loss to go back from.
         self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
         self.autocast = autocast
+        self._head: Head | None = None
+        self._head_is_sought = False
         self._projectors: dict[Projection, Projector] = {}  # kept, as sjlt and srht make random tables on first use
         # PEFT's wrapper takes any keyword and does not say which its model takes.
         get_base: Any = getattr(model, "get_base_model", lambda: model)
@@ -147,8 +151,11 @@ class FeatureEngine:
         values: list[FeatureValues] = []
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.model))
-            if sketches:
-                stack.enter_context(sketches.taps.on(sketches.modules))
+            self._seek_head()
+            tapped = sketches.modules if sketches else []
+            stack.enter_context(in_one(self.model, sketches.taps if sketches else None, tapped))
+            if sketches:  # after the others, who ask whether somebody else looks into a layer
+                stack.enter_context(sketches.taps.on(tapped))
             # At least one batch: without rows, that of the dummy still tells which columns and widths there are.
             for number in range(max(len(plan), min_batches, 1)):
                 rows = plan[number].tolist() if number < len(plan) else []
@@ -182,14 +189,32 @@ class FeatureEngine:
             directions[spec.adam_variant] = partial(adam_direction, moments, spec.adam_variant)
         return Target(directions[spec.adam_variant], projector)
 
+    def _seek_head(self) -> None:
+        """Find out, once, whether the head can be run apart from the model."""
+        if self._head_is_sought:
+            return
+
+        def run(tokens: list[int]) -> Any:
+            batch = self._collate([{"input_ids": tokens, "labels": tokens}])
+            with torch.no_grad(), self.autocast():
+                return self.model(**self._inputs(batch, []), use_cache=False, return_dict=True)
+
+        self._head = find_head(self.model, run)
+        self._head_is_sought = True
+
+    def _apart(self, sketches: Sketches | None) -> Head | None:
+        """Return the head if this pass can do without it: its own gradient, if asked for, is of all tokens at once."""
+        head = self._head
+        if head is None or (sketches and not set(head.module.modules()).isdisjoint(sketches.modules)):
+            return None
+        return head
+
     def _inputs(self, batch: Batch, specs: Sequence[FeatureSpec]) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "position_ids" in self._accepts:  # per row, so that a trained position embedding sees rows apart
             inputs["position_ids"] = batch.position_ids
         if any(isinstance(spec, EmbeddingSpec) for spec in specs):
             inputs["output_hidden_states"] = True
-        if all(isinstance(spec, EmbeddingSpec) for spec in specs) and "logits_to_keep" in self._accepts:
-            inputs["logits_to_keep"] = 1  # nobody reads them; at a vocabulary of 128k, 16k tokens have 4.2 GB of bf16
         return inputs
 
     def _run(
@@ -201,7 +226,8 @@ class FeatureEngine:
         with torch.set_grad_enabled(sketches is not None):
             if sketches:
                 sketches.start(len(batch.input_ids), self.device)
-            with self.autocast():
+            head = self._apart(sketches)
+            with self.autocast(), nullcontext() if head is None else head.apart() as given:
                 output = self.model(**self._inputs(batch, specs), use_cache=False, return_dict=True)
             for i, spec in enumerate(specs):
                 if isinstance(spec, EmbeddingSpec):
@@ -210,7 +236,10 @@ class FeatureEngine:
                     vectors = pool(states[spec.layer].detach(), batch.attention_mask.bool(), spec)
                     results[i] = _vectors(vectors, torch.zeros_like(status))  # OK: an embedding needs no labels
             if len(results) < len(specs):
-                losses = token_losses(output.logits, batch.targets)
+                if head is None or given is None:
+                    losses = token_losses(output.logits, batch.targets)
+                else:
+                    losses = head.losses(given[0], batch.targets)
                 sums = losses.sum(dim=1, dtype=torch.float64)
                 del output
                 finite = sums.isfinite()

@@ -16,7 +16,7 @@ from dataflex.components.params import Parameters
 from dataflex.features.facts import Feature, Sizes
 from dataflex.features.reward import RewardSpec as RewardSpec
 
-ENGINE_VERSION = 2
+ENGINE_VERSION = 3
 """Version of our own numerics; part of every recipe. Raise it when values change."""
 
 MAX_COLUMNS = 1 << 21

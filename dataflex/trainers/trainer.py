@@ -160,7 +160,7 @@ class DataflexTrainer(FirstStepJudged):
                 return super().compute_loss(model, inputs, *args, **kwargs)
             finally:
                 self.compute_loss_func = kept
-        with weighing.captured(self) as states:
+        with weighing.captured(self, whole=self.compute_loss_func != self._loss) as states:
             self._forward = rows, states, {name: value for name, value in inputs.items() if name != "labels"}
             return super().compute_loss(model, inputs, *args, **kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from dataflex import distributed
 from dataflex.errors import ConfigError, MismatchError
 from dataflex.features.cross_entropy import token_losses
+from dataflex.features.head import find_head
 from dataflex.mixers.base import NativeMixer
 from dataflex.rows import Status
 from dataflex.trainers.directing import DirectedTrainer
@@ -128,16 +130,24 @@ class LiveReference:
         self._model = loader.from_pretrained(path, **alike).to(trainer.args.device).eval()
         self._accelerator = trainer.accelerator
 
+        def run(tokens: list[int]) -> Any:
+            return self._model(input_ids=torch.tensor([tokens], device=trainer.args.device), use_cache=False)
+
+        with torch.no_grad(), self._accelerator.autocast():
+            self._head = find_head(self._model, run)
+
     def prefetch(self, rows: Sequence[Tensor]) -> None:
         """Read nothing: it computes the losses of each micro-batch as it comes."""
 
     @torch.no_grad()
     def __call__(self, batch: MicroBatch) -> Tensor:
         """Return the losses (B, T)."""
-        labels = batch.targets
-        with self._accelerator.autocast():
+        head = self._head
+        with self._accelerator.autocast(), nullcontext() if head is None else head.apart() as states:
             logits = self._model(**batch.inputs, use_cache=False).logits
-        return token_losses(logits, labels)
+        if head is None or states is None:
+            return token_losses(logits, batch.targets)
+        return head.losses(states[0], batch.targets)
 
 
 def _check_vocabulary(path: str, tokenizer: Any) -> None:
