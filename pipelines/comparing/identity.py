@@ -23,7 +23,7 @@ from dataflex.rewards import build_reward, reward_identity
 if TYPE_CHECKING:
     from dataflex.pipelines.comparing.trials import Trial
 
-_MEASURED = ("target_rows", "target_seed", "test_dataset", "test_reward", "test_tokens")
+_MEASURED = ("target_rows", "target_seed", "test_dataset", "test_reward", "test_reward_dataset", "test_tokens")
 """Keys that reach no value of a given run, and yet what is compared."""
 _CHOOSING = (
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay",
