@@ -228,6 +228,14 @@ def compare(
     targets: Annotated[str, typer.Option(metavar="NAME,...", help="Target sets, each shown to methods alone.")] = "",
     target_seeds: Annotated[int, typer.Option(min=1, help="Draws of dataflex.target_rows for each.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    once: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="NUM", help="Choose NUM rows once, and train a fresh model on them."),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON Lines that finished runs are added to; what it has is not run again."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train methods alike, measure them on dataflex.test_dataset, and say how far each is from random rows.
@@ -241,8 +249,8 @@ def compare(
     settings = _settings(run, overrides)
     _look_at(settings.store_root)
     with reported("compare", settings.llamafactory["output_dir"]):
-        table = compare(run, overrides or [], _names(methods), seeds, _names(targets), target_seeds, jobs)
-    answer([plain(line) for line in table], as_json, shown(table))
+        found = compare(run, overrides or [], _names(methods), seeds, _names(targets), target_seeds, jobs, once, table)
+    answer([plain(line) for line in found], as_json, shown(found))
 
 
 @app.command()

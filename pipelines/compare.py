@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataflex.config import load
-from dataflex.config.paths import names
 from dataflex.errors import ConfigError, DataflexError, UnavailableError
-from dataflex.features.spec import FeatureSpec
-from dataflex.fingerprint import digest
-from dataflex.fingerprint import plain as as_plain
 from dataflex.pipelines.comparing.arms import arms_of
-from dataflex.pipelines.comparing.running import Outcome, Task, alone, processes, run_all, shares
-from dataflex.pipelines.comparing.table import Line, lines, plain, records, shown
+from dataflex.pipelines.comparing.kept import Kept
+from dataflex.pipelines.comparing.once import Once
+from dataflex.pipelines.comparing.outlook import Outlook
+from dataflex.pipelines.comparing.plans import Plan, plans_of, tasks_of
+from dataflex.pipelines.comparing.records import SCHEMA, records, records_of
+from dataflex.pipelines.comparing.running import Outcome, alone, processes, run_all, shares
+from dataflex.pipelines.comparing.table import Line, lines, plain, shown
 from dataflex.pipelines.comparing.trials import Trial, trials_of
 from dataflex.pipelines.report import Compared, report
 from dataflex.pipelines.reporting.between import Held
-from dataflex.trainers.journal import Journal
 from dataflex.whole import replacing
 
 log = logging.getLogger(__name__)
-
-SCHEMA = pa.schema(
-    {
-        **dict.fromkeys(("arm", "target", "test", "folder"), pa.string()),
-        **dict.fromkeys(("seed", "target_seed", "steps", "rows", "tokens", "scored"), pa.int64()),
-        **dict.fromkeys(("computed", "reused", "gradients"), pa.int64()),
-        **dict.fromkeys(("loss", "reward", "seconds", "feature_seconds", "gradients_per_chosen_row"), pa.float64()),
-    }
-)
-"""Columns of `compare.parquet`: one row for each run and test set."""
 
 
 def compare(
@@ -48,6 +37,8 @@ def compare(
     targets: Sequence[str] = (),
     target_seeds: int = 1,
     jobs: int = 1,
+    once: int | None = None,
+    keep: Path | None = None,
 ) -> list[Line]:
     """Train and measure every method under every seed, and write what came out under the run's `output_dir`.
 
@@ -62,6 +53,8 @@ def compare(
         targets: target sets that methods are shown one at a time; none: those of the run file, together.
         target_seeds: draws of `dataflex.target_rows` for each method that is shown targets.
         jobs: runs at a time.
+        once: rows that each method chooses once, for a fresh model to be trained on; None: it chooses as it trains.
+        keep: a table of finished runs, which grows as they finish; what it has is not run again.
 
     Returns:
         The table, which is written as `compare.md` and `compare.json`; all runs stand in `compare.parquet`, and
@@ -70,6 +63,7 @@ def compare(
     Raises:
         ConfigError: a name, a number or a run file that follows is wrong; nothing was run then.
         MismatchError: a folder holds another run.
+        CorruptionError: a line of the table that is kept is damaged.
         ConflictError: another comparison is at work in the folder.
         DataflexError: a run failed; the others were run, and the table tells of the missing ones.
         Interrupted: a signal asked for it.
@@ -81,137 +75,60 @@ def compare(
             "on nor shown to a method, to measure each model on"
         )
     arms = arms_of(methods, base)
-    trials = trials_of(run, given, arms, seeds, targets, target_seeds, base)
-    mirrored = {trial.name: _mirrored(trial, trials) for trial in trials}
-    for trial, of in ((trial, mirrored[trial.name]) for trial in trials):
-        if of is not None and of.settings.train_type != "dynamic_select":
-            raise ConfigError(
-                f"--methods: {trial.arm.name}: {of.arm.name} chooses no rows whose lengths could be taken"
-            )
     out, devices = Path(base.llamafactory["output_dir"]), shares(jobs)
+    count = processes(devices[0])
+    chosen_once = None if once is None else Once.of(once, base, count)
+    kept = None if keep is None else Kept(keep)
+    trials = trials_of(run, given, arms, seeds, targets, target_seeds, base, chosen_once)
+    plans = plans_of(trials, run, given, count, kept is not None)
     with alone(out / "compare") as held:
-        plans = [_plan(trial, mirrored[trial.name], run, given, processes(devices[0])) for trial in trials]
-        finished = [plan.trial.check(plan.identity) for plan in plans]  # all of them before the first begins
-        todo = [plan for plan, is_finished in zip(plans, finished, strict=True) if not is_finished]
-        log.info("%d runs, %d of them finished before", len(trials), len(trials) - len(todo))
-        outcome = Outcome()
-        for wave in _waves(run, given, todo):
-            done = run_all(wave, devices, held)
-            outcome.codes |= done.codes
-            outcome.reasons |= done.reasons
-        found = records(trials)
+        parts = [part for plan in plans.values() for part in plan.parts]
+        finished = {part.trial.name: part.trial.check(part.identity) for part in parts}  # all, before the first begins
+        known = {} if kept is None else _known(kept, plans.values(), finished)
+        todo = [plan for name, plan in plans.items() if name not in known and not finished[name]]
+        ready = [trial for trial in trials if trial.name in known or finished[trial.name]]
+        log.info("%d runs, %d of them finished before", len(trials), len(ready))
+        outlook = Outlook([plan.trial for plan in todo], records(ready, known), jobs)
+        took: dict[str, float] = {}
+
+        def done(plan: Plan, seconds: float) -> None:
+            took[plan.trial.name] = seconds
+            if plan.trial.name not in plans:  # a choice
+                return
+            parts = [took.get(part.trial.name) for part in plan.parts]
+            seen = [each for each in parts if each is not None]
+            if kept is not None:
+                _keep(kept, plan, sum(seen) if len(seen) == len(parts) else None)
+            outlook.finished(plan.trial, sum(seen))
+
+        outcome = run_all(tasks_of(todo, plans, finished, run, given, done), devices, held)
+        found = records(trials, known)
         table = lines(trials, found)
         _write(out, found, table)
         _write_page(out, trials, table)
-    _judge(trials, outcome, out)
+    _judge([trial for trial in trials if trial.name not in known], len(trials), outcome, out)
     return table
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A run that may have to be made.
-
-    Attributes:
-        trial: the run.
-        of: the run whose lengths it has, or None.
-        command: makes it.
-        identity: what its result depends on.
-    """
-
-    trial: Trial
-    of: Trial | None
-    command: list[str]
-    identity: dict[str, Any]
-
-    def begin(self) -> None:
-        """Write down what it is, and what it needs."""
-        if self.of is not None:
-            _write_lengths(self.trial, self.of)
-        self.trial.note(self.identity, self.command)
-
-
-def _plan(trial: Trial, of: Trial | None, run: Path, given: Sequence[str], count: int) -> _Plan:
-    file = {} if of is None else {"dataflex.params": {"lengths": str(_lengths_file(trial))}}
-    return _Plan(trial, of, trial.command(run, given, file), trial.identity(of, count))
-
-
-def _waves(run: Path, given: Sequence[str], todo: Sequence[_Plan]) -> list[list[Task]]:
-    """Return what is run together: features that several ask for and the runs, then those that mirror others."""
-    first: list[Task] = []
-    second: list[Task] = []
-    shared = _shared(run, given, [plan.trial for plan in todo])
-    for plan in todo:
+def _known(kept: Kept, plans: Collection[Plan], finished: Mapping[str, bool]) -> dict[str, list[dict[str, Any]]]:
+    """Return by name the records of the runs that a table has; what is finished here and not in it, is put there."""
+    known: dict[str, list[dict[str, Any]]] = {}
+    for plan in plans:
         trial = plan.trial
-        after = [shared[trial.name].name] if trial.name in shared else []
-        task = Task(trial.name, plan.command, trial.log, trial.folder, trial.verb, after, plan.begin)
-        (first if plan.of is None else second).append(task)
-    ahead = list({task.name: task for task in shared.values()}.values())
-    return [wave for wave in ([*ahead, *first], second) if wave]
+        assert plan.everywhere is not None
+        found = kept.find(trial, plan.everywhere)
+        if found is not None:
+            known[trial.name] = found
+        elif finished[trial.name]:
+            _keep(kept, plan, None)
+    if text := kept.others([(plan.trial, plan.everywhere) for plan in plans if plan.everywhere is not None]):
+        log.warning("%s", text)
+    return known
 
 
-def _shared(run: Path, given: Sequence[str], trials: Sequence[Trial]) -> dict[str, Task]:
-    """Return, by the name of a run, the featurize of what it and others ask for of the same model at the first update.
-
-    Features are found by content, so a run that was grouped with others in vain computes its own.
-    """
-    groups: dict[str, list[Trial]] = {}
-    for trial in trials:
-        if trial.settings.train_type == "dynamic_select" and _live(trial):
-            arguments = {
-                k: v for k, v in trial.settings.llamafactory.items() if k not in ("output_dir", "eval_dataset")
-            }
-            story = as_plain([arguments, trial.settings.schedule.warmup_step, trial.target_seed])
-            groups.setdefault(digest(story), []).append(trial)
-    tasks: dict[str, Task] = {}
-    for name, group in groups.items():
-        if len({trial.arm.name for trial in group}) < 2:
-            continue
-        head = group[0]
-        specs = dict.fromkeys(spec for trial in group for spec in _live(trial))
-        sets = dict.fromkeys(each for trial in group for each in names(trial.settings.llamafactory.get("eval_dataset")))
-        folder = head.root / f"features-{name[:8]}"
-        more: dict[str, Any] = {"dataflex.features": [spec.model_dump(mode="json") for spec in specs]}
-        more |= {"eval_dataset": ",".join(sets)} if sets else {}
-        command = replace(head, verb="featurize").command(run, given, {**more, "output_dir": str(folder)})
-        what = f"features for {len(group)} runs, seed {head.seed} ({name[:8]})"
-        task = Task(what, command, folder.with_name(f"{folder.name}.log"), folder, "featurize")
-        tasks |= {trial.name: task for trial in group}
-    return tasks
-
-
-def _live(trial: Trial) -> list[FeatureSpec]:
-    """Return the features of training rows that a run asks for of the model that it trains.
-
-    Not what it writes and judges itself: a featurize is asked for the targets' features as well, and takes them both.
-    """
-    needs = trial.settings.needs
-    return [need.spec for need in needs if need.state is None and need.of == "train" and not need.spec.rewards]
-
-
-def _mirrored(trial: Trial, trials: Sequence[Trial]) -> Trial | None:
-    """Return the run whose lengths a run has: of the same seed, and of the first target and draw."""
-    if trial.arm.mirrors is None:
-        return None
-    return next(each for each in trials if (each.arm.name, each.seed) == (trial.arm.mirrors, trial.seed))
-
-
-def _lengths_file(trial: Trial) -> Path:
-    return trial.folder.with_name(f"{trial.folder.name}-lengths.parquet")
-
-
-def _write_lengths(trial: Trial, of: Trial) -> None:
-    """Write the lengths that another run chose, update by update, where there are any."""
-    journal = Journal(of.folder / "rounds")
-    parts: list[pa.Table] = []
-    for number in journal.numbers():
-        table = pq.read_table(journal.path(number))
-        about = json.loads(table.schema.metadata[b"dataflex"])["round"]
-        if about["kind"] == "update":
-            tokens = table["tokens"]
-            parts.append(pa.table({"update": pa.array([len(parts)] * len(tokens), pa.int64()), "tokens": tokens}))
-    if parts:
-        with replacing(_lengths_file(trial)) as temporary:
-            pq.write_table(pa.concat_tables(parts), temporary)
+def _keep(kept: Kept, plan: Plan, seconds: float | None) -> None:
+    assert plan.everywhere is not None
+    kept.add(plan.trial, plan.everywhere, records_of(plan.trial), seconds)
 
 
 def _write(out: Path, found: Sequence[Mapping[str, Any]], table: Sequence[Line]) -> None:
@@ -248,7 +165,7 @@ def _write_page(out: Path, trials: Sequence[Trial], table: Sequence[Line]) -> No
         log.info("the page about all runs: %s", out / "report.html")
 
 
-def _judge(trials: Sequence[Trial], outcome: Outcome, out: Path) -> None:
+def _judge(trials: Sequence[Trial], count: int, outcome: Outcome, out: Path) -> None:
     """Raise if a run did not come to its end.
 
     Raises:
@@ -261,7 +178,7 @@ def _judge(trials: Sequence[Trial], outcome: Outcome, out: Path) -> None:
     codes = {outcome.codes.get(trial.name) for trial in failed}
     first = failed[0].name
     text = (
-        f"compare: {len(failed)} of {len(trials)} runs did not finish; the first, {first}: "
+        f"compare: {len(failed)} of {count} runs did not finish; the first, {first}: "
         f"{outcome.reasons.get(first, 'it was not begun')}\n  the table in {out / 'compare.md'} is of the others; the "
         "same command runs what is missing"
     )

@@ -25,6 +25,7 @@ def measure(run: Run, folder: Path, verb: str = "train") -> dict[str, Any]:
     """Measure the live model on every test set and write each row's figures. Collective.
 
     The file has `dataset`, `record`, `row_key`, `tokens`, `loss_sum` in nats, and `reward` where one judges.
+    The reward is null in the rows of a set whose prompts are not responded to.
     Losses stand in the stores under the model's own content, so a model is measured once however often it is asked for.
     A row without a supervised token has no loss and enters nothing; one whose loss is not finite makes its set's so.
 
@@ -48,7 +49,8 @@ def measure(run: Run, folder: Path, verb: str = "train") -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / name_of(TEST, verb)) as temporary:
             pq.write_table(pa.concat_tables(tables.values()), temporary, write_page_checksum=True)
-    found = {name: _summary(table) for name, table in tables.items()}
+    responded = run.settings.dataflex.responded_tests
+    found = {name: _summary(table, name in responded) for name, table in tables.items()}
     for name, about in found.items():
         more = f", reward {about['reward']:.4g} of {about['scored']} responses" if about.get("scored") else ""
         loss = f"{about['loss']:.4f}" if about["loss"] is not None else f"not finite ({about['nonfinite']} rows)"
@@ -69,20 +71,21 @@ def _measured(run: Run, name: str, rows: Rows) -> pa.Table:
         "tokens": rows.supervised.astype(np.int64),
         "loss_sum": np.where(rows.supervised > 0, losses, 0.0),
     }
-    responses = run.settings.dataflex.test_responses
+    responses, responded = run.settings.dataflex.test_responses, run.settings.dataflex.responded_tests
     if responses is not None:
-        rewards = run.access.rewards(responses, rows)
+        is_responded = name in responded
+        rewards = run.access.rewards(responses, rows) if is_responded else np.full(len(rows), np.nan)
         columns["reward"] = pa.array(rewards, pa.float64(), mask=np.isnan(rewards))
     return pa.table(columns)
 
 
-def _summary(table: pa.Table) -> dict[str, Any]:
+def _summary(table: pa.Table, is_responded: bool) -> dict[str, Any]:
     tokens, losses = table["tokens"].to_numpy(), table["loss_sum"].to_numpy()
     mean, lost = float(losses.sum() / tokens.sum()), int((~np.isfinite(losses)).sum())
     about: dict[str, Any] = {"rows": table.num_rows, "tokens": int(tokens.sum()), "loss": None if lost else mean}
     if lost:
         about["nonfinite"] = lost
-    if "reward" in table.column_names:
+    if is_responded:
         rewards = table["reward"].drop_null().to_numpy()
         about |= {"reward": float(rewards.mean()) if len(rewards) else None, "scored": len(rewards)}
     return about

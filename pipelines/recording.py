@@ -159,7 +159,12 @@ def _data(sets: RowSets) -> dict[str, Any]:
 def _machine(trainer: DirectedTrainer) -> dict[str, Any]:
     device = trainer.args.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"host": platform.node(), "device": f"{device.type}: {name}", "processes": distributed.world()}
+    return {
+        "host": platform.node(),
+        "device": f"{device.type}: {name}",
+        "processes": distributed.world(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -243,8 +243,9 @@ def open_run(
     run.access.require(wanted)
     responses = settings.dataflex.test_responses
     if responses is not None:
-        for rows in run.tests.values():
-            run.access.require_rewards(responses, rows)
+        for name in settings.dataflex.responded_tests:
+            if name in run.tests:
+                run.access.require_rewards(responses, run.tests[name])
     return run
 
 

@@ -41,7 +41,7 @@ class Selected:
 
     Attributes:
         table: `index` (position in the training set), `row_key`, `score` (null where the method gives none), `rank`,
-            `dataset` and `record` (position in that dataset).
+            `dataset`, `record` (position in that dataset) and `tokens`, its length.
         records: their raw records with all fields, in that order.
     """
 
@@ -148,6 +148,7 @@ def selected(selection: Selection, rows: Rows, raw: Mapping[str, Any]) -> Select
             "rank": np.arange(len(chosen)),
             "dataset": pa.array([rows.names[i] for i in rows.dataset[chosen]], pa.string()),
             "record": rows.index[chosen],
+            "tokens": rows.length[chosen].astype(np.int64),
         }
     )
     return Selected(table, [raw[rows.names[rows.dataset[row]]][int(rows.index[row])] for row in chosen.tolist()])

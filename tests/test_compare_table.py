@@ -12,7 +12,8 @@ import pytest
 
 from dataflex.pipelines.comparing.arms import Arm
 from dataflex.pipelines.comparing.estimate import Estimate
-from dataflex.pipelines.comparing.table import lines, records, shown
+from dataflex.pipelines.comparing.records import records
+from dataflex.pipelines.comparing.table import lines, shown
 from dataflex.pipelines.comparing.trials import Trial
 
 T_975 = {1: 12.706204736, 2: 4.302652730, 4: 2.776445105}

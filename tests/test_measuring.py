@@ -183,6 +183,13 @@ def test_the_likeliest_responses_are_judged(workspace: Any, tmp_path: Path) -> N
         text = tokenizer.decode(ids[0, len(tokenizer(chat, add_special_tokens=False).input_ids) :], True)
         expected.append(sum(c in "aeiou" for c in text))
     assert table[:8].reward.tolist() == expected
+    # Of one set alone: the others have losses and no reward.
+    more = {"test_reward": reward, "test_tokens": 6, "test_reward_dataset": "target_words"}
+    some = workspace.run("evaluate", workspace.write("some", dataflex=section(workspace, **more)))
+    assert some["test"]["target_words"] == summary["test"]["target_words"]
+    assert "reward" not in some["test"]["target_records"]
+    found = pq.read_table(workspace.folder / "out" / "some" / "test_evaluate.parquet")["reward"]
+    assert (found.to_pylist()[:8], found.null_count) == (expected, 8)
 
 
 @pytest.mark.slow
@@ -227,6 +234,12 @@ def test_targets_are_drawn_by_a_seed_of_their_own(workspace: Any) -> None:
         ),
         ({}, {"on_missing": "error"}, "on_missing: found 'error'; expected compute beside"),
         ({}, {"test_tokens": 5}, "test_tokens: found 5; expected test_reward beside it"),
+        ({}, {"test_reward_dataset": "target_words"}, "test_reward_dataset: found .*; expected test_reward beside it"),
+        (
+            {},
+            {"test_reward": {"type": "exact_match"}, "test_reward_dataset": "pool"},
+            r"test_reward_dataset: found 'pool'; expected some of test_dataset \(target_words,target_records\)",
+        ),
         ({}, {"target_seed": 5}, "target_seed: found 5; expected target_rows beside it"),
         ({}, {"test_reward": {"type": "exact_mach"}}, "exact_match"),
         ({"train_type": "static", "component_name": None}, {}, "test_dataset: found .*; expected none, or a dynamic"),

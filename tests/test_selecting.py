@@ -24,7 +24,7 @@ def chosen(workspace: Any, name: str, num: int, *overrides: str, **keys: Any) ->
 def test_records_keep_all_their_fields_and_can_be_trained_on(workspace: Any, tiny: Any) -> None:
     pool = json.loads((Path(tiny.dataset_dir) / "pool.json").read_text())
     records, table = chosen(workspace, "picked", 12)
-    assert table.column_names == ["index", "row_key", "score", "rank", "dataset", "record"]
+    assert table.column_names == ["index", "row_key", "score", "rank", "dataset", "record", "tokens"]
     assert records == [pool[i] for i in table["record"].to_pylist()]
     assert records[0].keys() == {"id", "source", "instruction", "input", "output"}
     scores = table["score"].to_numpy()

@@ -133,7 +133,7 @@ _OURS: dict[Way, str] = {
     "no value": """
         components_cfg_file early_stopping_min_delta store on_missing keep_warmup features plugins token_budget
         fragment_rows nonfinite_limit checkpoint_on_signal leases warmup_split
-        target_rows target_seed test_dataset test_reward test_tokens arms keep_texts
+        target_rows target_seed test_dataset test_reward test_reward_dataset test_tokens arms keep_texts
     """,
 }
 ARGUMENTS: dict[str, Way] = {name: way for way, names in _LLAMAFACTORY.items() for name in names.split()}

@@ -166,6 +166,11 @@ class Combinations:
             refuse("on_missing", "compute beside test_dataset, whose losses are of a model just trained", "error")
         if reward is not None and not tests:
             refuse("test_reward", "test_dataset beside it, whose prompts are responded to", reward.type)
+        judged = ",".join(section.test_reward_dataset)
+        if judged and reward is None:
+            refuse("test_reward_dataset", "test_reward beside it, which judges the responses", judged)
+        if set(section.test_reward_dataset) - set(section.test_dataset):
+            refuse("test_reward_dataset", f"some of test_dataset ({tests})", judged)
         if "test_tokens" in section.model_fields_set and reward is None:
             refuse("test_tokens", "test_reward beside it, which judges the responses", section.test_tokens)
         if "target_seed" in section.model_fields_set and section.target_rows is None:

@@ -191,6 +191,9 @@ class DataflexKeys(Parameters):
     test_reward: RewardSpec | None = Field(
         None, description="what the likeliest response to each prompt of them is worth as well, {type: exact_match}"
     )
+    test_reward_dataset: tuple[str, ...] = Field(
+        (), description="those of test_dataset whose prompts are responded to, for test_reward; default: all"
+    )
     test_tokens: int = Field(512, ge=1, description="tokens of such a response, at most")
     keep_texts: int = Field(
         500,
@@ -208,7 +211,7 @@ class DataflexKeys(Parameters):
         description="share of a dataset's distinct rows that may be NaN or infinite; more end it",
     )
 
-    @field_validator("test_dataset", mode="before", json_schema_input_type=str | tuple[str, ...])
+    @field_validator("test_dataset", "test_reward_dataset", mode="before", json_schema_input_type=str | tuple[str, ...])
     @classmethod
     def _listed(cls, value: Any) -> Any:
         """Take names as LLaMA-Factory writes them, between commas, or as a list."""
@@ -229,6 +232,11 @@ class DataflexKeys(Parameters):
             mc_samples=1,
             estimator="vanilla",
         )
+
+    @property
+    def responded_tests(self) -> tuple[str, ...]:
+        """Names of the test sets whose prompts are responded to."""
+        return () if self.test_reward is None else self.test_reward_dataset or self.test_dataset
 
     def must_write(self, schedule: Schedule, is_live: bool) -> bool:
         """Say whether the run is certain to compute something and write it into the stores.

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 _LOOK = 0.2
 """Seconds between two looks at what runs."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Task:
         folder: where its status file is.
         verb: the command of `dataflex` that it is.
         after: names of tasks that have to come to their end first, well or not.
+        needs: names of tasks without whose good end it is not begun.
         begin: called when it begins.
+        done: called with the seconds that it took, when it has come to a good end.
     """
 
     name: str
@@ -44,7 +47,9 @@ class Task:
     folder: Path
     verb: str
     after: Sequence[str] = ()
+    needs: Sequence[str] = ()
     begin: Callable[[], None] = lambda: None
+    done: Callable[[float], None] = lambda seconds: None
 
     @property
     def status(self) -> Path:
@@ -113,7 +118,11 @@ def run_all(tasks: Sequence[Task], devices: Sequence[Mapping[str, str]], held: i
     try:
         with stop.held():  # so that nothing is begun that is not known here
             while (waiting or running) and not stop.is_asked():
-                ready = [t for t in waiting if all(a in outcome.codes or a not in known for a in t.after)]
+                for task in [t for t in waiting if any(outcome.codes.get(need) for need in t.needs)]:
+                    waiting.remove(task)
+                    _give_up(task, outcome)
+                before = [(t, [a for a in (*t.after, *t.needs) if a in known]) for t in waiting]
+                ready = [t for t, others in before if all(other in outcome.codes for other in others)]
                 for task in ready[: len(free)]:
                     waiting.remove(task)
                     slot = free.pop(0)
@@ -137,10 +146,12 @@ def run_all(tasks: Sequence[Task], devices: Sequence[Mapping[str, str]], held: i
 
 
 def shares(jobs: int) -> list[dict[str, str]]:
-    """Return for each of so many runs at a time the variables that give it its share of the GPUs, if there are any."""
+    """Return for each of so many runs at a time the variables that give it its share of the GPUs, or of the cores."""
     if jobs == 1:
         return [{}]
     own_port, visible = {"MASTER_PORT": ""}, _gpus()  # one port would be everyone's
+    if not visible and not os.environ.get(_THREADS):  # every run would take as many threads as there are cores
+        own_port[_THREADS] = str(max(1, (os.cpu_count() or 1) // jobs))
     share = max(1, len(visible) // jobs)
     parts = [(visible * jobs)[slot * share : (slot + 1) * share] for slot in range(jobs)]
     return [own_port | ({_VISIBLE: ",".join(part)} if part else {}) for part in parts]
@@ -183,6 +194,13 @@ def _begun(task: Task, devices: Mapping[str, str], held: int) -> subprocess.Pope
         )
 
 
+def _give_up(task: Task, outcome: Outcome) -> None:
+    """Note that a task is not begun, as what it needs has failed."""
+    failed = next(need for need in task.needs if outcome.codes.get(need))
+    outcome.codes[task.name] = outcome.codes[failed]
+    outcome.reasons[task.name] = f"not begun, without the {failed}: {outcome.reasons[failed]}"
+
+
 def _settle(each: _Running, outcome: Outcome, left: int) -> None:
     """Note how a task has ended."""
     name, code = each.task.name, each.process.returncode
@@ -191,7 +209,9 @@ def _settle(each: _Running, outcome: Outcome, left: int) -> None:
         outcome.reasons[name] = _reason(each)
         log.warning("%s: %s failed: %s", name, each.task.verb, outcome.reasons[name])
     else:
-        log.info("%s: done in %.0f s, %d left", name, time.time() - each.begun, left)
+        took = time.time() - each.begun
+        log.info("%s: done in %.0f s, %d left", name, took, left)
+        each.task.done(took)
 
 
 def _reason(each: _Running) -> str:

@@ -29,6 +29,7 @@ class Line:
         reward: mean reward of the responses, over training seeds; None where none is named.
         reward_gain: as `gain`, of rewards: above 0 is better.
         seconds: of a run, mean.
+        choice_seconds: of what chose its rows once, mean; None where each run chooses its own.
         gradients: that the run itself computed per chosen row, mean; None where nothing is trained. What was shared
             or found in the stores is none of its own.
         steps: optimizer steps of a run.
@@ -44,32 +45,10 @@ class Line:
     reward: Estimate | None
     reward_gain: Estimate | None
     seconds: float | None
+    choice_seconds: float | None
     gradients: float | None
     steps: int | None
     missing: int
-
-
-def records(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Return every finished run with what it came to, once for each test set, as plain data."""
-    found = []
-    for trial in trials:
-        summary = trial.summary
-        if summary is None:
-            continue
-        about = {
-            "arm": trial.arm.name,
-            "target": trial.target,
-            "seed": trial.seed,
-            "target_seed": trial.target_seed,
-            "folder": str(trial.folder),
-            "steps": summary.get("steps", 0),
-            **{name: summary[name] for name in ("seconds", "feature_seconds", "computed", "reused", "gradients")},
-            "gradients_per_chosen_row": summary["gradients_per_chosen_row"],
-        }
-        for test, measured in summary["test"].items():
-            loss = math.nan if measured["loss"] is None else measured["loss"]
-            found.append({**about, "test": test, "reward": None, **measured, "loss": loss})
-    return found
 
 
 def lines(trials: Sequence[Trial], found: Sequence[Mapping[str, Any]]) -> list[Line]:
@@ -94,6 +73,7 @@ def lines(trials: Sequence[Trial], found: Sequence[Mapping[str, Any]]) -> list[L
                     Estimate.of(list(_means(own, "seed", "reward").values())),
                     _gain(own, random, "reward"),
                     _mean([r["seconds"] for r in own]),
+                    _mean([r["choice_seconds"] for r in own if r.get("choice_seconds") is not None]),
                     _mean([r["gradients_per_chosen_row"] for r in own if r["steps"]]),
                     max((r["steps"] for r in own), default=None),
                     len(planned) - len(own),
@@ -108,13 +88,16 @@ def shown(table: Sequence[Line]) -> list[str]:
         "target": any(line.target for line in table),
         "by_draw": any(line.by_draw for line in table),
         "reward": any(line.reward for line in table),
+        "choice": any(line.choice_seconds is not None for line in table),
         "missing": any(line.missing for line in table),
     }
     head = ["method", *(["target"] if has["target"] else []), "test set", "runs", "loss"]
     head += ["loss, over draws"] if has["by_draw"] else []
     head += ["less random"]
     head += ["reward", "less random"] if has["reward"] else []
-    head += ["steps", "seconds", "own gradients a row"] + (["not finished"] if has["missing"] else [])
+    head += ["steps", "seconds", *(["to choose"] if has["choice"] else []), "own gradients a row"] + (
+        ["not finished"] if has["missing"] else []
+    )
     rows = []
     for line in table:
         row = [line.arm, *([line.target or "-"] if has["target"] else []), line.test]
@@ -122,7 +105,8 @@ def shown(table: Sequence[Line]) -> list[str]:
         row += [_text(line.by_draw)] if has["by_draw"] else []
         row += [_text(line.gain, sign=True)]
         row += [_text(line.reward), _text(line.reward_gain, sign=True)] if has["reward"] else []
-        row += [str(line.steps) if line.steps else "-", "-" if line.seconds is None else f"{line.seconds:.0f}"]
+        row += [str(line.steps) if line.steps else "-", _seconds(line.seconds)]
+        row += [_seconds(line.choice_seconds)] if has["choice"] else []
         row += ["-" if line.gradients is None else f"{line.gradients:.1f}"]
         rows.append(row + ([str(line.missing)] if has["missing"] else []))
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -146,6 +130,10 @@ def _text(estimate: Estimate | None, sign: bool = False) -> str:
         return "-"
     text = str(estimate)
     return f"+{text}" if sign and estimate.mean > 0 else text
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
 
 
 def _means(found: Sequence[Mapping[str, Any]], by: str, what: str) -> dict[Any, float]:

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dataflex import __version__
-from dataflex.components.registry import import_plugin
-from dataflex.components.user_code import code_digest, modules_digest
 from dataflex.config import load
-from dataflex.config.arguments import ARGUMENTS, SETTINGS
-from dataflex.config.paths import dataset_files, names
 from dataflex.config.settings import Settings
-from dataflex.errors import ConfigError, CorruptionError, MismatchError
-from dataflex.features.spec import ENGINE_VERSION
-from dataflex.fingerprint import difference, file_digest, plain
+from dataflex.errors import ConfigError, MismatchError
+from dataflex.fingerprint import difference, plain
 from dataflex.pipelines.comparing.arms import Arm, overrides
-from dataflex.rewards import build_reward, reward_identity
+from dataflex.pipelines.comparing.identity import identity
+from dataflex.pipelines.comparing.once import CHOSEN, Once
+from dataflex.pipelines.comparing.reading import json_object
 from dataflex.status import file_of
 from dataflex.whole import replacing
 
-_MEASURED = ("target_rows", "target_seed", "test_dataset", "test_reward", "test_tokens")
-"""Keys that reach no value of a given run, and yet what is compared."""
-_CHOOSING = (
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps", "eval_delay",
-    "save_strategy", "save_steps", "early_stopping_steps", "resume_from_checkpoint",
-)  # fmt: skip
-"""Keys that move no step, and yet say which model a training ends with."""
-_MODELS = ("model_name_or_path", "adapter_name_or_path", "tokenized_path")
-"""Keys that name folders."""
-_PACKAGES = ("torch", "transformers", "peft", "llamafactory")
 _NAMED = 5
 
 
@@ -47,7 +30,7 @@ class Trial:
 
     Attributes:
         arm: what is trained.
-        verb: `train`, or `evaluate` of a model that is not.
+        verb: `train`, `evaluate` of a model that is not, or `select` of rows that another run is trained on.
         root: the folder of all runs of the comparison.
         folder: its output folder; beside it, under the same name, `.json` says what it is and `.log` what it printed.
         keys: dotted keys that take the place of the run file's.
@@ -55,6 +38,8 @@ class Trial:
         target: the target set that the method is shown; None where it is shown none.
         target_seed: of the draw of target rows; None where none are drawn.
         settings: the whole run.
+        num: rows to choose, of a `select`.
+        choice: the run that chooses, once, the rows that this one is trained on.
     """
 
     arm: Arm
@@ -66,11 +51,13 @@ class Trial:
     target: str | None
     target_seed: int | None
     settings: Settings = field(repr=False)
+    num: int | None = None
+    choice: Trial | None = None
 
     @property
     def name(self) -> str:
         """What it is called in messages."""
-        parts = [self.arm.name]
+        parts = [self.arm.name if self.num is None else f"choice of {self.arm.name}"]
         parts += [f"for {self.target}"] if self.target else []
         parts += [f"targets {self.target_seed}"] if self.target_seed is not None else []
         return " ".join([*parts, f"seed {self.seed}"] if self.seed is not None else parts)
@@ -78,7 +65,17 @@ class Trial:
     def command(self, run: Path, given: Sequence[str], more: Mapping[str, Any]) -> list[str]:
         """Return the command that makes it."""
         keys = {**self.keys, **more}
-        return [sys.executable, "-m", "dataflex.cli", self.verb, str(run), *given, *overrides(keys)]
+        if self.choice is not None:
+            keys |= {"component_name": "static", "dataflex.params": {"path": str(self.choice.chosen)}}
+        options = (
+            [] if self.num is None else ["--num", str(self.num), "--output", str(self.chosen.with_suffix(".json"))]
+        )
+        return [sys.executable, "-m", "dataflex.cli", self.verb, str(run), *given, *overrides(keys), *options]
+
+    @property
+    def chosen(self) -> Path:
+        """The rows that a `select` chose."""
+        return self.folder / CHOSEN
 
     @property
     def about(self) -> Path:
@@ -101,7 +98,7 @@ class Trial:
         status, summary = self.folder / file_of(self.verb), self.folder / f"dataflex_{verb}.json"
         if not status.is_file() or not summary.is_file():
             return None
-        return dict(_json(summary)) if _json(status).get("state") == "finished" else None
+        return dict(json_object(summary)) if json_object(status).get("state") == "finished" else None
 
     def check(self, identity: Mapping[str, Any]) -> bool:
         """Hold its folder against what it is to be; return whether it has been finished so before.
@@ -115,7 +112,7 @@ class Trial:
                     f"{self.folder}: found what no comparison made; remove it, or name another output_dir"
                 )
             return False
-        changed = difference(plain(dict(identity)), _json(self.about)["identity"])
+        changed = difference(plain(dict(identity)), json_object(self.about)["identity"])
         if changed and self._is_begun:
             more = f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
             raise MismatchError(
@@ -137,52 +134,9 @@ class Trial:
             about = {"name": self.name, "command": list(command), "identity": plain(dict(identity))}
             temporary.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
 
-    def identity(self, mirrored: Trial | None, processes: int) -> dict[str, Any]:
-        """Return what its result depends on, as far as that can be told without reading weights.
-
-        Data and files that keys name are told by content, a model's folder by the name, size and time of its files, a
-        name on the Hub by itself.
-
-        Args:
-            mirrored: the run whose lengths it has.
-            processes: that it is trained by, which the global batch follows from.
-        """
-        settings, llamafactory = self.settings, self.settings.llamafactory
-        without = {k for k, way in ARGUMENTS.items() if way == "no value"} - set(_CHOOSING) | {"dataset_dir"}
-        ours = {k for k, way in SETTINGS.items() if way == "identity"} | set(_MEASURED)
-        params = [
-            None if some is None else some.model_dump(mode="json")
-            for some in (settings.params, settings.weighter_params)
-        ]
-        models = [each for key in _MODELS for each in names(llamafactory.get(key))]
-        reward = settings.dataflex.test_reward
-        sets = {"dataset", "eval_dataset"}
-        wanted = [*(each for key in sets for each in names(llamafactory.get(key))), *settings.dataflex.test_dataset]
-        return {
-            "verb": self.verb,
-            "arguments": _by_content({k: v for k, v in llamafactory.items() if k not in without}),
-            "settings": {
-                k: v
-                for holder in (settings.keys, settings.dataflex)
-                for k, v in holder.model_dump(mode="json", include=ours | {"early_stopping_min_delta"}).items()
-            },
-            "component": settings.component_name,
-            "params": _by_content(params),
-            "reward": None
-            if reward is None
-            else reward_identity(build_reward(reward.type, reward.params(), settings.dataflex.plugins)),
-            "code": [code_digest(settings.component), code_digest(settings.weighter)],
-            "plugins": modules_digest(import_plugin(name).__name__ for name in settings.dataflex.plugins),
-            "data": _data(sorted(set(wanted)), llamafactory.get("dataset_dir", "data")),
-            "models": {name: _files(Path(name).expanduser()) for name in models},
-            "processes": processes,
-            "versions": {
-                "dataflex": __version__,
-                "engine": ENGINE_VERSION,
-                **{name: importlib.metadata.version(name) for name in _PACKAGES},
-            },
-            "lengths of": mirrored.identity(None, processes) if mirrored is not None else None,
-        }
+    def identity(self, mirrored: Trial | None, processes: int, is_portable: bool = False) -> dict[str, Any]:
+        """Return what its result depends on, see `dataflex.pipelines.comparing.identity`."""
+        return identity(self, mirrored, processes, is_portable)
 
 
 def trials_of(
@@ -193,6 +147,7 @@ def trials_of(
     targets: Sequence[str],
     target_seeds: int,
     base: Settings,
+    once: Once | None = None,
 ) -> list[Trial]:
     """Lay out the runs of a comparison, every run file checked.
 
@@ -206,6 +161,7 @@ def trials_of(
         targets: target sets, each of which methods are shown alone; none: those of the run file, together.
         target_seeds: draws of target rows for each, where methods are shown some of them.
         base: the run file, read.
+        once: how rows are chosen once; None: by every run, at each of its updates.
 
     Raises:
         ConfigError: a run file that follows is wrong, or draws are asked for where all rows are shown.
@@ -235,54 +191,21 @@ def trials_of(
             whole = load(run, [*given, *overrides(keys)])
             shown = target or (str(whole.llamafactory.get("eval_dataset")) if is_shown else None)
             verb = "train" if arm.is_trained else "evaluate"
-            found.append(Trial(arm, verb, root, folder, keys, seed, shown, draw, whole))
+            trial = Trial(arm, verb, root, folder, keys, seed, shown, draw, whole)
+            found.append(trial if once is None or not once.chooses(arm, whole) else _of_choice(trial, run, given, once))
     return found
+
+
+def _of_choice(trial: Trial, run: Path, given: Sequence[str], once: Once) -> Trial:
+    """Return a run that is trained on what the given one, as far as its first update, chooses."""
+    folder = trial.folder.with_name(f"{trial.folder.name}-choice")
+    keys = {**trial.keys, "output_dir": str(folder)}
+    choice = replace(trial, verb="select", folder=folder, keys=keys, num=once.rows)
+    trained = once.training(trial.keys)
+    return replace(trial, keys=trained, settings=load(run, [*given, *overrides(trained)]), choice=choice)
 
 
 def _is_shown_targets(settings: Settings) -> bool:
     """Say whether a method compares rows with target rows."""
     methods = [each for each in (settings.new_method(), settings.new_weighter()) if each is not None]
     return any(need.of == "targets" for need in settings.needs) or any(each.needs_targets for each in methods)
-
-
-def _data(wanted: Sequence[str], directory: str) -> dict[str, Any]:
-    """Return the registration of each dataset and the content of its files; nothing more of one that is elsewhere."""
-    info = Path(directory) / "dataset_info.json"
-    entries = _json(info) if info.is_file() else {}
-    found = dataset_files(wanted, directory)
-    return {name: [entries.get(name), {file.name: _digest(file) for file in files}] for name, files in found.items()}
-
-
-def _by_content(value: Any) -> Any:
-    """Return plain data with the content beside each text that is the path of a file."""
-    if isinstance(value, Mapping):
-        return {key: _by_content(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_by_content(each) for each in value]
-    is_file = isinstance(value, str) and os.path.isfile(os.path.expanduser(value))
-    return [value, _digest(Path(value).expanduser())] if is_file else value
-
-
-def _digest(file: Path) -> str:
-    """Return the SHA-256 of a file, which is read once."""
-    about = file.stat()
-    return _digest_of(file.resolve(), about.st_size, about.st_mtime_ns)
-
-
-@functools.cache
-def _digest_of(file: Path, size: int, time: int) -> str:
-    return file_digest(file)
-
-
-def _files(folder: Path) -> list[list[Any]] | None:
-    """Return name, bytes and time of each file of a folder; None where there is no folder."""
-    if not folder.is_dir():
-        return None
-    return [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in sorted(folder.iterdir())]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise CorruptionError(f"{path}: not readable ({error}); remove it and what is beside it") from error
