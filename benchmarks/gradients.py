@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from dataflex.selectors.base import Answer, Context
+from dataflex.selectors.base import Context, Selection
 from dataflex.selectors.less import Less
 
 WARMUP, DIM = 10, 8192
@@ -30,7 +30,7 @@ class Kept(Less):
 
         output: str = Field(description="NPZ file that takes them")
 
-    def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Answer:
+    def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Write the vectors, then choose as LESS does."""
         ours, theirs = (need.spec for need in self.parts.representation.needs())
         views: dict[str, Any] = {"pool": context.features(ours)}

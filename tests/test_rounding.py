@@ -49,7 +49,8 @@ def test_the_layout_of_a_byte_is_as_documented() -> None:
     codes, scale = encode(row, "int4")
     assert codes.tolist() == [[0x97, 0xF1, 0x00, 0xC3, 0x07]]
     assert scale is not None
-    assert (scale.tolist(), codes.dtype) == ([7], np.uint8)
+    assert scale.tolist() == [7]
+    assert codes.dtype == np.dtype(np.uint8)
     codes, scale = encode(row, "int1")
     assert codes.tolist() == [[0b10001010, 0]]
     assert scale is not None
