@@ -81,7 +81,8 @@ def published(entries: Iterable[Entry]) -> Iterator[tuple[str, Texts]]:
     for (name, split), missing in wanted.items():
         source = SOURCES[name]
         for locator, record in source.records(_download(source.url(split))):
-            if entry := missing.pop(locator, None):
+            if locator in missing:
+                entry = missing.pop(locator)
                 yield entry.id, source.texts(record, source.wordings[int(entry.wording)] if entry.wording else "")
         if missing:
             raise DataError(f"{source.url(split)} has no record {next(iter(missing))} ({len(missing)} are missing)")
