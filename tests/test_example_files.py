@@ -32,7 +32,7 @@ OWN: dict[str, dict[str, str | None]] = {  # in place of plain.yaml's keys, or b
         "model_name_or_path": "examples/real/model",
         "template": "smollm2",
         "dataset_dir": "examples/real/data",
-        "cutoff_len": "320",
+        "cutoff_len": "288",
         "per_device_train_batch_size": "4",
         "learning_rate": "4.0e-4",
         "overwrite_output_dir": "true",
