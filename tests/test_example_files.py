@@ -33,6 +33,7 @@ OWN: dict[str, dict[str, str | None]] = {  # in place of plain.yaml's keys, or b
         "template": "smollm2",
         "dataset_dir": "examples/real/data",
         "cutoff_len": "288",
+        "disable_gradient_checkpointing": "true",
         "per_device_train_batch_size": "4",
         "learning_rate": "4.0e-4",
         "overwrite_output_dir": "true",
