@@ -14,12 +14,14 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dataflex.results.folder import RunFolder
 from examples.quickstart.demo import run, show
 from examples.real import model
 
@@ -99,8 +101,7 @@ def run_all(every: Sequence[Stage], jobs: int) -> dict[str, float]:
 
 def report(every: Sequence[Stage], seconds: Mapping[str, float]) -> None:
     """Print what was chosen, the losses on held-out rows, and what was computed and reused; write the page."""
-    from dataflex.pipelines.report import report as write_page
-    from dataflex.results.folder import RunFolder
+    from dataflex.pipelines.report import report as write_page  # draws, and is not needed before
 
     pool = _rows(FOLDER / "data" / "pool.json")
     sources = Counter(row["source"] for row in pool)
@@ -117,7 +118,7 @@ def report(every: Sequence[Stage], seconds: Mapping[str, float]) -> None:
     before = json.loads((OUTPUT / "base" / "dataflex_evaluate.json").read_text("utf-8"))["test"]
     losses = {label: RunFolder(folder).summary["test"] for label, folder in folders.items()}
     show(
-        f"Loss on {len(_rows(FOLDER / 'data' / f'{tests[0]}.json'))} held-out rows (nats per supervised token)",
+        f"Loss on {len(_rows(FOLDER / 'data' / f'{tests[0]}.json'))} other rows of each (nats per supervised token)",
         ["run", *tests],
         *(
             [label, *(f"{found[t]['loss']:.3f}" for t in tests)]
@@ -134,7 +135,7 @@ def report(every: Sequence[Stage], seconds: Mapping[str, float]) -> None:
         ),
     )
     page = OUTPUT / "report.html"
-    write_page(list(folders.values()), page)
+    write_page(list(folders.values()), page, "SmolLM2-135M-Instruct, 200 rows, two targets")
     print(f"\nThe page about all runs: {page}; the rows: dataflex show {OUTPUT / TARGETS[0] / 'less'} --text")
     print(f"LESS's choice as a LLaMA-Factory dataset: {OUTPUT / f'chosen_{TARGETS[0]}.json'}")
 
@@ -144,7 +145,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _chosen(folder: Any, pool: Sequence[Mapping[str, str]], sources: Sequence[str]) -> list[int]:
+def _chosen(folder: RunFolder, pool: Sequence[Mapping[str, str]], sources: Sequence[str]) -> list[int]:
     """Count the rows of each source that a run's updates chose, a row as often as it was chosen."""
     counts: Counter[str] = Counter()
     for round in folder.recorded:
@@ -163,8 +164,9 @@ def main() -> None:
         model.make()
     except model.ModelError as error:
         sys.exit(str(error))
-    every = stages()
+    every, begun = stages(), time.monotonic()
     report(every, run_all(every, min(os.cpu_count() or 1, 2)))
+    print(f"All of it took {(time.monotonic() - begun) / 60:.0f} minutes.")
 
 
 if __name__ == "__main__":
