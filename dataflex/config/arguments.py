@@ -127,6 +127,7 @@ _OURS: dict[Way, str] = {
     "identity": """
         train_type component_name warmup_step update_step update_times train_step static_mix mixture_sample_rule
         init_mixture_proportions mixer_eval_dataset freeze_gate refresh mixture weighter storage exclude_targets
+        prefilter
     """,
     # `components_cfg_file` and `plugins` say where parameters and code stand, which enter themselves; the target rows
     # that are drawn do so too. What a run is measured on has no part in what it trains.
