@@ -1,11 +1,12 @@
 """How far a choice behind a prefilter is that of a full refresh at the same state of the model, and what it costs.
 
-`record` runs the real trainer with LESS, which computes every row's gradient at every update and trains on the choice of
-this full refresh; what each update had is kept, cheap scores beside it: gradients as stored, and the scores of methods
-that need no gradient. `table` asks, for any number of settings, what each would have chosen out of these values at each
-update, through the functions that `dataflex train` uses, and how much of it the full refresh chose as well: with all
-target sets together, and with each alone. `plan` prints what `dataflex plan` counts on the schedule of the DataFlex
-report. A recording that was stopped goes on where it was: steps from the newest checkpoint, features from their store.
+`record` runs the real trainer with LESS, which computes every row's gradient at every update and trains on the choice
+of this full refresh; what each update had is kept, cheap scores beside it: gradients as stored, and the scores of
+methods that need no gradient. `table` asks, for any number of settings, what each would have chosen out of these values
+at each update, through the functions that `dataflex train` uses, and how much of it the full refresh chose as well:
+with all target sets together, and with each alone. `plan` prints what `dataflex plan` counts on the schedule of the
+DataFlex report. A recording that was stopped goes on where it was: steps from the newest checkpoint, features from
+their store.
 
 python -m benchmarks.prefilter record FOLDER --model MODEL --template smollm2 --pool POOL.json --target a.json b.json
 python -m benchmarks.prefilter table FOLDER
@@ -73,13 +74,16 @@ class Recorded(Less):
         """Parameters of the recording."""
 
         output: str = Field(description="folder for a file per update")
+        drive: tuple[str, float, float, float] | None = Field(
+            None, description="method, keep, tail and rotating share whose choice is trained on; default: full refresh"
+        )
 
     def needs(self) -> list[Need]:
         """Need what LESS does, and what the cheap methods do, so that it is computed in the same passes."""
         return list(dict.fromkeys([*super().needs(), *(need for name in CHEAP for need in method(name).needs())]))
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
-        """Return the choice of a full refresh."""
+        """Return the choice of a full refresh, or of what drives."""
         found = super().select(model, step_id, num_samples, context=context, **kwargs)
         term = self.parts.representation.terms()[0]  # type: ignore[union-attr]
         view: Any = context.features(term.train)
@@ -96,7 +100,16 @@ class Recorded(Less):
         path = folder / f"update_{context.update}.npz"
         np.savez(path.with_suffix(".part.npz"), **values)
         path.with_suffix(".part.npz").rename(path)
-        return found
+        return found if self.params.drive is None else self._driven(folder, context.update)
+
+    def _driven(self, folder: Path, update: int) -> Selection:
+        """Return the choice of the setting that drives, out of what was recorded so far."""
+        name, keep, tail, share = self.params.drive
+        setting = Setting(name, keep, tail, Refresh(policy="rotating", refresh_fraction=share))
+        history = [Update.read(folder / f"update_{number}.npz") for number in range(update + 1)]
+        for number in range(update + 1):
+            rows, _, _ = setting.choose(history[: number + 1], ALL)
+        return Selection(rows)
 
 
 def _dense(view: Any) -> np.ndarray:
