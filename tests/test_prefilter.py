@@ -100,7 +100,9 @@ def test_what_is_said_to_be_lost_is_right_on_average() -> None:
     said = []
     for seed in range(400):
         picked = candidates(cheap, keys, able, 0.25, 0.25, generator(seed))
-        said.append(picked.lost(np.argsort(-score[picked.rows])[:k]))
+        lost = picked.lost(np.argsort(-score[picked.rows])[:k])
+        assert lost is not None
+        said.append(lost)
     head = candidates(cheap, keys, able, 0.25, 0.0, generator(0)).rows
     true = float((~np.isin(np.argsort(-score)[:k], head)).mean())
     assert 0.1 < true < 0.9
@@ -150,7 +152,7 @@ def test_a_prefilter_that_cannot_act_is_refused(workspace: Any, keys: dict[str, 
     ],
 )
 def test_a_method_that_gains_nothing_has_none(workspace: Any, method: str, keys: dict[str, Any], said: str) -> None:
-    section = {"params": {}}
+    section: dict[str, Any] = {"params": {}}
     with pytest.raises(ConfigError) as refused:
         load(write(workspace, "run", component_name=method, dataflex=section, **keys))
     assert said in str(refused.value)
