@@ -280,6 +280,8 @@ def table(args: argparse.Namespace) -> str:
     history = [Update.read(path) for path in paths]
     if not history:
         return f"{args.folder}: no update is recorded yet"
+    if args.chosen is not None:
+        history = [replace(update, count=args.chosen) for update in history]
     last = history[-1]
     able = int((last.rows.supervised > 0).sum())
     out = [f"{len(last.rows)} rows, {able} with labels, {len(history)} updates of {last.count} rows"]
@@ -446,6 +448,7 @@ def main() -> None:
     two.add_argument("folder", type=Path)
     two.add_argument("--cheap", nargs="*", choices=tuple(CHEAP), default=tuple(CHEAP))
     two.add_argument("--keeps", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
+    two.add_argument("--chosen", type=int, help="rows that each would choose; default: as many as were trained on")
     two.add_argument("--tail", type=float, default=0.02)
     two.add_argument("--fractions", type=float, nargs="*", default=[0.05, 0.1, 0.2], help="rotating in the whole pool")
     two.add_argument("--within", type=float, nargs="*", default=[0.1, 0.5], help="rotating in what is kept")
