@@ -258,6 +258,13 @@ def test_too_few_rows_behind_it_are_refused_before_the_first_step(workspace: Any
 
 
 @pytest.mark.slow
+def test_no_row_with_a_score_is_said(workspace: Any) -> None:
+    nothing = {"method": "ifd", "params": {"most": 1e-6}}
+    with pytest.raises(CoverageError, match=r"prefilter\.method: ifd: .* found 0 that can be chosen of 62"):
+        workspace.run("train", write(workspace, "run", nothing, **ONCE))
+
+
+@pytest.mark.slow
 def test_it_resumes_with_the_rows_that_it_had(workspace: Any) -> None:
     section = {"refresh": ROTATING}
     workspace.run("train", write(workspace, "through", update_times=3, dataflex=section))

@@ -34,7 +34,7 @@ class UpdateFeatures:
         round: to be filled.
         pool: the training rows that are looked at.
         needs: what is declared.
-        refresh: what is computed anew.
+        refresh_by: what is computed anew.
     """
 
     run: Run

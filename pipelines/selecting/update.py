@@ -118,7 +118,7 @@ def looked_at(run: Run, round: Round) -> Pool:
     """Return the training rows that the selector looks at: all, or what the prefilter lets through. Collective.
 
     Raises:
-        CoverageError: the prefilter gave no scores.
+        CoverageError: the prefilter gave no scores, or no row has a finite one.
     """
     options, selector, whole = run.settings.dataflex.prefilter, run.prefilter, Pool.of(run.rows)
     if options is None or selector is None:
@@ -127,7 +127,10 @@ def looked_at(run: Run, round: Round) -> Pool:
     # What looks at the base model alone ranks rows alike at every update; as at the first, even if it looks at more.
     is_fixed = all(need.state is not None for need in needs)
     features = UpdateFeatures(run, run.updates[0] if is_fixed else round, whole, needs, Refresh())
-    found = _ask(run, selector, options.method, 1, features, ())
+    try:
+        found = _ask(run, selector, options.method, 1, features, ())
+    except CoverageError as error:
+        raise CoverageError(f"dataflex.prefilter.method: {options.method}: {error}") from error
     if found.pool is None:
         raise CoverageError(
             f"dataflex.prefilter.method: {options.method} returned no scores of the training rows (Selection.pool), by "
@@ -137,7 +140,13 @@ def looked_at(run: Run, round: Round) -> Pool:
     rng = generator(run.trainer.args.seed, "tail", drawn)
     able = run.rows.supervised > 0
     scores = np.asarray(found.pool, dtype=np.float64)
-    return Pool.of(run.rows, candidates(scores, run.rows.keys, able, options.keep, options.tail, rng))
+    picked = candidates(scores, run.rows.keys, able, options.keep, options.tail, rng)
+    if not len(picked.rows):
+        raise CoverageError(
+            f"dataflex.prefilter.method: {options.method} gave none of {len(run.rows)} rows a finite score, so none "
+            f"goes on to {run.settings.component_name}; take other params, or another method"
+        )
+    return Pool.of(run.rows, picked)
 
 
 def _ask(
