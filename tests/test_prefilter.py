@@ -15,6 +15,7 @@ import pytest
 from dataflex.config import load
 from dataflex.draws import generator
 from dataflex.errors import ConfigError, CoverageError
+from dataflex.pipelines.comparing.arms import arms_of, overrides
 from dataflex.pipelines.plan import plan
 from dataflex.pipelines.selecting.prefilter import Candidates, candidates, counts
 from dataflex.rows import keys_from
@@ -165,6 +166,15 @@ def test_what_looks_at_the_live_model_keeps_other_rows_at_each_update(workspace:
         load(write(workspace, "run", {"method": "loss"}, dataflex=section))
     load(write(workspace, "run", {"method": "loss", "params": {"model": "base"}}, dataflex=section))
     load(write(workspace, "run", {"method": "loss"}))
+
+
+def test_compare_holds_it_against_methods_without_one(workspace: Any) -> None:
+    path = write(workspace, "run", dataflex={"arms": {"behind": {"dataflex.prefilter": {"method": "embedding"}}}})
+    own, random, full, behind = arms_of(["less", "random", "full", "behind"], load(path))
+    assert load(path, overrides(own.keys)).dataflex.prefilter == load(path).dataflex.prefilter
+    assert load(path, overrides(random.keys)).dataflex.prefilter is None
+    assert load(path, overrides(full.keys)).dataflex.prefilter is None
+    assert load(path, overrides(behind.keys)).dataflex.prefilter.method == "embedding"  # type: ignore[union-attr]
 
 
 @pytest.fixture(scope="module")
