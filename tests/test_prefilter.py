@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.prefilter import Setting, on_report
 from dataflex.config import load
+from dataflex.config.keys import Refresh
 from dataflex.draws import generator
 from dataflex.errors import ConfigError, CoverageError
 from dataflex.pipelines.comparing.arms import arms_of, overrides
@@ -115,6 +117,16 @@ def test_without_a_sample_nothing_is_said_to_be_lost() -> None:
     assert candidates(np.arange(8.0), keys, np.ones(8, bool), 0.5, 0.0, generator(0)).lost(np.arange(2)) is None
     assert Candidates(np.arange(4), np.array([False] * 4), 3.0).lost(np.arange(2)) == 0.0
     assert Candidates(np.arange(4), np.array([True] * 4), 3.0).lost(np.arange(2)) == 1.0
+
+
+def test_on_the_schedule_of_the_report_both_together_take_fewer_than_ten() -> None:
+    rotating = Refresh(policy="rotating", refresh_fraction=0.07)
+    assert round(on_report(Setting(None))) == 234
+    assert round(on_report(Setting(None, refresh=rotating)), 1) == 23.7
+    assert round(on_report(Setting("rds_plus", 0.2, 0.02)), 1) == 50.6
+    by_hand = (20_000 + 1_600 + 29 * (1_400 + 1_600)) / 12_800
+    assert on_report(Setting("rds_plus", 0.2, 0.02, rotating)) == pytest.approx(by_hand)
+    assert by_hand < 10
 
 
 def write(workspace: Any, name: str, prefilter: dict[str, Any] | None = None, **keys: Any) -> Path:
