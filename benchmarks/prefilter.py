@@ -20,7 +20,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,14 @@ class Recorded(Less):
         """Parameters of the recording."""
 
         output: str = Field(description="folder for a file per update")
+        cheap: tuple[str, ...] = Field(tuple(CHEAP), description="cheap methods whose scores are kept")
         drive: tuple[str, float, float, float] | None = Field(
             None, description="method, keep, tail and rotating share whose choice is trained on; default: full refresh"
         )
 
     def needs(self) -> list[Need]:
         """Need what LESS does, and what the cheap methods do, so that it is computed in the same passes."""
-        return list(dict.fromkeys([*super().needs(), *(need for name in CHEAP for need in method(name).needs())]))
+        return list(dict.fromkeys([*super().needs(), *(n for name in self.params.cheap for n in method(name).needs())]))
 
     def select(self, model: Any, step_id: int, num_samples: int, *, context: Context, **kwargs: Any) -> Selection:
         """Return the choice of a full refresh, or of what drives."""
@@ -89,7 +90,7 @@ class Recorded(Less):
         view: Any = context.features(term.train)
         values = {"vectors": view.dense().astype(np.float16), "status": view.status, "rows": found.rows}
         values |= {f"target {n}": _dense(context.features(term.target, n)) for n in context.targets}
-        for name in CHEAP:
+        for name in self.params.cheap:
             scored = method(name).select(model, step_id, 1, context=replace(context, history=()), **kwargs)
             assert scored.pool is not None
             values[f"score {name}"] = scored.pool
@@ -260,14 +261,14 @@ def on_report(setting: Setting) -> float:
     return (head + tail + (UPDATES - 1) * (later + tail)) / (BATCH * (WARMUP + UPDATES * STEPS))
 
 
-def settings_of(args: argparse.Namespace) -> list[Setting]:
+def settings_of(args: argparse.Namespace, recorded: Iterable[str]) -> list[Setting]:
     """Return what the table has a line for."""
 
     def rotating(share: float) -> Refresh:
         return Refresh(policy="rotating", refresh_fraction=share)
 
     found = [Setting(None), *(Setting(None, refresh=rotating(f)) for f in args.fractions)]
-    for name in args.cheap:
+    for name in recorded if args.cheap is None else args.cheap:
         found += [Setting(name, keep, args.tail) for keep in args.keeps]
         if name not in LIVE:
             found += [Setting(name, keep, args.tail, rotating(f)) for keep in args.keeps for f in args.within]
@@ -289,7 +290,7 @@ def table(args: argparse.Namespace) -> str:
     heads = [f"{'setting':52s} {'report':>7s} {'here':>6s}", *(f"{n[:11]:>11s}" for n in sets)]
     out.append(" ".join([*heads, " least   lost said   lost"]))
     full = {target: [_chosen(Setting(None), history[: n + 1], target) for n in range(len(history))] for target in sets}
-    for setting in settings_of(args):
+    for setting in settings_of(args, last.scores):
         cells, least, here, said, lost = [], 1.0, 0.0, [], []
         for target in sets:
             mine, shares = replace(setting, updated=np.zeros(0, int)), []
@@ -365,7 +366,7 @@ def record(args: argparse.Namespace) -> None:
             "store": str(args.folder / "store"),
             "token_budget": args.budget,
             "fragment_rows": 64,
-            "params": {"proj_dim": args.width, "output": str(args.folder / "updates")},
+            "params": {"proj_dim": args.width, "output": str(args.folder / "updates"), "cheap": args.cheap},
         },
     }
     path = args.folder / "run.yaml"
@@ -433,6 +434,7 @@ def main() -> None:
     one.add_argument("--template", required=True)
     one.add_argument("--pool", type=Path, required=True, help="records in alpaca's form")
     one.add_argument("--target", type=Path, nargs="+", required=True, help="records of a target set each")
+    one.add_argument("--cheap", nargs="+", choices=tuple(CHEAP), default=list(CHEAP), help="ifd takes two passes more")
     one.add_argument("--of-each", type=int, default=20, help="rows of a target set")
     one.add_argument("--rows", type=int, default=600, help="of the pool, drawn at random")
     one.add_argument("--updates", type=int, default=6)
@@ -446,7 +448,7 @@ def main() -> None:
     one.add_argument("--seed", type=int, default=42)
     two = verbs.add_parser("table")
     two.add_argument("folder", type=Path)
-    two.add_argument("--cheap", nargs="*", choices=tuple(CHEAP), default=tuple(CHEAP))
+    two.add_argument("--cheap", nargs="*", choices=tuple(CHEAP), help="default: those recorded")
     two.add_argument("--keeps", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     two.add_argument("--chosen", type=int, help="rows that each would choose; default: as many as were trained on")
     two.add_argument("--tail", type=float, default=0.02)
