@@ -53,11 +53,11 @@ def run_identity(
     state.encoders.update({text: about["encoder"] for text, about in named.items() if "encoder" in about})
     return {
         "component": settings.component_name or "",
-        "code": [code_digest(each) for each in (settings.component, settings.weighter, settings.prefilter)],
+        "code": [code_digest(settings.component), code_digest(settings.weighter)],
         "plugins": modules_digest(import_plugin(name).__name__ for name in plugins),
         "params": _by_content(params, named),
         "weighter": _by_content(beside, named),
-        "prefilter": _by_content(before, named),
+        **({} if before is None else {"prefilter": [_by_content(before, named), code_digest(settings.prefilter)]}),
         "unnamed": sorted(digest(named[text]) for text in named.keys() - set(_texts([params, beside, before]))),
         "rewards": [reward_identity(build_reward(each.type, each.params(), plugins)) for each in rewards],
         "settings": settings_in_identity(settings.keys, settings.dataflex),
