@@ -48,8 +48,9 @@ _WAYS: Mapping[Way, str] = {
 def keys() -> str:
     """Return all of DataFlex's own keys: the flat ones, and those of the `dataflex:` mapping, dotted."""
     rows = list(_rows(DataflexKeys, "dataflex."))
-    at = next(i for i, row in enumerate(rows) if row[0] == "`dataflex.weighter.name`")
-    rows.insert(at + 1, ("`dataflex.weighter.params`", *_PARAMS))
+    for named, params in (("weighter.name", "weighter.params"), ("prefilter.method", "prefilter.params")):
+        at = next(i for i, row in enumerate(rows) if row[0] == f"`dataflex.{named}`")
+        rows.insert(at + 1, (f"`dataflex.{params}`", *_PARAMS))
     rows.insert(0, ("`dataflex.params`", *_PARAMS))
     return "\n".join(
         [

@@ -37,7 +37,8 @@ def evaluate(settings: Settings) -> None:
         raise ConfigError("dataflex.test_dataset: found none; expected registered datasets to measure the model on")
     nothing: dict[str, Any] = {"component": None, "component_name": None, "params": None, "needs": ()}
     nothing |= {"weighter": None, "weighter_params": None, "schedule": Schedule(train_step=1)}
-    options = settings.dataflex.model_copy(update={"features": (), "weighter": None})
+    nothing |= {"prefilter": None, "prefilter_params": None}
+    options = settings.dataflex.model_copy(update={"features": (), "weighter": None, "prefilter": None})
     settings = settings.model_copy(update={**nothing, "dataflex": options})
     run_until_update(settings, EvaluateDirector.verb, partial(EvaluateDirector, settings), measures=True)
 

@@ -21,7 +21,8 @@ from dataflex.llamafactory import workflow
 from dataflex.pipelines.run import open_run
 from dataflex.pipelines.selecting.beginning import Begun, begin
 from dataflex.pipelines.selecting.director import SelectingDirector
-from dataflex.pipelines.selecting.update import choose
+from dataflex.pipelines.selecting.pool import most_rows
+from dataflex.pipelines.selecting.update import choose, looked_at
 from dataflex.rows import Rows
 from dataflex.schedule import Round
 from dataflex.stores.search.faiss_cache import load_or_build
@@ -136,11 +137,12 @@ def begin_to_update(
         chosen: rows to be chosen at the update; 0: none.
     """
     run = open_run(settings, trainer, verb, trainer.rounds)
-    if not run.live_needs:  # no feature depends on the trained state, so there is no warm-up
+    if not run.is_live:  # no feature depends on the trained state, so there is no warm-up
         run = replace(run, rounds=[Round(0, "update", 0, 1, 0, 1)])
-    too_many = f"--num: found {chosen}; expected at most {len(run.eligible)}, the rows with labels"
+    those = "with labels" if run.prefilter is None else "behind dataflex.prefilter; raise its keep, or leave it out"
+    too_many = f"--num: found {chosen}; expected at most {most_rows(run)}, the rows {those}"
     begun = begin(run, checkpoint, chosen, too_many)
-    if not run.live_needs:
+    if not run.is_live:
         return replace(begun, start=None)
     if run.rounds[0].kind == "update" and not trainer.model_arguments.adapter_name_or_path:
         log.warning(
@@ -165,7 +167,7 @@ class FeaturizeDirector(SelectingDirector):
 
     def at_update(self, round: Round) -> None:
         """Compute every feature that the method or the run file asks for."""
-        wanted = self._wanted()
+        wanted = self._wanted(round)
         if not wanted:
             raise ConfigError(
                 f"{self.settings.component_name or 'train_type: static'} asks for no features; "
@@ -182,24 +184,32 @@ class FeaturizeDirector(SelectingDirector):
                     if distributed.is_main() and kind is not None:  # a larger store is streamed
                         load_or_build(store, kind=kind)
         if self.settings.train_type == "dynamic_select" and self.run.selector.is_adaptive:
-            choose(self.run, round, min(round.steps * self.run.trainer.global_batch, len(self.run.eligible)))
+            choose(self.run, round, round.steps * self.run.trainer.global_batch, is_at_most=True)
         distributed.barrier()
 
     def finish(self) -> None:
         """Write the summary beside the run's output."""
         self.summarise(Path(self.settings.llamafactory["output_dir"]) / f"dataflex_{self.verb}.json")
 
-    def _wanted(self) -> list[tuple[list[FeatureSpec], Rows, str | None]]:
-        """List (features, rows, state), features of the same rows and state together: they share one pass."""
+    def _wanted(self, round: Round) -> list[tuple[list[FeatureSpec], Rows, str | None]]:
+        """List (features, rows, state), features of the same rows and state together: they share one pass.
+
+        What the prefilter looks at is computed, so that it can say which rows go on. Collective.
+        """
         run = self.run
+        train = run.rows if run.prefilter is None else looked_at(run, round).rows
         states = list(dict.fromkeys(need.state for need in run.needs))
         if all(state == BASE for state in states):
             states.append(None)  # where the run file's own features are of
         out: list[tuple[list[FeatureSpec], Rows, str | None]] = []
         for state in states:
             more = () if state == BASE else self.settings.dataflex.features
-            for of, sets in (("train", [run.rows]), ("targets", list(run.targets.values()))):
+            for of, sets in (("train", [train]), ("targets", list(run.targets.values()))):
                 needed = [need.spec for need in run.needs if need.state == state and need.of == of]
-                specs = list(dict.fromkeys([*needed, *more]))
+                # What the run file names itself is of all rows, whatever goes on to the method.
+                beside = more if train is run.rows or of == "targets" else ()
+                specs = list(dict.fromkeys([*needed, *beside]))
                 out += [(specs, rows, state) for rows in sets if specs]
+            if train is not run.rows and more:
+                out.append((list(more), run.rows, state))
         return out

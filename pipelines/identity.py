@@ -41,14 +41,14 @@ def run_identity(
         DataflexError: an encoder or reference that is named is not there.
     """
     sets, plugins = trainer.row_sets, settings.dataflex.plugins
-    given = settings.params, settings.weighter_params
-    params, beside = (None if some is None else plain(some.model_dump(mode="json")) for some in given)
+    given = settings.params, settings.weighter_params, settings.prefilter_params
+    params, beside, before = (None if some is None else plain(some.model_dump(mode="json")) for some in given)
     needs = [need for each in methods for need in each.needs()]
     rewards = [each for need in needs for each in need.spec.rewards]
     named: dict[str, Any] = {}
     with distributed.together():
         if distributed.is_main():
-            named = _files(settings, params, beside) | _models(state, needs, methods)
+            named = _files(settings, params, beside, before) | _models(state, needs, methods)
     named = distributed.broadcast(named)
     state.encoders.update({text: about["encoder"] for text, about in named.items() if "encoder" in about})
     return {
@@ -57,7 +57,8 @@ def run_identity(
         "plugins": modules_digest(import_plugin(name).__name__ for name in plugins),
         "params": _by_content(params, named),
         "weighter": _by_content(beside, named),
-        "unnamed": sorted(digest(named[text]) for text in named.keys() - set(_texts([params, beside]))),
+        **({} if before is None else {"prefilter": [_by_content(before, named), code_digest(settings.prefilter)]}),
+        "unnamed": sorted(digest(named[text]) for text in named.keys() - set(_texts([params, beside, before]))),
         "rewards": [reward_identity(build_reward(each.type, each.params(), plugins)) for each in rewards],
         "settings": settings_in_identity(settings.keys, settings.dataflex),
         "schedule": values(("schedule", "order"), trainer.args, trainer.finetuning_args),
@@ -115,14 +116,14 @@ def _model(state: ModelState, folder: Path, sums: Mapping[str, str] | None = Non
         return None
 
 
-def _files(settings: Settings, params: Any, beside: Any) -> dict[str, dict[str, Any]]:
+def _files(settings: Settings, params: Any, beside: Any, before: Any) -> dict[str, dict[str, Any]]:
     """Return the content of the files that parameters name, and of the folders that those of a user's class name.
 
     A built-in's folders are those of `_models`; any other text of its is a word, even if a folder is called so.
     """
     outputs = [Path(text).resolve() for text in (settings.llamafactory["output_dir"], settings.store_root)]
     found: dict[str, dict[str, Any]] = {}
-    for cls, given in ((settings.component, params), (settings.weighter, beside)):
+    for cls, given in ((settings.component, params), (settings.weighter, beside), (settings.prefilter, before)):
         is_users = cls is not None and cls.__module__.partition(".")[0] != "dataflex"
         for text in _texts(given):
             path = Path(os.path.expanduser(text))

@@ -62,6 +62,7 @@ def look(settings: Settings) -> Invariance:
     """
     nothing: dict[str, Any] = {"component": None, "component_name": None, "params": None, "needs": ()}
     nothing |= {"weighter": None, "weighter_params": None, "schedule": Schedule(train_step=1)}
+    nothing |= {"prefilter": None, "prefilter_params": None}
     bare = settings.model_copy(update=nothing)
     found = Invariance()
     run_until_update(bare, InvarianceDirector.verb, partial(InvarianceDirector, found, settings.dataflex.token_budget))

@@ -114,11 +114,13 @@ def _write(verb: str, settings: Settings, named: str, more: Mapping[str, Any]) -
 def shown_settings(settings: Settings) -> dict[str, Any]:
     """Return a run file as plain data, the parameters of its methods whole; what may be a secret is left out."""
     dataflex = settings.dataflex.model_dump(mode="json", exclude_unset=True)
-    params, beside = (
-        {} if some is None else some.model_dump(mode="json") for some in (settings.params, settings.weighter_params)
+    params, beside, before = (
+        {} if some is None else some.model_dump(mode="json")
+        for some in (settings.params, settings.weighter_params, settings.prefilter_params)
     )
-    if dataflex.get("weighter"):
-        dataflex["weighter"] = {**dataflex["weighter"], "params": beside}
+    for name, given in (("weighter", beside), ("prefilter", before)):
+        if dataflex.get(name):
+            dataflex[name] = {**dataflex[name], "params": given}
     keys = settings.keys.model_dump(mode="json", exclude_unset=True)
     return dict(redacted({**settings.llamafactory, **keys, "dataflex": {**dataflex, "params": params}}))
 

@@ -60,6 +60,7 @@ class Run:
         journal: rounds of this run.
         method: the selector, mixer or weighter, or None.
         weighter: the one beside a mixer, or None.
+        prefilter: the one before a selector, or None.
         identity: digest of everything a decision depends on but the model: a round is replayed only under its own.
         about: what `identity` is the digest of, in clear.
         since: when it was put together, in seconds of `time.monotonic`.
@@ -77,6 +78,7 @@ class Run:
     journal: Journal
     method: Method | None
     weighter: NativeWeighter | None
+    prefilter: NativeSelector | None
     identity: str
     about: Mapping[str, Any]
     since: float
@@ -96,6 +98,16 @@ class Run:
     def needs(self) -> Sequence[Need]:
         """The features that the methods declare; those of the classic interface declare none."""
         return [need for each in self.methods for need in each.needs()]
+
+    @property
+    def declared(self) -> Sequence[Need]:
+        """The same, and those that the prefilter declares."""
+        return [*self.needs, *(() if self.prefilter is None else self.prefilter.needs())]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether any of them is of the model as it is at the update."""
+        return any(need.state is None for need in self.declared)
 
     @property
     def live_needs(self) -> list[Need]:
@@ -134,15 +146,20 @@ class Run:
             checkpoint, shown,
         )  # fmt: skip
 
-    def check(self, rows: np.ndarray, count: int) -> None:
+    def check(self, rows: np.ndarray, count: int, among: Rows) -> None:
         """Hold a selector's answer against what was asked.
+
+        Args:
+            rows: the answer, (k,).
+            count: rows that were wanted.
+            among: the rows that it could look at.
 
         Raises:
             CoverageError: it has another number of rows, positions that the training set does not have, or rows without
                 a label; the last is a warning for a selector of the classic interface.
         """
         low, high = rows.min(initial=0), rows.max(initial=0)
-        unlabelled = int((self.rows.supervised[rows] == 0).sum()) if low >= 0 and high < len(self.rows) else 0
+        unlabelled = int((among.supervised[rows] == 0).sum()) if low >= 0 and high < len(among) else 0
         if unlabelled and not self.selector.may_choose_unlabelled:
             raise CoverageError(
                 f"{self.settings.component_name}: {unlabelled} of the chosen rows have no supervised token; there is "
@@ -150,10 +167,10 @@ class Run:
             )
         if unlabelled:
             log.warning("%d of the chosen rows have no supervised token", unlabelled)
-        if len(rows) != count or low < 0 or high >= len(self.rows):
+        if len(rows) != count or low < 0 or high >= len(among):
             raise CoverageError(
                 f"{self.settings.component_name}: returned {len(rows)} rows between {low} and {high}; expected {count} "
-                f"rows between 0 and {len(self.rows) - 1}"
+                f"rows between 0 and {len(among) - 1}"
             )
 
     def decided(self, round: Round) -> DecidedRound:
@@ -199,11 +216,12 @@ def open_run(
     _report(found.train, found.targets, len(eligible))
     state = ModelState(trainer)
     method, weighter = settings.new_method(), settings.new_weighter()
-    methods = [each for each in (method, weighter) if each is not None]
+    prefilter = settings.new_prefilter()
+    methods = [each for each in (method, weighter, prefilter) if each is not None]
     for each in methods:
         each._bind(_runtime(trainer, **runtime))
     if verb == "train" and distributed.is_main():
-        _say_what_is_idle(settings, trainer, methods)
+        _say_what_is_idle(settings, trainer, [each for each in methods if each is not prefilter])
     identity = run_identity(settings, trainer, state, methods)
     root, named = StoreRoot(settings.store_root), digest(identity)
     record = RunRecord(root.files, settings.llamafactory["output_dir"], verb, named, settings.component_name or "")
@@ -221,22 +239,23 @@ def open_run(
         journal=Journal(trainer.output_dir / "rounds"),
         method=method,
         weighter=weighter,
+        prefilter=prefilter,
         identity=named,
         about=identity,
         since=since,
     )
-    specs = [need.spec for need in run.needs] + list(settings.dataflex.features)
+    specs = [need.spec for need in run.declared] + list(settings.dataflex.features)
     if specs or run.tests:
-        run.access.reach(settings.dataflex.must_write(settings.schedule, bool(run.live_needs)))
+        run.access.reach(settings.dataflex.must_write(settings.schedule, run.is_live))
     if any(spec.gradient for spec in specs):
         state.refuse_quantised()
     check_reference(run)  # its tokenizer first: of another one, the weights would be of another shape too
-    for folder in dict.fromkeys(need.state for need in run.needs):
+    for folder in dict.fromkeys(need.state for need in run.declared):
         if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update
             run.state.require_whole(folder)
             run.state.require_same_base(folder)
     sets = {"train": [run.rows], "targets": list(run.targets.values())}
-    wanted = [(need.spec, rows) for need in run.needs for rows in sets[need.of]]
+    wanted = [(need.spec, rows) for need in run.declared for rows in sets[need.of]]
     wanted += [(spec, run.rows) for each in methods for spec in each.asked]
     wanted += [(spec, rows) for spec in settings.dataflex.features for some in sets.values() for rows in some]
     wanted += [(LossSpec(), rows) for rows in run.tests.values()]

@@ -237,13 +237,14 @@ OWN: dict[str, tuple[dict[str, Any], Any]] = {
     "refresh": ({}, {"policy": "static"}),
     "mixture": (MIX, {"unit": "tokens"}),
     "weighter": (MIX | {"dataflex": {"weighter": {"name": "loss"}}}, {"name": "adapt"}),
+    "prefilter": ({"dataflex": {"prefilter": {"method": "rds_plus"}}}, {"method": "rds_plus", "keep": 0.5}),
     "storage": ({}, "int8"),
     "exclude_targets": ({}, True),
 }  # fmt: skip
 """Each of DataFlex's own settings that enters: beside which others it acts, and another value."""
 
 
-IN_SECTION = {"refresh", "mixture", "weighter", "storage", "exclude_targets"}
+IN_SECTION = {"refresh", "mixture", "weighter", "prefilter", "storage", "exclude_targets"}
 
 
 def settings_named(opened: Opened, beside: dict[str, Any], **changes: Any) -> tuple[str, Mapping[str, Any]]:

@@ -96,7 +96,8 @@ def dotted(model: type[BaseModel], before: str) -> Iterator[tuple[str, Any]]:
 def test_the_reference_has_every_key_with_its_default_and_meaning() -> None:
     told = rows(reference.keys())
     every = dict([*dotted(FlatKeys, ""), *dotted(DataflexKeys, "dataflex.")])
-    assert set(told) == {f"`{name}`" for name in every} | {"`dataflex.params`", "`dataflex.weighter.params`"}
+    beside = {f"`dataflex.{name}`" for name in ("params", "weighter.params", "prefilter.params")}
+    assert set(told) == {f"`{name}`" for name in every} | beside
     assert len(every) > 40
     for name, field in every.items():
         _, default, meaning = told[f"`{name}`"]

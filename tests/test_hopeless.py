@@ -23,8 +23,8 @@ def test_targets_without_a_label() -> None:
     targets = {"good": pool(3), "empty": pool(2, np.zeros(2, np.int32))}
     looking, blind = ([Need(LossSpec(), of)] for of in ("targets", "train"))
     with pytest.raises(CoverageError, match="target set empty: none of its 2 rows has a supervised token"):
-        refuse_silent_targets(SimpleNamespace(targets=targets, needs=looking))  # type: ignore[arg-type]
-    refuse_silent_targets(SimpleNamespace(targets=targets, needs=blind))  # type: ignore[arg-type]
+        refuse_silent_targets(SimpleNamespace(targets=targets, declared=looking))  # type: ignore[arg-type]
+    refuse_silent_targets(SimpleNamespace(targets=targets, declared=blind))  # type: ignore[arg-type]
 
 
 def test_more_rows_than_there_are(workspace):

@@ -211,6 +211,7 @@ def test_features_that_were_not_finite_are_a_status(tmp_path: Path) -> None:
         ({"length_correlation": -0.7}, "scores go with the row's length (rank correlation -0.70)"),
         ({"norm_correlation": 0.61}, "scores go with the gradient's norm"),
         ({"scored": 100, "below_zero": 99, "common_direction": {"gradient": 0.7}}, "99 of 100 scores have one sign"),
+        ({"lost": 0.4, "tail": 10}, "The prefilter keeps about 40% of the choice from the method (mean of 1 updates)"),
         ({"overlap": 0.97}, "chose 97% of the rows of the update before"),
         ({"sources": {"words": 99, "letters": 1}}, "99% of the rows are of one source, words; the pool has 3"),
     ],

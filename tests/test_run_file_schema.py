@@ -134,6 +134,10 @@ WRONG = {
         "dataflex/weighter/params"
     ),
     "train_type: dynamic_weight\ncomponent_name: adapt\ndataflex: {params: {tau: 0}}": "dataflex/params/tau",
+    "component_name: less\ndataflex: {prefilter: {method: rds_plus, keep: 2}}": "dataflex/prefilter",
+    "component_name: less\ndataflex: {prefilter: {method: rds_plus, params: {over: all}}}": (
+        "dataflex/prefilter/params/over"
+    ),
 }
 
 

@@ -127,6 +127,7 @@ _OURS: dict[Way, str] = {
     "identity": """
         train_type component_name warmup_step update_step update_times train_step static_mix mixture_sample_rule
         init_mixture_proportions mixer_eval_dataset freeze_gate refresh mixture weighter storage exclude_targets
+        prefilter
     """,
     # `components_cfg_file` and `plugins` say where parameters and code stand, which enter themselves; the target rows
     # that are drawn do so too. What a run is measured on has no part in what it trains.
@@ -163,7 +164,9 @@ def values(ways: Collection[str], *holders: Any) -> dict[str, Any]:
 def settings_in_identity(*holders: Any) -> dict[str, Any]:
     """Return by name, as plain data, those of DataFlex's own keys that enter the run's identity."""
     names = {name for name, way in SETTINGS.items() if way == "identity"}
-    return {name: value for holder in holders for name, value in holder.model_dump(mode="json", include=names).items()}
+    found = {name: value for holder in holders for name, value in holder.model_dump(mode="json", include=names).items()}
+    # A run without one is what it was called before there were any.
+    return {name: value for name, value in found.items() if name != "prefilter" or value is not None}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -121,6 +121,21 @@ class WeighterChoice(Parameters):
     name: str = Field(description="a registered weighter, or module:Class")
 
 
+class Prefilter(Parameters):
+    """A cheap method in front of one that needs gradients: only what it ranks highest goes on to that one."""
+
+    method: str = Field(
+        description="a registered selector that scores rows without gradients, such as rds_plus, or module:Class"
+    )
+    keep: float = Field(0.2, gt=0, le=1, description="share of the distinct rows that goes on, the best by its score")
+    tail: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="share of the other rows that goes on as well, drawn anew at each update, and tells what was lost",
+    )
+
+
 class DataflexKeys(Parameters):
     """The `dataflex:` mapping. The parameters of the component, `params`, are checked by its own model."""
 
@@ -134,6 +149,11 @@ class DataflexKeys(Parameters):
         "compute", description="features that no store has: compute them, or refuse and name the fields that differ"
     )
     refresh: Refresh = Field(Refresh(), description="what is computed anew at an update")
+    prefilter: Prefilter | None = Field(
+        None,
+        description="dynamic_select: a cheap method that says which rows costly features are computed of, {method, "
+        "keep, tail, params}",
+    )
     mixture: Mixture = Field(Mixture(), description="dynamic_mix: how rows are drawn")
     weighter: WeighterChoice | None = Field(
         None, description="dynamic_mix: a weighter beside the mixer, {name, params}; warmup_step holds for both"

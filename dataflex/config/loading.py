@@ -22,6 +22,7 @@ from dataflex.config.mixing import check_mixing, mixer_asked, mixing_schedule, w
 from dataflex.config.outputs import check_outputs, check_store
 from dataflex.config.packages import check_trackers, missing_packages
 from dataflex.config.paths import check_files, repeated
+from dataflex.config.prefiltering import check_prefilter
 from dataflex.config.problems import Problems
 from dataflex.config.runfile import Document, override, put, read
 from dataflex.config.settings import Settings, store_root
@@ -30,7 +31,7 @@ from dataflex.errors import ConfigError
 from dataflex.features.spec import BASE
 from dataflex.mixers.base import NativeMixer
 from dataflex.schedule import Schedule
-from dataflex.selectors.base import REFRESHES
+from dataflex.selectors.base import REFRESHES, NativeSelector
 from dataflex.weighters.base import NativeWeighter
 
 
@@ -90,7 +91,7 @@ class _Loading:
         stage = llamafactory.setdefault("stage", "sft")
         epochs = llamafactory.get("num_train_epochs", 1.0)
         schedule = Schedule(flat.warmup_step, flat.update_step, flat.update_times, flat.train_step, epochs)
-        found, weighter = self._components(flat, section, llamafactory.get("output_dir"))
+        found, weighter, prefilter = self._components(flat, section, llamafactory.get("output_dir"))
         if flat.train_type == "dynamic_mix":
             mixer: Component[NativeMixer] | None = found
             # Anew: without update_step the mixer says how often it acts, and it is known only now.
@@ -99,7 +100,8 @@ class _Loading:
             self.notes += check_mixing(
                 flat, llamafactory, mixer, section.mixture.unit, weighs, self.origin, self.problems
             )
-        self._cross_check(flat, llamafactory, stage, schedule, found, weighter, section)
+        methods = [each for each in (found, weighter, prefilter) if each]
+        self._cross_check(flat, llamafactory, stage, schedule, methods, section)
         total = known_steps(flat, schedule, llamafactory)
         for each in (found, weighter):
             if each and total and (note := idle_note(each.name, each.method, schedule, total)):
@@ -107,7 +109,7 @@ class _Loading:
         params = found.params if found else None
         root = store_root(section.store, getattr(params, "cache_dir", None) if found and found.needs else None)
         # Only features of the live model are certain to be written: a run that reads may name a read-only root.
-        live = any(need.state is None for each in (found, weighter) if each for need in each.needs)
+        live = any(need.state is None for each in methods for need in each.needs)
         self._check_surroundings(llamafactory, section, root, section.must_write(schedule, live))
         self.problems.raise_if_any()
         return Settings(
@@ -119,7 +121,9 @@ class _Loading:
             params=params,
             weighter=weighter.cls if weighter else None,
             weighter_params=weighter.params if weighter else None,
-            needs=(*(found.needs if found else ()), *(weighter.needs if weighter else ())),
+            prefilter=prefilter.cls if prefilter else None,
+            prefilter_params=prefilter.params if prefilter else None,
+            needs=tuple(need for each in methods for need in each.needs),
             schedule=schedule,
             dataflex=section,
             store_root=root,
@@ -197,7 +201,7 @@ class _Loading:
             elif key in FlatKeys.model_fields or (key in known_keys() and key not in DataflexKeys.model_fields):
                 text = f"found an unknown key; expected {key} at the top level of the run file"
                 self.problems.say(self.origin, f"dataflex.{key}", text)
-            elif key == "weighter" and isinstance(value, dict):  # its params are checked by the weighter's own model
+            elif key in ("weighter", "prefilter") and isinstance(value, dict):  # its params have a model of their own
                 right[key] = {k: v for k, v in value.items() if k != "params"}
             elif key != "params" and value is not None:
                 right[key] = replaced(value, output_dir, self.origin, f"dataflex.{key}", self.problems)
@@ -230,11 +234,11 @@ class _Loading:
 
     def _components(
         self, flat: FlatKeys, section: DataflexKeys, output_dir: Any
-    ) -> tuple[Component[Any] | None, Component[NativeWeighter] | None]:
-        """Return the method of the run, and the weighter beside a mixer."""
+    ) -> tuple[Component[Any] | None, Component[NativeWeighter] | None, Component[NativeSelector] | None]:
+        """Return the method of the run, the weighter beside a mixer, and the prefilter before a selector."""
         written = self.document.values.get("dataflex")
         written = written if isinstance(written, dict) else {}
-        params, beside = written.get("params"), written.get("weighter")
+        params, beside, before = (written.get(key) for key in ("params", "weighter", "prefilter"))
 
         def found(asked: Asked[M]) -> Component[M] | None:
             file = flat.components_cfg_file
@@ -251,8 +255,13 @@ class _Loading:
         if section.weighter is not None and registry is not MIXERS:
             why = "Without a mixer the weighter is component_name itself, under train_type: dynamic_weight"
             self.problems.add(self.origin, "dataflex.weighter", "train_type: dynamic_mix beside it", beside, why=why)
+        if section.prefilter is not None and registry is not SELECTORS:
+            why = "It says which rows a selector looks at"
+            self.problems.add(
+                self.origin, "dataflex.prefilter", "train_type: dynamic_select beside it", before, why=why
+            )
         if registry is None:
-            return None, None
+            return None, None, None
         asked = Asked(flat.component_name or "", registry, params)
         if registry is MIXERS:
             asked = mixer_asked(flat, asked, self.notes)
@@ -260,7 +269,7 @@ class _Loading:
             if self.document.values.get("component_name") in (None, ""):
                 named = {"selector": "less or random", "mixer": "odm or static", "weighter": "loss"}[registry.kind]
                 self.problems.add(self.origin, "component_name", f"a {registry.kind}, such as {named}, or module:Class")
-            return None, None
+            return None, None, None
         weighter = None
         if section.weighter is not None and registry is MIXERS and isinstance(beside, dict):
             at = ("dataflex.weighter.name", "dataflex.weighter.params")
@@ -268,7 +277,13 @@ class _Loading:
             if weighter is not None and weighter.method.acts_alone:
                 why = "A weighter of the classic interface computes the whole loss, so it acts alone: dynamic_weight"
                 self.problems.add(self.origin, at[0], "a weighter that gives weights", section.weighter.name, why=why)
-        return found(asked), weighter
+        method, prefilter = found(asked), None
+        if section.prefilter is not None and registry is SELECTORS and isinstance(before, dict):
+            at = ("dataflex.prefilter.method", "dataflex.prefilter.params")
+            prefilter = found(Asked(section.prefilter.method, SELECTORS, before.get("params"), *at))
+        if method is not None and prefilter is not None:
+            check_prefilter(method, prefilter, section.refresh.policy, self.origin, self.problems)
+        return method, weighter, prefilter
 
     def _cross_check(
         self,
@@ -276,24 +291,32 @@ class _Loading:
         llamafactory: Mapping[str, Any],
         stage: str,
         schedule: Schedule,
-        found: Component[Any] | None,
-        weighter: Component[NativeWeighter] | None,
+        methods: Sequence[Component[Any]],
         section: DataflexKeys,
     ) -> None:
-        """Check the keys against each other, as far as this run uses them."""
+        """Check the keys against each other, as far as this run uses them.
+
+        Args:
+            flat: DataFlex's keys at the top level.
+            llamafactory: LLaMA-Factory's.
+            stage: of the training.
+            schedule: of the run.
+            methods: the run's own, then what stands beside it or before.
+            section: the mapping `dataflex`.
+        """
         check = Combinations(llamafactory, self.origin, self.problems)
         check.check_signals()
         if section.exclude_targets:
             check.check_exclusion(flat.train_type)
         check.check_tests(flat.train_type, section)
         is_dynamic = flat.train_type != "static"
-        needs = tuple(need for each in (found, weighter) if each for need in each.needs)
+        needs = tuple(need for each in methods for need in each.needs)
         specs = [
             *(need.spec for need in needs),
-            *(spec for each in (found, weighter) if each for spec in each.method.asked),
+            *(spec for each in methods for spec in each.method.asked),
             *section.features,
         ]
-        policies_taken = found.method.refreshes if found and flat.train_type == "dynamic_select" else REFRESHES
+        policies_taken = methods[0].method.refreshes if methods and flat.train_type == "dynamic_select" else REFRESHES
         if section.refresh.policy not in policies_taken:
             expected = f"{' or '.join(policies_taken)} with these parameters"
             why = "What the method compares must be of one state of the model"
@@ -309,13 +332,11 @@ class _Loading:
             check.check_schedule(schedule, flat.train_type)
         if (
             flat.train_type == "dynamic_weight"
-            or weighter is not None
-            or (flat.train_type == "dynamic_mix" and found is not None and watches(found.method))
+            or section.weighter is not None
+            or (flat.train_type == "dynamic_mix" and any(watches(each.method) for each in methods))
         ):
             check.check_losses()
-        if any(need.of == "targets" for need in needs) or any(
-            each.method.needs_targets for each in (found, weighter) if each
-        ):
+        if any(need.of == "targets" for need in needs) or any(each.method.needs_targets for each in methods):
             check.check_targets()
         else:
             check.check_evaluation()

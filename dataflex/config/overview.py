@@ -25,6 +25,9 @@ def summary(settings: Settings) -> list[str]:
     if settings.dataflex.weighter is not None:
         lines.append(f"  weighter    {settings.dataflex.weighter.name}")
         lines += [f"              {name}: {value}" for name, value in settings.weighter_params.model_dump().items()]
+    if (prefilter := settings.dataflex.prefilter) is not None:
+        lines.append(f"  prefilter   {prefilter.method}: keep {prefilter.keep:g}, tail {prefilter.tail:g}")
+        lines += [f"              {name}: {value}" for name, value in settings.prefilter_params.model_dump().items()]
     lines += [f"  features    {text}" for text in _features(settings)]
     if settings.needs or settings.dataflex.features:
         lines.append(f"  stores      {settings.store_root} ({settings.dataflex.storage})")
@@ -47,8 +50,11 @@ def _features(settings: Settings) -> list[str]:
     warm = settings.schedule.warmup_step
     live = f"after the warm-up of {warm} steps" if warm else "of the initial model"
     found = []
-    for need in settings.needs:
-        which = "training rows" if need.of == "train" else "targets"
+    prefilter = settings.new_prefilter()
+    some = len(settings.needs) - len(prefilter.needs()) if prefilter is not None else 0
+    for number, need in enumerate(settings.needs):
+        rows = "training rows that go on" if number < some else "training rows"
+        which = rows if need.of == "train" else "targets"
         state = live if need.state is None else "of the base model" if need.state == BASE else f"at {need.state}"
         found.append(f"{need.spec.describe()} of the {which}, {state}")
     for spec in settings.dataflex.features:

@@ -31,6 +31,8 @@ _TYPES = {
     "None": "null",
 }  # fmt: skip
 _REFERENCE = "#/definitions/"
+_BESIDE = {"weighter": ("weighter", "name"), "selector": ("prefilter", "method")}
+"""Kinds of methods that stand beside another or before it: under which key, and by which one in it they are named."""
 _WITHOUT_PLUGINS: Schema = {"not": {"required": ["plugins"]}}
 """A plugin may register a built-in method's name, whose parameters are then its own."""
 
@@ -50,10 +52,11 @@ def run_file_schema() -> Schema:
     flat, section = definitions[keys[FlatKeys]], definitions[keys[DataflexKeys]]
     params: Schema = {"description": "parameters of the method; `dataflex ls NAME` lists them", "type": "object"}
     section["properties"]["params"] = params
-    weighter = section["properties"]["weighter"]["anyOf"][0]
-    weighter |= definitions[_target(weighter)]
-    weighter["properties"] |= {"params": _or_null(params, definitions)}
-    del weighter["$ref"]
+    for key in ("weighter", "prefilter"):  # whose parameters are those of the method that they name
+        beside = section["properties"][key]["anyOf"][0]
+        beside |= definitions[_target(beside)]
+        beside["properties"] |= {"params": _or_null(params, definitions)}
+        del beside["$ref"]
     for ours in (flat, section):  # `key:` without a value is null, and means the default
         ours["properties"] = {key: _or_null(value, definitions) for key, value in ours["properties"].items()}
     theirs = {name: _of_llamafactory(name, key) for name, key in sorted(known_keys().items())}
@@ -202,10 +205,11 @@ def _parameters(models: dict[str, type[BaseModel]]) -> Iterator[Schema]:
             given |= {"static_mix": {"enum": [False, None]}, "mixture_sample_rule": {"enum": ["mixture", None]}}
         required = ["train_type", "component_name"]
         yield _if({**given, "dataflex": _WITHOUT_PLUGINS}, {"dataflex": {"properties": {"params": params}}}, required)
-        if kind == "weighter":
-            named = {"type": "object", "properties": {"name": {"const": name}}, "required": ["name"]}
-            beside = {**_WITHOUT_PLUGINS, "properties": {"weighter": named}, "required": ["weighter"]}
-            then = {"dataflex": {"properties": {"weighter": {"properties": {"params": params}}}}}
+        if kind in _BESIDE:
+            key, called = _BESIDE[kind]
+            named = {"type": "object", "properties": {called: {"const": name}}, "required": [called]}
+            beside = {**_WITHOUT_PLUGINS, "properties": {key: named}, "required": [key]}
+            then = {"dataflex": {"properties": {key: {"properties": {"params": params}}}}}
             yield _if({"dataflex": beside}, then, ["dataflex"])
 
 

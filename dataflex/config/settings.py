@@ -12,6 +12,7 @@ from dataflex.config.keys import DataflexKeys, FlatKeys
 from dataflex.features.need import Need
 from dataflex.method import Method
 from dataflex.schedule import Schedule
+from dataflex.selectors.base import NativeSelector
 from dataflex.weighters.base import NativeWeighter
 
 
@@ -28,6 +29,8 @@ class Settings(BaseModel):
     params: Any = Field(description="an instance of its Params; each class has a model of its own")
     weighter: type[NativeWeighter] | None = Field(None, description="the class of a weighter beside a mixer")
     weighter_params: Any = Field(None, description="its parameters")
+    prefilter: type[NativeSelector] | None = Field(None, description="the class of a prefilter before a selector")
+    prefilter_params: Any = Field(None, description="its parameters")
     needs: tuple[Need, ...] = Field(description="features they declare")
     schedule: Schedule
     dataflex: DataflexKeys = Field(description="the `dataflex:` mapping")
@@ -41,6 +44,10 @@ class Settings(BaseModel):
     def new_weighter(self) -> NativeWeighter | None:
         """Return a new instance of the weighter beside the mixer."""
         return self.weighter(self.weighter_params) if self.weighter is not None else None
+
+    def new_prefilter(self) -> NativeSelector | None:
+        """Return a new instance of the prefilter before the selector."""
+        return self.prefilter(self.prefilter_params) if self.prefilter is not None else None
 
     @property
     def train_type(self) -> str:

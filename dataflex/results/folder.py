@@ -180,9 +180,9 @@ class RunFolder:
     def pool(self, number: int) -> pa.Table | None:
         """Return the score of every training row at an update, and the update its features were of; or None.
 
-        Columns: `score`, how much the method's rule prefers the row (null: it cannot be chosen), `updated`, `judged`,
-        the score itself (null: the method has none), and `norm` of the row's gradient (null: not known). Runs of an
-        older version have the first two.
+        Columns: `score`, how much the method's rule prefers the row (null: it cannot be chosen), `updated` (-1: a
+        prefilter left the row out), `judged`, the score itself (null: the method has none), and `norm` of the row's
+        gradient (null: not known). Runs of an older version have the first two.
 
         Raises:
             CorruptionError: it cannot be read, or has other rows than the run's map.

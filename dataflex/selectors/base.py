@@ -28,7 +28,7 @@ class Context:
     """What a selector is given at an update.
 
     Attributes:
-        rows: the training rows.
+        rows: the training rows; behind a prefilter, those that it lets through, as if there were no others.
         targets: target sets by name, from `eval_dataset` or `val_size`.
         features: gives the features that the selector declared in `needs`.
         round: the round to be filled.

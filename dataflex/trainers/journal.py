@@ -133,7 +133,7 @@ class Journal:
         Args:
             number: of the round.
             scores: (N,) how much the rule prefers a row, not finite where it cannot be chosen.
-            updated: (N,) the update at which a row's features were computed.
+            updated: (N,) the update at which a row's features were computed, -1 of a row that was not looked at.
             judged: (N,) the method's score of it, not finite where it has none.
             norms: (N,) of its gradient, NaN where there is none.
         """

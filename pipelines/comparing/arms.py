@@ -130,9 +130,13 @@ def _method(name: str, run: Settings) -> dict[str, Any]:
 
 
 def _kind(kind: str, run: Settings) -> dict[str, Any]:
-    """Return the keys that make a run one of another kind; only a mixer has a weighter beside."""
+    """Return the keys that make a run one of another method; only a mixer has a weighter beside.
+
+    A prefilter is the run's own method's; an entry of `dataflex.arms` may name one for another.
+    """
     alone = kind != run.train_type and run.dataflex.weighter is not None
-    return {"train_type": kind} | ({"dataflex.weighter": None} if alone else {})
+    before = {} if run.dataflex.prefilter is None else {"dataflex.prefilter": None}
+    return {"train_type": kind} | ({"dataflex.weighter": None} if alone else {}) | before
 
 
 def _steps(name: str, run: Settings) -> int:

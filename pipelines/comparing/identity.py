@@ -14,6 +14,7 @@ from dataflex.components.registry import import_plugin
 from dataflex.components.user_code import code_digest, modules_digest
 from dataflex.config.arguments import ARGUMENTS, SETTINGS
 from dataflex.config.paths import dataset_files, names
+from dataflex.config.settings import Settings
 from dataflex.features.spec import ENGINE_VERSION
 from dataflex.fingerprint import file_digest, model_digest
 from dataflex.folders import folder_digest
@@ -53,7 +54,8 @@ def identity(trial: Trial, mirrored: Trial | None, processes: int, is_portable: 
     """
     settings, llamafactory = trial.settings, trial.settings.llamafactory
     without = {k for k, way in ARGUMENTS.items() if way == "no value"} - set(_CHOOSING) | {"dataset_dir"}
-    ours = {k for k, way in SETTINGS.items() if way == "identity"} | set(_MEASURED)
+    # A prefilter stands by itself, where there is one: what was known before there were any keeps its name.
+    ours = {k for k, way in SETTINGS.items() if way == "identity"} - {"prefilter"} | set(_MEASURED)
     if is_portable:
         without |= set(_MODELS)
         ours -= {"test_reward"}  # may name a file by its place; `reward` has what it is
@@ -93,9 +95,19 @@ def identity(trial: Trial, mirrored: Trial | None, processes: int, is_portable: 
         "lengths of": identity(mirrored, None, processes, is_portable)
         if mirrored is not None and rows is trial
         else None,
+        **({} if settings.prefilter is None else {"prefilter": _prefilter(settings, is_portable)}),
         **({} if trial.num is None else {"rows chosen": trial.num}),
         **({} if rows is trial else {"choice": identity(rows, mirrored, processes, is_portable)}),
     }
+
+
+def _prefilter(settings: Settings, is_portable: bool) -> dict[str, Any]:
+    """Return what a prefilter keeps by."""
+    options = settings.dataflex.prefilter
+    assert options is not None
+    params = settings.prefilter_params.model_dump(mode="json")
+    code = code_digest(settings.prefilter)
+    return {**options.model_dump(mode="json"), "params": _by_content(params, is_portable), "code": code}
 
 
 def _data(wanted: Sequence[str], directory: str, is_portable: bool) -> dict[str, Any]:

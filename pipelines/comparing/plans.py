@@ -174,7 +174,10 @@ def _live(trial: Trial) -> list[FeatureSpec]:
     """Return the features of training rows that a run asks for of the model that it trains.
 
     Not what it writes and judges itself: a featurize is asked for the targets' features as well, and takes them both.
+    Nor what it asks for behind a prefilter, which is of some rows alone.
     """
+    if trial.settings.prefilter is not None:
+        return []
     needs = trial.settings.needs
     return [need.spec for need in needs if need.state is None and need.of == "train" and not need.spec.rewards]
 

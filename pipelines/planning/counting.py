@@ -71,6 +71,9 @@ class Counting:
         """Count the features of an ask that are computed in one pass."""
         unique, first = self._distinct(ask, specs[0], rows)
         names = [self._name(ask, spec) for spec in specs]
+        if ask.kept is not None:
+            kept = self._kept(ask, dict(zip(names, specs, strict=True)), unique, rows)
+            unique, first = unique[kept], first[kept]
         if ask.fresh == "none":
             absent = np.zeros((len(specs), len(unique)), bool)
         else:
@@ -96,7 +99,19 @@ class Counting:
         updated = self._naming.refreshed(ask.update)
         if updated is not None:
             return np.isin(unique, rows.keys[updated == ask.update])
-        return np.arange(len(unique)) < round(ask.count * len(unique) / len(rows))
+        return np.arange(len(unique)) < round(ask.count * len(unique) / (ask.kept or len(rows)))
+
+    def _kept(self, ask: Ask, names: Mapping[str, FeatureSpec], unique: np.ndarray, rows: Rows) -> np.ndarray:
+        """Return the keys that a prefilter lets through: those of a run that was alike; else any, as scores decide.
+
+        Those that are there come first, since a run of before, or featurize, has computed just these.
+        """
+        updated = self._naming.refreshed(ask.update)
+        if updated is not None:
+            return np.flatnonzero(np.isin(unique, rows.keys[updated >= 0]))
+        is_there = np.any([self._has(name, spec, ask, unique) for name, spec in names.items()], axis=0)
+        able = np.flatnonzero(np.isin(unique, rows.keys[rows.supervised > 0]))
+        return np.sort(able[np.argsort(~is_there[able], kind="stable")][: ask.kept])
 
     def _work(
         self,
@@ -109,8 +124,9 @@ class Counting:
     ) -> _Work:
         """Return what computing features costs, cell by cell, where rows (S, R) are absent from their stores."""
         is_whole = bool(absent.all())
-        if is_whole and (ask.target, specs) in self._whole:
-            return self._whole[ask.target, specs]
+        named = ask.target, specs, ask.kept
+        if is_whole and named in self._whole:
+            return self._whole[named]
         found = _Work(dict.fromkeys(specs, 0))
         grid = Grid(unique, self._options.fragment_rows)
         nothing: Any = dict.fromkeys(specs)
@@ -126,7 +142,7 @@ class Counting:
             for spec in cell.specs:
                 found.sizes[spec] += self._sizes(spec)[1].fragment(count)
         if is_whole:  # as it will be at every update
-            self._whole[ask.target, specs] = found
+            self._whole[named] = found
         return found
 
     def _distinct(self, ask: Ask, spec: FeatureSpec, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from dataflex.fingerprint import digest
 from dataflex.live.known import KnownState
 from dataflex.llamafactory.records import Sample
 from dataflex.pipelines.identity import run_identity
-from dataflex.pipelines.planning.asks import Ask, of_featurize, of_train
+from dataflex.pipelines.planning.asks import Ask, kept_rows, of_featurize, of_train
 from dataflex.pipelines.planning.cost import Clock, Work
 from dataflex.pipelines.planning.counting import Counting
 from dataflex.pipelines.planning.naming import Naming
@@ -79,12 +79,17 @@ class Planned:
             "run": str(self.settings.path),
             "train_type": self.settings.train_type,
             "method": self.settings.component_name,
+            "prefilter": self._prefilter(),
             "store": run.access.url,
             **self._data(),
             "schedule": steps.plain(mean),
             "needs": [asdict(need) for need in train.needs],
             "states": self._states(),
-            "totals": {**train.totals(), "gradients_per_chosen_row": ratio},
+            "totals": {
+                **train.totals(),
+                "gradients_per_chosen_row": ratio,
+                "gradients_per_trained_row": float(f"{train.gradients / max(1, steps.rows):.3f}"),
+            },
             "featurize": {
                 **ahead.totals(),
                 "needs": [asdict(need) for need in ahead.needs],
@@ -98,8 +103,8 @@ class Planned:
     def _run(self, outline: DirectedTrainer) -> Run:
         """Put the run together as `open_run` does, over what is known of its model, and recording nothing."""
         settings, sets, state = self.settings, outline.row_sets, self.state
-        method, weighter = settings.new_method(), settings.new_weighter()
-        methods = [each for each in (method, weighter) if each is not None]
+        method, weighter, prefilter = settings.new_method(), settings.new_weighter(), settings.new_prefilter()
+        methods = [each for each in (method, weighter, prefilter) if each is not None]
         about = run_identity(settings, outline, state, methods) if self.sample is None else {}
         identity = digest(about) if about else ""
         root = StoreRoot(settings.store_root)
@@ -117,15 +122,25 @@ class Planned:
             journal=Journal(self.folder / "rounds"),
             method=method,
             weighter=weighter,
+            prefilter=prefilter,
             identity=identity,
             about=about,
             since=time.monotonic(),
         )
         if not len(run.eligible):
             raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
-        if any(spec.gradient for spec in [need.spec for need in run.needs] + list(settings.dataflex.features)):
+        if any(spec.gradient for spec in [need.spec for need in run.declared] + list(settings.dataflex.features)):
             state.refuse_quantised()
         return run
+
+    def _prefilter(self) -> dict[str, Any] | None:
+        """Return the prefilter, and how many distinct rows it lets through at an update."""
+        options = self.settings.dataflex.prefilter
+        if options is None:
+            return None
+        factor = self._factor(self.run.rows)
+        head, tail = (round(count * factor) for count in kept_rows(self.run))
+        return {"method": options.method, "kept": head, "tail": tail}
 
     def _skipped(self) -> set[int]:
         """Return the numbers of the rounds that a run which goes on from a checkpoint does not decide any more."""
@@ -142,7 +157,7 @@ class Planned:
 
     def _ahead(self, clock: Clock, ahead: Count, mean: float) -> list[Work]:
         """Return what featurize takes time for: passes, behind the warm-up if features depend on its end."""
-        step, is_trained = self.naming.warm_step, self.run.live_needs and not self.naming.is_kept
+        step, is_trained = self.naming.warm_step, self.run.is_live and not self.naming.is_kept
         warmup = [clock.training(step, round(step * self.steps.global_batch * mean))] if step and is_trained else []
         return [*warmup, *map(clock.passes, together(ahead.passes))]
 

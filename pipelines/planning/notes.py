@@ -8,6 +8,7 @@ from dataflex.llamafactory.records import Sample
 from dataflex.mixers.base import NativeMixer
 from dataflex.pipelines.planning.naming import Naming
 from dataflex.pipelines.run import Run
+from dataflex.pipelines.selecting.pool import most_rows
 from dataflex.selectors.base import NativeSelector
 
 
@@ -25,7 +26,7 @@ def notes_of(run: Run, naming: Naming, sample: Sample | None, settings: Settings
         for spec in each.asked if each is not None else ():
             found.append(
                 f"{name} asks for {spec.describe()} of some training rows that it finds while it chooses, at most "
-                f"{len(run.eligible)} at each update; they are in no number here"
+                f"{most_rows(run)} at each update; they are in no number here"
             )
     for spec in dict.fromkeys(need.spec for need in run.needs):
         if isinstance(spec, PolicyGradientSpec):
@@ -33,6 +34,11 @@ def notes_of(run: Run, naming: Naming, sample: Sample | None, settings: Settings
                 f"{spec.describe()}: {spec.mc_samples} responses to each row are written, judged and kept, as far as "
                 "no store has them; their files are in no number, and their time is that of the longest they may be"
             )
+    if settings.dataflex.prefilter is not None:
+        found.append(
+            f"prefilter {settings.dataflex.prefilter.method}: which rows go on follows from its scores; any so many "
+            "stand for them, so their number is exact and their tokens are not"
+        )
     if settings.dataflex.refresh.policy == "rotating" and len(run.updates) > 1 and run.live_needs:
         found.append("refresh policy rotating: which rows are computed follows from scores, so counts are approximate")
     if naming.is_nameless:
@@ -40,7 +46,7 @@ def notes_of(run: Run, naming: Naming, sample: Sample | None, settings: Settings
             f"the kept state {str(naming.lineage)[:8]} is of an older DataFlex, which did not note the names of its "
             "features: those that are there are counted as missing"
         )
-    if isinstance(run.method, NativeSelector) and naming.lineage is None and naming.warm_step and run.live_needs:
+    if isinstance(run.method, NativeSelector) and naming.lineage is None and naming.warm_step and run.is_live:
         found += [] if sample is not None else ["the state at the end of the warm-up cannot be kept: see docs/runs.md"]
     if isinstance(run.method, NativeMixer) and "expert_loads" in run.method.signals:
         found.append(f"{settings.component_name} sends held-out rows through the model at updates: in no number here")

@@ -23,6 +23,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         )
         out.append(_line("sampled", f"{looked} records; all numbers are scaled"))
     out.append(_line("steps", _steps(schedule)))
+    if (before := found["prefilter"]) is not None:
+        those = f"keeps {before['kept']:,} rows, and {before['tail']:,} of the others, drawn at each update"
+        out.append(_line("prefilter", f"{before['method']}: {those}"))
     out += [_line("kept state", _state(state)) for state in found["states"]]
     out += ["", *_table(found["needs"])]
     out += ["", _line("train", _totals(totals)), *_time(found["seconds"])]
@@ -93,7 +96,8 @@ def _totals(about: Mapping[str, Any]) -> str:
     if not about["computed"]:
         return f"nothing is computed; {about['reused']:,} values are there" if about["reused"] else "no features"
     ratio = about.get("gradients_per_chosen_row")
-    each = f", {ratio:g} for each row chosen" if ratio else ""
+    trained = about.get("gradients_per_trained_row")
+    each = f", {ratio:g} for each row chosen, {trained:g} for each row trained on" if ratio else ""
     passes = f"{about['forward']:,} forward and {about['gradients']:,} backward passes of rows{each}"
     size = f"{_bytes(about['bytes'])} of values in {_bytes(about['files'])} of files"
     return f"{about['computed']:,} values computed, {about['reused']:,} there; {passes}; {size}"

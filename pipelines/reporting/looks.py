@@ -19,6 +19,7 @@ _COMMON = 0.5
 _SAME = 0.95
 _OF_ONE_SOURCE = 0.95
 _TRUNCATED = 0.1
+_LOST = 0.1
 
 
 def looks(arrays: Arrays, statuses: Statuses) -> list[str]:
@@ -93,6 +94,13 @@ def _of_updates(arrays: Arrays) -> list[str]:
         found.append(
             f"At {last.name}, {max(below, scored - below):,} of {scored:,} scores have one sign, and vectors share a "
             f"direction (mean cosine {common:.2f}): scores rank rows by what is left beside it."
+        )
+    told = [update.info.get("diagnostics", {}).get("lost") for update in arrays.updates]
+    lost = [share for share in told if share is not None]
+    if lost and np.mean(lost) >= _LOST:
+        found.append(
+            f"The prefilter keeps about {np.mean(lost):.0%} of the choice from the method (mean of {len(lost)} "
+            "updates): raise its keep, or take another."
         )
     alike = known.get("overlap")
     if alike is not None and alike >= _SAME:

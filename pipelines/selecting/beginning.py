@@ -9,6 +9,7 @@ from dataflex import distributed
 from dataflex.errors import CoverageError
 from dataflex.pipelines.run import Run
 from dataflex.pipelines.selecting import update, warmup
+from dataflex.pipelines.selecting.pool import most_rows
 from dataflex.results import opening
 from dataflex.selectors.base import Beginning
 
@@ -42,9 +43,14 @@ def begin(run: Run, checkpoint: str | None, largest: int, too_many: str) -> Begu
     """
     refuse_silent_targets(run)
     if run.settings.train_type == "dynamic_select":
-        if run.selector.chooses_distinct and largest > len(run.eligible):
+        most = most_rows(run)
+        if run.selector.chooses_distinct and largest > most:
             raise CoverageError(too_many)
-        run.selector.prepare(Beginning(run.rows, run.targets, largest, run.access.width))
+        # Which rows go on is not known yet; how many is, so any so many stand for them.
+        rows = run.rows if run.prefilter is None else run.rows.take(run.eligible[:most])
+        run.selector.prepare(Beginning(rows, run.targets, largest, run.access.width))
+        if run.prefilter is not None:
+            run.prefilter.prepare(Beginning(run.rows, run.targets, 1, run.access.width))
     if not run.state.has_adapter:  # of a model trained whole, the base is at hand before any weight is loaded
         update.ensure_base(run)
     warm = warmup.WarmState(run, is_resumed=checkpoint is not None)
@@ -67,7 +73,7 @@ def refuse_silent_targets(run: Run) -> None:
     Raises:
         CoverageError: a target set has no supervised token.
     """
-    for name, target in run.targets.items() if any(need.of == "targets" for need in run.needs) else ():
+    for name, target in run.targets.items() if any(need.of == "targets" for need in run.declared) else ():
         if not (target.supervised > 0).any():
             raise CoverageError(
                 f"target set {name}: none of its {len(target)} rows has a supervised token; check its answers, the "

@@ -7,7 +7,7 @@ of them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from dataflex import distributed
 from dataflex.features.need import View
 from dataflex.features.spec import FeatureSpec
+from dataflex.pipelines.selecting.prefilter import Candidates
 from dataflex.rows import Rows, Status
 from dataflex.selectors.base import Selection
 from dataflex.selectors.parts.similarity import shared_blocks, unit
@@ -41,6 +42,10 @@ class Diagnostics:
             over several checkpoints, the mean.
         overlap: share of the distinct rows chosen that the last update had chosen as well.
         sources: rows chosen, by dataset.
+        candidates: rows that a prefilter let through, its sample of the others among them.
+        tail: of them, those of the sample.
+        tail_chosen: of these, those that were chosen.
+        lost: estimated share of a choice from the whole pool that would have been rows which were left out, 0 to 1.
     """
 
     scored: int | None = None
@@ -54,6 +59,10 @@ class Diagnostics:
     common_direction: Mapping[str, float] = field(default_factory=dict)
     overlap: float | None = None
     sources: Mapping[str, int] = field(default_factory=dict)
+    candidates: int | None = None
+    tail: int | None = None
+    tail_chosen: int | None = None
+    lost: float | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return what there is, as plain data; `Diagnostics(**plain)` is the same record."""
@@ -86,6 +95,11 @@ class Diagnostics:
             parts.append(f"correlation with the gradient's norm {self.norm_correlation:.2f}")
         if self.overlap is not None:
             parts.append(f"{self.overlap:.0%} of the rows as at the last update")
+        if self.candidates is not None:
+            parts.append(f"{self.candidates} rows behind the prefilter")
+        if self.lost is not None:
+            so = f": about {self.lost:.0%} of the choice is lost" if self.lost else ""
+            parts.append(f"{self.tail_chosen} of {self.tail} rows drawn from the others were chosen{so}")
         return "; ".join(parts)
 
 
@@ -116,6 +130,21 @@ def diagnose(
         overlap=None if last is None else _rounded(np.isin(np.unique(selection.rows), last).mean()),
         sources={rows.names[name]: count for name, count in zip(names.tolist(), counts.tolist(), strict=True)},
     )
+
+
+def behind_prefilter(found: Diagnostics, picked: Candidates, chosen: np.ndarray) -> Diagnostics:
+    """Add what a prefilter let through, and what its sample of the others says was lost.
+
+    Args:
+        found: the record of the update.
+        picked: the rows that went on.
+        chosen: (k,) positions among them, best first.
+    """
+    lost, tail = picked.lost(chosen), int(picked.is_tail.sum())
+    found = replace(found, candidates=len(picked.rows))
+    if lost is None:
+        return found
+    return replace(found, tail=tail, tail_chosen=int(picked.is_tail[chosen].sum()), lost=_rounded(lost))
 
 
 def common_direction(view: View) -> float | None:

@@ -20,6 +20,7 @@ from dataflex.pipelines.selecting import update, warmup
 from dataflex.pipelines.selecting.beginning import Begun, begin
 from dataflex.pipelines.selecting.diagnostics import Diagnostics
 from dataflex.pipelines.selecting.kept_texts import keep
+from dataflex.pipelines.selecting.pool import most_rows
 from dataflex.pipelines.summary import TRAINED, write_summary
 from dataflex.rows import Rows
 from dataflex.schedule import Round
@@ -37,10 +38,12 @@ def directed(settings: Settings, trainer: DirectedTrainer, checkpoint: str | Non
     """
     run = open_run(settings, trainer, SelectingDirector.verb, trainer.rounds, checkpoint is not None)
     wanted = max((round.steps for round in run.updates), default=0) * trainer.global_batch
-    largest = wanted if settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
+    most = most_rows(run)
+    largest = wanted if settings.schedule.update_step > 0 else min(wanted, most)
+    behind = "" if run.prefilter is None else " behind dataflex.prefilter, whose keep can be raised"
     too_many = (
         f"update_step: an update needs {largest} rows ({largest // trainer.global_batch} steps of "
-        f"{trainer.global_batch}), found {len(run.eligible)} that can be chosen; lower update_step or the batch size"
+        f"{trainer.global_batch}), found {most} that can be chosen{behind}; lower update_step or the batch size"
     )
     return SelectingDirector(begin(run, checkpoint, largest, too_many))
 

@@ -12,6 +12,7 @@ from dataflex import distributed
 from dataflex.features.need import StateName, View
 from dataflex.features.spec import EmbeddingSpec, FeatureSpec, GradientSpec
 from dataflex.pipelines.run import Run
+from dataflex.pipelines.selecting.pool import Pool
 from dataflex.results import texts
 from dataflex.trainers.rounds import DecidedRound
 
@@ -23,7 +24,13 @@ Views = Mapping[tuple[FeatureSpec, str | None, StateName], View]
 """Features by what they are, of which target set (None: training rows), at which state."""
 
 
-def keep(run: Run, decided: DecidedRound, pool: np.ndarray | None = None, views: Views | None = None) -> None:
+def keep(
+    run: Run,
+    decided: DecidedRound,
+    pool: np.ndarray | None = None,
+    views: Views | None = None,
+    looked_at: Pool | None = None,
+) -> None:
     """Write the texts of a round, on rank 0. A training does not end because it cannot be done.
 
     Args:
@@ -31,6 +38,7 @@ def keep(run: Run, decided: DecidedRound, pool: np.ndarray | None = None, views:
         decided: the round.
         pool: (N,) the score of every training row, not finite where it cannot be chosen, or None.
         views: the features that it was decided by; None: what is near is not known.
+        looked_at: the training rows that these are of; None: all.
     """
     most = run.settings.dataflex.keep_texts
     if not distributed.is_main() or not most:
@@ -38,7 +46,7 @@ def keep(run: Run, decided: DecidedRound, pool: np.ndarray | None = None, views:
     path = run.journal.texts(decided.round.number)
     try:
         kept = texts.worth_keeping(most, run.rows.dataset, decided.rows, decided.scores, pool)
-        near = None if views is None else nearest_targets(kept, views)
+        near = None if views is None else nearest_targets(kept, views, looked_at)
         texts.write(path, run.rows, run.targets, kept, near)
     except (OSError, ValueError) as error:  # a disk that is full, a text that cannot be written (Arrow's are such too)
         log.warning("%s is not written, so `dataflex show` has no texts of this round: %s", path, error)
@@ -46,7 +54,7 @@ def keep(run: Run, decided: DecidedRound, pool: np.ndarray | None = None, views:
             path.unlink(missing_ok=True)
 
 
-def nearest_targets(kept: np.ndarray, views: Views) -> texts.Near | None:
+def nearest_targets(kept: np.ndarray, views: Views, looked_at: Pool | None = None) -> texts.Near | None:
     """Return the target rows whose feature has the largest cosine with that of some training rows.
 
     The feature is the one that training rows and targets were last asked for alike: of several checkpoints, the last.
@@ -54,6 +62,7 @@ def nearest_targets(kept: np.ndarray, views: Views) -> texts.Near | None:
     Args:
         kept: (k,) the training rows.
         views: features.
+        looked_at: the training rows that these are of; None: all.
 
     Returns:
         What is nearest to those of them that have a direction, or None: the method compares rows with no target.
@@ -62,7 +71,9 @@ def nearest_targets(kept: np.ndarray, views: Views) -> texts.Near | None:
     if pair is None:
         return None
     of_rows, of_targets = pair
-    asked = list(_units(of_rows.take(kept)))
+    if looked_at is not None:
+        kept = kept[looked_at.place(kept) >= 0]
+    asked = list(_units(of_rows.take(kept if looked_at is None else looked_at.place(kept))))
     if not asked:
         return None
     usable, queries = (np.concatenate(each) for each in zip(*asked, strict=True))

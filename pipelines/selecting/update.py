@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from dataflex import distributed
-from dataflex.access.views import Mixed, StoreView
+from dataflex.config.keys import Refresh
 from dataflex.draws import generator, stream
 from dataflex.errors import CoverageError
-from dataflex.features.need import StateName
-from dataflex.features.spec import FeatureSpec
 from dataflex.pipelines.run import Run
-from dataflex.pipelines.selecting.diagnostics import Diagnostics, diagnose, gradient_norms
+from dataflex.pipelines.selecting.diagnostics import Diagnostics, behind_prefilter, diagnose, gradient_norms
+from dataflex.pipelines.selecting.features import UpdateFeatures
 from dataflex.pipelines.selecting.kept_texts import Views, keep
-from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
-from dataflex.rows import Rows, Status
+from dataflex.pipelines.selecting.pool import Pool
+from dataflex.pipelines.selecting.prefilter import candidates
+from dataflex.rows import Status
 from dataflex.schedule import Round
-from dataflex.selectors.base import BASE, Context, Need, Selection, View
-from dataflex.stores.parquet import ParquetStore
+from dataflex.selectors.base import BASE, Context, NativeSelector, Selection
 from dataflex.trainers.rounds import DecidedRound
 
 
@@ -33,9 +32,8 @@ def decide(run: Run, round: Round) -> DecidedRound:
     before = tally.computed, tally.reused, tally.seconds
     wanted = round.steps * run.trainer.global_batch
     # update_step 0: one selection holds for the rest of the epoch, so it is passed over as often as needed.
-    count = wanted if run.settings.schedule.update_step > 0 else min(wanted, len(run.eligible))
-    chosen = choose(run, round, count)
-    selection = chosen.selection
+    chosen = choose(run, round, wanted, is_at_most=run.settings.schedule.update_step == 0)
+    selection, count = chosen.selection, len(chosen.selection.rows)
     if selection.pool is not None and distributed.is_main():
         judged = selection.pool if selection.judged is None else selection.judged
         run.journal.write_pool(round.number, selection.pool, chosen.updated, judged, chosen.norms)
@@ -57,7 +55,7 @@ def decide(run: Run, round: Round) -> DecidedRound:
         "diagnostics": chosen.diagnostics.plain(),
     }
     decided = DecidedRound(round, selection.rows[order], scores[order], ages[order].astype(np.int32), info)
-    keep(run, decided, selection.pool, chosen.views)
+    keep(run, decided, selection.pool, chosen.views, chosen.pool)
     return decided
 
 
@@ -67,9 +65,11 @@ class Chosen:
 
     Attributes:
         selection: the rows.
-        updated: (N,) int32, the update at which the features of each training row were computed.
+        updated: (N,) int32, the update at which the features of each training row were computed, -1 of a row that was
+            not looked at.
         diagnostics: what the update looks like as a whole.
-        views: the features that were asked for.
+        views: the features that were asked for, of the rows that were looked at.
+        pool: these rows.
         norms: (N,) the norm of every training row's gradient, NaN where the update had none.
         nonfinite: training rows of which a feature was NaN or infinite.
     """
@@ -78,36 +78,94 @@ class Chosen:
     updated: np.ndarray
     diagnostics: Diagnostics
     views: Views
+    pool: Pool
     norms: np.ndarray
     nonfinite: int
 
 
-def choose(run: Run, round: Round, count: int) -> Chosen:
-    """Let the selector choose `count` rows, the same on every rank. Collective."""
-    features = UpdateFeatures(run, round)
-    selection = _ask(run, round, count, features)
+def choose(run: Run, round: Round, count: int, is_at_most: bool = False) -> Chosen:
+    """Let the selector choose rows, the same on every rank. Collective.
+
+    Args:
+        run: the run.
+        round: to be filled.
+        count: rows wanted.
+        is_at_most: whether it may be fewer, where there are not so many.
+    """
+    pool = looked_at(run, round)
+    count = min(count, int((pool.rows.supervised > 0).sum())) if is_at_most else count
+    features = UpdateFeatures(run, round, pool, run.needs, run.settings.dataflex.refresh)
+    name = run.settings.component_name or ""
+    selection = _ask(run, run.selector, name, count, features)
     if features.waiting and selection.pool is not None:
         features.refresh(selection.pool, selection.rows)
-        selection = _ask(run, round, count, features)
-    run.check(selection.rows, count)
+        selection = _ask(run, run.selector, name, count, features)
+    run.check(selection.rows, count, pool.rows)
     earlier = [r for r in run.updates if r.number < round.number]
-    last = run.decided(earlier[-1]).rows if earlier else None
-    norms = gradient_norms(features.of_training_rows, len(run.rows))
-    found = diagnose(run.rows, selection, features.of_training_rows, last, norms)
-    is_lost = np.zeros(len(run.rows), bool)
+    last = pool.place(run.decided(earlier[-1]).rows) if earlier else None
+    norms = gradient_norms(features.of_training_rows, len(pool.rows))
+    found = diagnose(pool.rows, selection, features.of_training_rows, last, norms)
+    if pool.picked is not None:
+        found = behind_prefilter(found, pool.picked, selection.rows)
+    is_lost = np.zeros(len(pool.rows), bool)
     for _, view in features.of_training_rows:
         is_lost |= np.asarray(view.status) == Status.NONFINITE
-    return Chosen(selection, features.updated, found, features.views, norms, int(is_lost.sum()))
+    updated, norms = pool.whole(features.updated, -1), pool.whole(norms, np.nan)
+    return Chosen(pool.of_all(selection), updated, found, features.views, pool, norms, int(is_lost.sum()))
 
 
-def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Selection:
-    """Return the selector's answer, the same on every rank. Collective."""
-    trainer = run.trainer
-    history = [run.decided(r).rows for r in run.updates if r.number < round.number]
+def looked_at(run: Run, round: Round) -> Pool:
+    """Return the training rows that the selector looks at: all, or what the prefilter lets through. Collective.
+
+    Raises:
+        CoverageError: the prefilter gave no scores, or no row has a finite one.
+    """
+    options, selector, whole = run.settings.dataflex.prefilter, run.prefilter, Pool.of(run.rows)
+    if options is None or selector is None:
+        return whole
+    update, needs = run.update_number(round), selector.needs()
+    # What looks at the base model alone ranks rows alike at every update; as at the first, even if it looks at more.
+    is_fixed = all(need.state is not None for need in needs)
+    features = UpdateFeatures(run, run.updates[0] if is_fixed else round, whole, needs, Refresh())
+    try:
+        found = _ask(run, selector, options.method, 1, features, ())
+    except CoverageError as error:
+        raise CoverageError(f"dataflex.prefilter.method: {options.method}: {error}") from error
+    if found.pool is None:
+        raise CoverageError(
+            f"dataflex.prefilter.method: {options.method} returned no scores of the training rows (Selection.pool), by "
+            "which the best are kept"
+        )
+    drawn = 0 if run.settings.dataflex.refresh.policy == "static" else update  # whose features are the first update's
+    rng = generator(run.trainer.args.seed, "tail", drawn)
+    able = run.rows.supervised > 0
+    scores = np.asarray(found.pool, dtype=np.float64)
+    picked = candidates(scores, run.rows.keys, able, options.keep, options.tail, rng)
+    if not len(picked.rows):
+        raise CoverageError(
+            f"dataflex.prefilter.method: {options.method} gave none of {len(run.rows)} rows a finite score, so none "
+            f"goes on to {run.settings.component_name}; take other params, or another method"
+        )
+    return Pool.of(run.rows, picked)
+
+
+def _ask(
+    run: Run,
+    selector: NativeSelector,
+    name: str,
+    count: int,
+    features: UpdateFeatures,
+    history: Sequence[np.ndarray] | None = None,
+) -> Selection:
+    """Return a selector's answer, the same on every rank. Collective."""
+    trainer, round, pool = run.trainer, features.round, features.pool
+    if history is None:
+        places = [pool.place(run.decided(r).rows) for r in run.updates if r.number < round.number]
+        history = [rows[rows >= 0] for rows in places]
     updates = sum(r.epoch == round.epoch for r in run.updates)
-    context = Context(run.rows, run.targets, features.get, round, features.update, updates, history, trainer.args.seed)
+    context = Context(pool.rows, run.targets, features.get, round, features.update, updates, history, trainer.args.seed)
     # It may ask for features and score its share of the rows, so it is called everywhere; rank 0's answer counts.
-    found = run.selector.select(
+    found = selector.select(
         trainer.model_wrapped,
         step_id=round.first_step,
         num_samples=count,
@@ -118,159 +176,19 @@ def _ask(run: Run, round: Round, count: int, features: UpdateFeatures) -> Select
         update_times=run.settings.schedule.update_times,
         tokenizer=trainer.processing_class,
     )
-    if run.selector.leaves_gradients:
+    if selector.leaves_gradients:
         trainer.model.zero_grad()
     with distributed.together():
-        answer = found if isinstance(found, Selection) else Selection(_flat(found, run.settings.component_name or ""))
+        answer = found if isinstance(found, Selection) else Selection(_flat(found, name))
     return distributed.broadcast(answer)
 
 
 def ensure_base(run: Run) -> None:
     """Bring about the declared features of the base model. Collective."""
     for of, sets in (("train", [run.rows]), ("targets", list(run.targets.values()))):
-        specs = list(dict.fromkeys(need.spec for need in run.needs if (need.of, need.state) == (of, BASE)))
+        specs = list(dict.fromkeys(need.spec for need in run.declared if (need.of, need.state) == (of, BASE)))
         for rows in sets if specs else []:
             run.access.ensure(specs, rows, BASE)
-
-
-@dataclass
-class UpdateFeatures:
-    """The features of one update, every declared one brought about when it is made. Making it is collective."""
-
-    run: Run
-    round: Round
-
-    def __post_init__(self) -> None:
-        run = self.run
-        self.update = run.update_number(self.round)
-        self.updated = np.full(len(run.rows), self.update, dtype=np.int32)
-        self._views: dict[tuple[FeatureSpec, str | None, StateName], View] = {}
-        self._refresh = run.settings.dataflex.refresh
-        last = self._last_updated()
-        if last is not None:
-            fresh = first(self._refresh, self.update, last)
-            self.updated = np.where(fresh, self.update, last).astype(np.int32)
-        has_stale = any(need.of == "train" for need in run.live_needs) and bool((self.updated != self.update).any())
-        self.waiting = self._refresh.policy == "rotating" and has_stale
-        groups = [
-            ([need for need in run.needs if (need.of, need.state) == (of, state)], name)
-            for of, state in dict.fromkeys((need.of, need.state) for need in run.needs)
-            for name in (run.targets if of == "targets" else [None])
-        ]
-        passes = sum(run.access.passes([need.spec for need in needs], self._rows(name)) for needs, name in groups)
-        with run.access.progress.showing(passes):
-            for needs, name in groups:
-                for need, view in zip(needs, self._together(needs, name), strict=True):
-                    self._views[need.spec, name, need.state] = view
-
-    def refresh(self, scores: np.ndarray, selected: np.ndarray) -> None:
-        """Compute the rest of the share, given scores (N,) by reused values and the rows (k,) selected. Collective."""
-        access = self.run.access
-        needs = [need for need in self.run.live_needs if need.of == "train"]
-        asked = access.tally.computed + access.tally.reused
-        self.updated[rest(self._refresh, self.updated == self.update, scores, selected)] = self.update
-        with access.progress.showing(access.passes([need.spec for need in needs], self.run.rows)):
-            for need, view in zip(needs, self._together(needs, None), strict=True):
-                self._views[need.spec, None, None] = view
-        access.tally.reused = asked - access.tally.computed  # each row counts once, as what it was in the end
-
-    def get(
-        self, spec: FeatureSpec, target: str | None = None, state: StateName = None, rows: np.ndarray | None = None
-    ) -> View:
-        """Give a selector a feature, computed now if it was not declared. Collective."""
-        asked = (spec, target, state)
-        if rows is None and asked in self._views:
-            return self._views[asked]
-        whole = self._rows(target)
-        wanted = whole if rows is None else whole.take(rows)
-        (store,) = self.run.access.ensure([spec], wanted, state, among=whole)
-        view = self.run.access.view(spec, wanted, store, is_target=target is not None)
-        if rows is None:
-            self._views[asked] = view
-        return view
-
-    @property
-    def views(self) -> Views:
-        """All features that were asked for so far."""
-        return self._views
-
-    @property
-    def of_training_rows(self) -> list[tuple[FeatureSpec, View]]:
-        """The features of all training rows that were asked for so far, each with what it is."""
-        return [(spec, view) for (spec, target, _), view in self._views.items() if target is None]
-
-    def _rows(self, target: str | None) -> Rows:
-        return self.run.rows if target is None else self.run.targets[target]
-
-    def _together(self, needs: list[Need], name: str | None) -> list[View]:
-        """Give several features of the same rows and state, computed in one pass."""
-        access, state = self.run.access, needs[0].state
-        rows = self._rows(name)
-        if state is None and name is not None and self._refresh.policy == "static" and self.update > 0:
-            access.progress.skip(access.passes([need.spec for need in needs], rows))
-            return [access.view(need.spec, rows, self._earlier(0, need), self.update, is_target=True) for need in needs]
-        if state is None and name is None and (self.updated != self.update).any():
-            return self._joined(needs)
-        stores = access.ensure([need.spec for need in needs], rows, state)
-        is_target = name is not None
-        return [access.view(n.spec, rows, store, is_target=is_target) for n, store in zip(needs, stores, strict=True)]
-
-    def _joined(self, needs: list[Need]) -> list[View]:
-        """Give several features of the training rows, each joined from several updates and moved to this one."""
-        access, specs = self.run.access, [need.spec for need in needs]
-        parts: list[list[tuple[np.ndarray, StoreView]]] = [[] for _ in needs]
-        for update in np.unique(self.updated).tolist():
-            at = np.flatnonzero(self.updated == update)
-            some = self.run.rows.take(at)
-            if update == self.update:
-                stores = access.ensure(specs, some, among=self.run.rows)
-            else:
-                stores = [self._earlier(update, need) for need in needs]
-                access.tally.reused += len(needs) * len(np.unique(some.keys))
-                access.progress.skip(access.passes(specs, some))
-            for part, spec, store in zip(parts, specs, stores, strict=True):
-                part.append((at, access.view(spec, some, store, self.update - update)))
-        if self._refresh.policy == "rotating":
-            self._move(needs, parts)
-        return [Mixed.of(part, len(self.run.rows)) for part in parts]
-
-    def _move(self, needs: list[Need], parts: list[list[tuple[np.ndarray, StoreView]]]) -> None:
-        """Move the vectors of earlier updates by what the anchors' have moved."""
-        fixed = self.run.rows.take(anchors(self._refresh, len(self.run.rows)))
-        for need, part in zip(needs, parts, strict=True):
-            if not need.spec.has_vectors:
-                continue
-            values = [self.run.access.view(need.spec, fixed, view.store).dense() for _, view in part]
-            part[:] = [
-                (at, view if view.ages[0] == 0 else replace(view, shift=moved(values[-1], before)))
-                for (at, view), before in zip(part, values, strict=True)
-            ]
-
-    def _earlier(self, update: int, need: Need) -> ParquetStore:
-        """Open the store that an earlier update of this run used."""
-        run = self.run
-        round = run.updates[update]
-        recipe = run.decided(round).info["recipes"][run.live_needs.index(need)]
-        store = run.access.root.find(need.spec.kind, recipe)
-        if store is None:
-            raise CoverageError(
-                f"the {need.spec.kind} store of round {round.number} is gone from {run.access.url}; start anew"
-            )
-        return store
-
-    def _last_updated(self) -> np.ndarray | None:
-        """Return the update of each row's last value, (N,); None where everything is computed anew."""
-        run = self.run
-        if self.update == 0 or self._refresh.policy == "full" or not run.live_needs:
-            return None
-        last = run.updates[self.update - 1]
-        found = distributed.broadcast(run.journal.read_pool(last.number) if distributed.is_main() else None)
-        if found is None:
-            raise CoverageError(
-                f"refresh policy {self._refresh.policy}: round {last.number} recorded no scores of the pool; the "
-                "policy needs a selector that returns them (Selection.pool). Use dataflex.refresh.policy: full"
-            )
-        return found[1]
 
 
 def round_seconds(seconds: float) -> float:

@@ -40,7 +40,7 @@ def draw(run: Run, round: Round) -> DecidedRound:
     own = run.method.warmup_rows(count) if isinstance(run.method, NativeSelector) else None
     if own is not None:
         rows = own
-        run.check(rows, count)
+        run.check(rows, count, run.rows)
     else:
         rows = stream(run.eligible, 0, count, run.trainer.args.seed, "warmup", round.epoch)
     info = {"method": "warmup", "identity": run.identity}
@@ -67,7 +67,7 @@ class WarmState:
         self._names: list[str] = []  # that a state may be kept under, the run's own first
         first = run.rounds[0]
         self._end = first.steps
-        if first.kind != "warmup" or not run.live_needs or is_resumed:
+        if first.kind != "warmup" or not run.is_live or is_resumed:
             return  # what came before a checkpoint may have been trained otherwise
         if not run.state.sharding.is_plain:
             log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
