@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from dataflex.errors import ConfigError, CoverageError
-from dataflex.features.spec import FeatureSpec
+from dataflex.features.spec import FeatureSpec, GradientSpec
 from dataflex.rows import Status
 from dataflex.selectors.less import Less
 from dataflex.selectors.parts.checkpoints import checkpoint_weights
@@ -130,3 +130,22 @@ def test_weights_are_mean_learning_rates_of_each_span(tmp_path: Path) -> None:
 def test_unknown_parameters_are_errors() -> None:
     with pytest.raises(ValidationError, match="proj_dimm"):
         Less.Params.model_validate({"proj_dimm": 3})
+
+
+def test_the_targets_direction_is_adams_without_momentum() -> None:
+    specs = {
+        name: Less.Params.model_validate({"projection": "rademacher", "proj_dim": 64, **params})
+        for name, params in {
+            "default": {},
+            "both": {"target_direction": "precond_only"},
+            "targets": {"target_direction": "precond_only", "gradient_type": "sgd"},
+        }.items()
+    }
+    projection = specs["default"].target_spec.projection
+    stepped = GradientSpec(direction="adam", adam_variant="precond_only", projection=projection)
+    assert specs["default"].target_spec == GradientSpec(direction="sgd", projection=projection)
+    assert specs["both"].target_spec == specs["targets"].target_spec == stepped
+    assert specs["both"].train_spec == specs["default"].train_spec
+    assert specs["targets"].train_spec == GradientSpec(direction="sgd", projection=projection)
+    needs = Less(specs["targets"]).needs()
+    assert [(need.of, need.spec.needs_moments) for need in needs] == [("train", False), ("targets", True)]

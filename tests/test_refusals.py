@@ -257,7 +257,10 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ("predict_with_generate: true", ["predict_with_generate: found true; ", "prompts without labels"]),
         ("use_dora: true", ["use_dora: found true; expected no such key. There is no exact per-example gradient"]),
         ("finetuning_type: oft", ["finetuning_type: found 'oft'; expected lora, full or freeze"]),
-        ("use_galore: true\nfinetuning_type: full", ["use_galore: found true; ", "gradient_type: sgd, or AdamW"]),
+        (
+            "use_galore: true\nfinetuning_type: full",
+            ["use_galore: found true; ", "gradient_type: sgd and target_direction: sgd, or AdamW"],
+        ),
         ("use_muon: true", ["use_muon: found true; expected no such key. gradient_type: adam takes the moments"]),
         ("optim: adafactor", ["optim: found 'adafactor'; expected one of adamw_torch, "]),
         (
@@ -294,6 +297,13 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         (
             "dataflex: {params: {gradient_type: sgd, adam_variant: precond_only}}",
             ["dataflex.params: found", "expected no adam_variant: it acts with gradient_type: adam alone"],
+        ),
+        (
+            "optim: sgd\ndataflex: {params: {gradient_type: sgd, target_direction: precond_only}}",
+            [
+                "optim: found 'sgd'; expected one of",
+                "as target_direction: precond_only does; use gradient_type: sgd and",
+            ],
         ),
         (
             "template: qwen3_nothing",

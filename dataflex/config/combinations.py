@@ -254,7 +254,10 @@ class Combinations:
 
     def check_adam(self) -> None:
         """Refuse optimizers without Adam's moments."""
-        why = "gradient_type: adam takes the moments of the optimizer; use gradient_type: sgd, or AdamW"
+        why = (
+            "gradient_type: adam takes the moments of the optimizer, as target_direction: precond_only does; use "
+            "gradient_type: sgd and target_direction: sgd, or AdamW"
+        )
         for key in _OTHER_OPTIMIZERS:
             self._refuse_if_set(key, why)
         optimizer = self._values.get("optim")

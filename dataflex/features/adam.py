@@ -125,7 +125,7 @@ class Moments:
         if not all("rate" in each for each in scalars.values()):
             raise MismatchError(
                 f"{path}: found no learning rates; expected those that Adam's step is scaled by. An older DataFlex "
-                "wrote it: train that checkpoint anew, or use gradient_type: sgd"
+                "wrote it: train that checkpoint anew, or use sgd gradients"
             )
         return cls._of(
             {n: (tensors[f"exp_avg/{n}"], tensors[f"exp_avg_sq/{n}"], Scalars(**s)) for n, s in scalars.items()}

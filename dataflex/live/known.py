@@ -130,7 +130,10 @@ class KnownState(ModelState):
     def _adam(self) -> str:
         found = self._names[self._checkpoint].get("adam")
         if found is None:
-            raise MismatchError("gradient_type: adam: found no Adam moments; use AdamW, or gradient_type: sgd")
+            raise MismatchError(
+                "found no Adam moments, which gradient_type: adam and target_direction: precond_only take; use AdamW, "
+                "or sgd for both"
+            )
         return str(found)
 
     def model_digest(self, folder: Path, sums: Mapping[str, str] | None = None) -> str:

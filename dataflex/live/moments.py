@@ -51,8 +51,8 @@ def checkpoint_moments(folder: Path, trainer: LiveTrainer, sharding: Sharding, n
         return Moments.load(folder / MOMENTS_FILE)
     if not (folder / "optimizer.pt").is_file():
         raise MismatchError(
-            f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam needs the optimizer state. "
-            "Train with save_only_model: false, or use gradient_type: sgd"
+            f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam and target_direction: "
+            "precond_only need the optimizer state. Train with save_only_model: false, or use sgd for both"
         )
     if not sharding.is_plain:
         raise ConfigError(f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed")
@@ -76,7 +76,7 @@ def _from_deepspeed(trainer: LiveTrainer, named: Named) -> Moments:
 
     engine = trainer.model_wrapped
     if not trainer.state.global_step:
-        raise MismatchError("gradient_type: adam has no moments before the first step under DeepSpeed; set warmup_step")
+        raise MismatchError("found no Adam moments before the first step under DeepSpeed; set warmup_step")
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         # ZeRO-1 and ZeRO-2 link parameters with their moments once, when only the first group has stepped and has any.
@@ -87,7 +87,7 @@ def _from_deepspeed(trainer: LiveTrainer, named: Named) -> Moments:
         for key, kept in moments.items():
             value = safe_get_full_optimizer_state(parameter, key)
             if value is None:
-                raise MismatchError(f"{name}: DeepSpeed's optimizer holds no {key}; use AdamW, or gradient_type: sgd")
+                raise MismatchError(f"{name}: DeepSpeed's optimizer holds no {key}; use AdamW, or sgd gradients")
             kept[name] = value.detach().float().cpu()
     step = trainer.state.global_step - int(engine.skipped_steps)
     group = engine.optimizer.param_groups[0]
@@ -100,6 +100,6 @@ def _from_deepspeed(trainer: LiveTrainer, named: Named) -> Moments:
 def _scalars(step: int, group: Any, optimizer: Any, rate: float) -> Scalars:
     if "betas" not in group or "eps" not in group:
         kind = type(optimizer).__name__
-        raise MismatchError(f"{kind} has no betas and eps; use optim: adamw_torch, or gradient_type: sgd")
+        raise MismatchError(f"{kind} has no betas and eps; use optim: adamw_torch, or sgd gradients")
     beta1, beta2 = group["betas"]
     return Scalars(step, float(beta1), float(beta2), float(group["eps"]), rate)

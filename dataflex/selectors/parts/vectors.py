@@ -91,8 +91,26 @@ class CheckpointFields(GradientFields):
         return checkpoint_weights(self.checkpoints, self.weights) if self.checkpoints else np.ones(1)
 
 
-class GradientVectors(CheckpointFields, Vectors):
-    """Projected gradients: of the training rows as the optimizer would step, of the targets plain."""
+class TargetFields(CheckpointFields):
+    """Parameters of gradients of the targets' loss."""
+
+    target_direction: Literal["sgd", "precond_only"] = Field(
+        "sgd",
+        description="targets' side: the plain gradient; or divided by the root of Adam's second moment, without "
+        "momentum: the step that the target itself would make",
+    )
+
+    @property
+    def target_spec(self) -> GradientSpec:
+        """The feature of the target rows, under the projection of the training rows."""
+        plain = super().target_spec
+        if self.target_direction == "sgd":
+            return plain
+        return GradientSpec(direction="adam", adam_variant=self.target_direction, projection=plain.projection)
+
+
+class GradientVectors(TargetFields, Vectors):
+    """Projected gradients: of the training rows as the optimizer would step, of the targets plain by default."""
 
     kind: Literal["gradient"] = "gradient"
 
