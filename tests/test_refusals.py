@@ -299,6 +299,10 @@ pytestmark = pytest.mark.usefixtures("run_folder")
             ["dataflex.params: found", "expected no adam_variant: it acts with gradient_type: adam alone"],
         ),
         (
+            "dataflex: {params: {over: rows}}",
+            ["dataflex.params: found", "expected no over: it acts with aggregation: round_robin alone"],
+        ),
+        (
             "optim: sgd\ndataflex: {params: {gradient_type: sgd, target_direction: precond_only}}",
             [
                 "optim: found 'sgd'; expected one of",

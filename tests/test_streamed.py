@@ -29,6 +29,7 @@ from dataflex.selectors.parts.regression import kernel_ridge
 from dataflex.selectors.parts.similarity import unit
 from dataflex.selectors.parts.streamed import OfArray, OfView
 from dataflex.selectors.parts.transport import kernel_density
+from dataflex.selectors.parts.turns import Comparison, rows_in_turn
 from dataflex.selectors.propagated import InfluenceDistillation
 from dataflex.selectors.tsds import Tsds
 from dataflex.stores.root import StoreRoot
@@ -170,15 +171,19 @@ from dataflex.access.views import StoreView
 from dataflex.selectors.parts.clustering import clusters, distances
 from dataflex.selectors.parts.streamed import OfView
 from dataflex.selectors.parts.transport import kernel_density
+from dataflex.selectors.parts.turns import Comparison, rows_in_turn
 from dataflex.stores.root import StoreRoot
 
 distributed._PIECE = 10
 dist.init_process_group("gloo")
 (store,) = StoreRoot(sys.argv[1]).stores()
 keys = np.concatenate([block.keys for block in store.scan()])
-vectors = OfView(StoreView.of(store, np.sort(keys)))
+view = StoreView.of(store, np.sort(keys))
+vectors = OfView(view)
 found = {method: clusters(vectors, 13, method, 10, 1) for method in ("kmeans", "spherical_kmeans", "farthest_first")}
 far = distances(vectors, found["kmeans"])
+sets = {"x": view.take(np.arange(20)), "y": view.take(np.arange(100, 107))}
+found["turns"], found["best"] = rows_in_turn([Comparison(view, sets, 1.0)], view.keys, 40, "cosine", 1.0)
 np.savez(sys.argv[2] + str(dist.get_rank()), **found, distances=far, density=kernel_density(vectors, 0.9, 5))
 dist.destroy_process_group()
 """
@@ -203,17 +208,23 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
     finally:
         for process in started:
             process.kill()
-    vectors = OfView(StoreView.of(view.store, np.sort(view.keys)))
+    view = StoreView.of(view.store, np.sort(view.keys))
+    vectors = OfView(view)
+    sets = {"x": view.take(np.arange(20)), "y": view.take(np.arange(100, 107))}
+    turns, best = rows_in_turn([Comparison(view, sets, 1.0)], view.keys, 40, "cosine", 1.0)
     for rank in range(2):
         found = np.load(tmp_path / f"rank{rank}.npz")
         for method in ("kmeans", "spherical_kmeans", "farthest_first"):
             assert (found[method] == clusters(vectors, 13, method, 10, 1)).all()
         np.testing.assert_array_equal(found["distances"], distances(vectors, found["kmeans"]))
         np.testing.assert_allclose(found["density"], kernel_density(vectors, 0.9, 5), rtol=1e-12)
+        assert found["turns"].tolist() == turns.tolist()
+        np.testing.assert_allclose(found["best"], best, rtol=1e-12)
 
 
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "less": (Less, {}),
+    "less, rows in turn": (Less, {"aggregation": "round_robin", "over": "rows"}),
     "rds_plus": (RdsPlus, {}),
     "near": (Near, {}),
     "tsds": (Tsds, {"max_K": 200, "kde_K": 5, "replacement": True}),

@@ -30,6 +30,7 @@ from dataflex.selectors.parts.similarity import (
     unit,
 )
 from dataflex.selectors.parts.streamed import OfView, Streamed
+from dataflex.selectors.parts.turns import Comparison
 from dataflex.selectors.parts.vectors import EmbeddingVectors, GradientVectors, PolicyVectors
 
 log = logging.getLogger(__name__)
@@ -148,29 +149,46 @@ class Composed(NativeSelector):
         if isinstance(representation, Numbers):
             values, ages = representation.values(context)
             return Judgement(context, values, ages)
+        return self._compared(context, representation)
+
+    @staticmethod
+    def comparisons(context: Context, representation: Vectors) -> list[Comparison]:
+        """Return the training rows beside the target sets that have a usable row, for every term. Collective.
+
+        Raises:
+            ConfigError: there are no targets.
+            CoverageError: no target set has a usable row.
+        """
         if not context.targets:
             raise ConfigError("eval_dataset: found none; the method needs target rows: set eval_dataset or val_size")
-        return self._compared(context, representation)
+        terms = representation.terms()
+        views = [{name: context.features(term.target, name, term.state) for name in context.targets} for term in terms]
+        names = speaking(context.targets, views)
+        return [
+            Comparison(context.features(term.train, state=term.state), {name: found[name] for name in names}, weight)
+            for term, weight, found in zip(terms, representation.term_weights(), views, strict=True)
+        ]
 
     def _compared(self, context: Context, representation: Vectors) -> Judgement:
         """Sum the terms' similarities to every target set, then join the sets."""
-        terms, parts = representation.terms(), self.parts
-        views = [{name: context.features(term.target, name, term.state) for name in context.targets} for term in terms]
-        names = speaking(context.targets, views)
-        sets = np.zeros((len(context.rows), len(names)))
-        ages = np.zeros(len(context.rows), dtype=np.int32)
-        for term, weight, found in zip(terms, representation.term_weights(), views, strict=True):
-            view = context.features(term.train, state=term.state)
-            targets = {name: found[name] for name in names}
-            sets += weight * set_scores(view, targets, parts.similarity, parts.within, parts.ridge)
-            ages = np.maximum(ages, view.ages)  # a score is as old as the oldest feature in it
+        parts, comparisons = self.parts, self.comparisons(context, representation)
+        sets = np.zeros((len(context.rows), len(comparisons[0].targets)))
+        for c in comparisons:
+            sets += c.weight * set_scores(c.view, c.targets, parts.similarity, parts.within, parts.ridge)
+        ages = oldest(comparisons)
         scores = sets.max(axis=1) if parts.across == "max" else sets.mean(axis=1)
         if not parts.looks_around:
             return Judgement(context, scores, ages, sets)
         # A row of zeros has distances to targets, but no cosine, and so is nobody's neighbour under `cosine`.
+        view, targets = comparisons[0].view, comparisons[0].targets
         usable = np.isfinite(scores) if parts.similarity == "cosine" else view.status == Status.OK
         nearest, vectors = neighbourhood(view, targets, parts.similarity)
         return Judgement(context, scores, ages, sets, None, nearest, int(usable.sum()), vectors)
+
+
+def oldest(comparisons: Sequence[Comparison]) -> np.ndarray:
+    """Return the ages of the rows' scores, (N,) int32: a score is as old as the oldest feature in it."""
+    return np.maximum.reduce([c.view.ages for c in comparisons])
 
 
 def speaking(names: Iterable[str], views: Sequence[Mapping[str, View]]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dataflex.errors import CoverageError
@@ -49,9 +51,22 @@ def round_robin(scores: np.ndarray, keys: np.ndarray, k: int, ties: np.ndarray |
     Raises:
         CoverageError: fewer than k rows can be chosen.
     """
-    orders = [ranking(column, keys, ties) for column in scores.T]
-    _require(len(np.unique(np.concatenate(orders))), k, len(scores))
-    taken = np.zeros(len(scores), dtype=bool)
+    return take_turns([ranking(column, keys, ties) for column in scores.T], k, len(scores))
+
+
+def take_turns(orders: Sequence[np.ndarray], k: int, total: int) -> np.ndarray:
+    """Let lists of rows take turns, each giving its first row that is not taken yet.
+
+    Args:
+        orders: (J,) lists of positions, best first.
+        k: rows wanted.
+        total: N, training rows.
+
+    Raises:
+        CoverageError: fewer than k rows are in the lists.
+    """
+    _require(len(np.unique(np.concatenate(orders))), k, total)
+    taken = np.zeros(total, dtype=bool)
     cursors, chosen = [0] * len(orders), []
     while True:  # ends: k distinct rows are in the lists
         for j, order in enumerate(orders):

@@ -79,23 +79,46 @@ def set_scores(
         ConfigError: vectors of more than `WHITENED_MOST` numbers are to be whitened.
     """
     sets = {name: target_vectors(target, name) for name, target in targets.items()}
-    prepare: Callable[[np.ndarray], np.ndarray] = _identity
-    if similarity == "whitened_cosine":
-        prepare = whitening(view, next(iter(sets.values())).shape[1], ridge)
-        sets = {name: prepare(vectors) for name, vectors in sets.items()}
-    if similarity in ("cosine", "whitened_cosine"):
-        sets = {name: unit(vectors)[0] for name, vectors in sets.items()}
+    ready = comparable(view, next(iter(sets.values())).shape[1], similarity, ridge)
+    sets = {name: ready(vectors)[0] for name, vectors in sets.items()}
     found = []
     for rows, vectors in shared_blocks(view):
-        wide = vectors.astype(np.float64)
-        usable = _usable(wide)
-        block = prepare(np.where(usable[:, None], wide, 0))  # whitening meets no NaN; these rows are dropped below
-        if similarity in ("cosine", "whitened_cosine"):
-            block, is_long = unit(block)
-            usable &= is_long
+        block, usable = ready(vectors)
         columns = [_reduced(block, vectors, similarity, within) for vectors in sets.values()]
         found.append((rows[usable], np.stack(columns, axis=1)[usable]))
     return joined(found, len(view.status), len(sets))
+
+
+def comparable(
+    view: View, width: int, similarity: Similarity, ridge: float
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Return the map from vectors (b, D) to those that products are taken of, and whether each is usable, (b,).
+
+    `whitened_cosine` reads the training rows for it. Collective.
+
+    Args:
+        view: the training rows.
+        width: D.
+        similarity: as for `set_scores`.
+        ridge: as for `set_scores`.
+
+    Raises:
+        ConfigError: vectors of more than `WHITENED_MOST` numbers are to be whitened.
+    """
+    prepare: Callable[[np.ndarray], np.ndarray] = (
+        whitening(view, width, ridge) if similarity == "whitened_cosine" else _identity
+    )
+
+    def ready(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        wide = vectors.astype(np.float64)
+        usable = are_usable(wide)
+        block = prepare(np.where(usable[:, None], wide, 0))  # whitening meets no NaN; whoever asks drops these rows
+        if similarity in ("cosine", "whitened_cosine"):
+            block, is_long = unit(block)
+            usable &= is_long
+        return block, usable
+
+    return ready
 
 
 def shared_blocks(view: View) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -119,14 +142,20 @@ def joined(found: Sequence[tuple[np.ndarray, np.ndarray]], size: int, width: int
     return out
 
 
-def vectors_of(view: View, rows: np.ndarray) -> np.ndarray:
-    """Return the vectors of some rows, (R, D) float32, zero where a row is not usable; nothing else is read."""
+def vectors_of(view: View, rows: np.ndarray, width: int = 1) -> np.ndarray:
+    """Return the vectors of some rows, (R, D) float32, zero where a row is not usable; nothing else is read.
+
+    Args:
+        view: of the rows among others.
+        rows: positions in it.
+        width: of the zeros where no row at all is usable.
+    """
     found = None
     for at, block in view.take(rows).blocks():
         if found is None:
             found = np.zeros((len(rows), block.shape[1]), np.float32)
         found[at] = block
-    return np.zeros((len(rows), 1), np.float32) if found is None else found
+    return np.zeros((len(rows), width), np.float32) if found is None else found
 
 
 def target_vectors(view: View, name: str) -> np.ndarray:
@@ -138,7 +167,7 @@ def target_vectors(view: View, name: str) -> np.ndarray:
     parts = list(view.blocks())
     rows = np.concatenate([rows for rows, _ in parts]) if parts else np.empty(0, np.int64)
     vectors = np.concatenate([v for _, v in parts]).astype(np.float64)[np.argsort(rows)] if parts else np.empty((0, 0))
-    keep = _usable(vectors)
+    keep = are_usable(vectors)
     if not keep.any():
         raise CoverageError(
             f"target set {name}: found no usable row; expected at least one with supervised tokens and a finite vector "
@@ -167,7 +196,7 @@ def whitening(view: View, width: int, ridge: float) -> Callable[[np.ndarray], np
     count, total, square = 0, np.zeros(width), np.zeros((width, width))
     for _, vectors in shared_blocks(view):
         wide = vectors.astype(np.float64)
-        wide = wide[_usable(wide)]
+        wide = wide[are_usable(wide)]
         count, total, square = count + len(wide), total + wide.sum(axis=0), square + wide.T @ wide
     # Sums, not covariances, of each rank's share: they add up to those of all rows.
     parts = distributed.gather((count, total, square))
@@ -183,15 +212,23 @@ def whitening(view: View, width: int, ridge: float) -> Callable[[np.ndarray], np
 def _reduced(block: np.ndarray, targets: np.ndarray, similarity: Similarity, within: Within) -> np.ndarray:
     """Reduce a block's similarities to the rows of a target set to one number per row, (b,)."""
     # A mean of products is the product with the mean vector: D operations a row in place of M_j D.
+    if within == "max":
+        return pairs(block, targets, similarity).max(axis=1)
+    products = block @ targets.mean(axis=0)
     if similarity != "l2":
-        return block @ targets.mean(axis=0) if within == "mean" else (block @ targets.T).max(axis=1)
-    own, theirs = (block**2).sum(axis=1), (targets**2).sum(axis=1)
-    if within == "mean":
-        return 2 * block @ targets.mean(axis=0) - own - theirs.mean()
-    return (2 * block @ targets.T - theirs).max(axis=1) - own
+        return products
+    return 2 * products - (block**2).sum(axis=1) - (targets**2).sum(axis=1).mean()
 
 
-def _usable(vectors: np.ndarray) -> np.ndarray:
+def pairs(block: np.ndarray, targets: np.ndarray, similarity: Similarity) -> np.ndarray:
+    """Return the similarity of every comparable vector of a block to every target row's, (b, M)."""
+    products = block @ targets.T
+    if similarity != "l2":
+        return products
+    return 2 * products - (targets**2).sum(axis=1) - (block**2).sum(axis=1)[:, None]
+
+
+def are_usable(vectors: np.ndarray) -> np.ndarray:
     """Say which vectors can be compared, (b,) bool; a zero vector stands for a missing one, under every similarity."""
     return np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
 
