@@ -18,6 +18,7 @@ import numpy as np
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.rounding import STORAGES
 from dataflex.stores.search.topk import top_k
 from dataflex.stores.values import Layout, Values
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=1024)
-    parser.add_argument("--storage", choices=["float32", "float16", "int8"], default="int8")
+    parser.add_argument("--storage", choices=STORAGES, default="int8")
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--block-rows", type=int, default=4096)

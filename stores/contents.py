@@ -8,7 +8,7 @@ The log says it as text, a line for each column of each row group, in the order 
 
     <column> <rows> <offset of the first value, in bytes> <digests of the parts, in base64>
 
-R rows, D numbers per vector.
+R rows, D numbers per vector, C items of its codes.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Column:
     """How the values of a column lie in a data file, as Parquet's plain encoding has them.
 
     Attributes:
-        dtype: of a value, or of one number of a vector.
-        numbers: D for a vector, 0 for a scalar.
+        dtype: of a value, or of one item of a vector's codes.
+        items: C of a vector, 0 of a scalar.
     """
 
     dtype: np.dtype[Any]
-    numbers: int = 0
+    items: int = 0
 
     @cached_property
     def bits(self) -> int:
         """Bits of a value in the file."""
-        return 1 if self.dtype.kind == "b" else 8 * self._stored.itemsize * max(1, self.numbers)
+        return 1 if self.dtype.kind == "b" else 8 * self._stored.itemsize * max(1, self.items)
 
     @cached_property
     def part_rows(self) -> int:
@@ -64,22 +64,22 @@ class Column:
         return -(-rows * self.bits // 8)
 
     def packed(self, values: np.ndarray) -> np.ndarray:
-        """Return the bytes (n,) uint8 of values (R,) or (R, D)."""
+        """Return the bytes (n,) uint8 of values (R,) or (R, C)."""
         if self.dtype.kind == "b":
             return np.packbits(values, bitorder="little")
         return np.ascontiguousarray(values, self._stored).reshape(-1).view(np.uint8)
 
     def values(self, packed: bytes, rows: int) -> np.ndarray:
-        """Return values (R,), or (R, D) where a value is a vector, of their bytes."""
+        """Return values (R,), or (R, C) where a value is a vector, of their bytes."""
         if self.dtype.kind == "b":
             return np.unpackbits(np.frombuffer(packed, np.uint8), count=rows, bitorder="little").astype(bool)
         found = np.frombuffer(packed, self._stored)
-        return found.reshape(rows, self.numbers) if self.numbers else found.astype(self.dtype, copy=False)
+        return found.reshape(rows, self.items) if self.items else found.astype(self.dtype, copy=False)
 
     @cached_property
     def _stored(self) -> np.dtype[Any]:
         """Parquet has no integers of fewer than four bytes."""
-        is_small = self.dtype.kind in "iu" and self.dtype.itemsize < 4 and not self.numbers
+        is_small = self.dtype.kind in "iu" and self.dtype.itemsize < 4 and not self.items
         return np.dtype(f"<{self.dtype.kind}4") if is_small else self.dtype
 
 
@@ -176,7 +176,8 @@ def columns_of(layout: Layout) -> dict[str, Column]:
     if layout.width:
         if layout.storage != "float32":
             found["scale"] = Column(np.dtype("<f4"))
-        found["vector"] = Column(STORAGES[layout.storage], layout.width)
+        storage = STORAGES[layout.storage]
+        found["vector"] = Column(storage.dtype, storage.items(layout.width))
     return found
 
 
@@ -242,7 +243,7 @@ def _values(column: pa.ChunkedArray, kind: Column) -> np.ndarray:
         return found
     chunk = column.combine_chunks()
     width = column.type.byte_width
-    return np.frombuffer(chunk.buffers()[1], kind.dtype, len(chunk) * max(1, kind.numbers), chunk.offset * width)
+    return np.frombuffer(chunk.buffers()[1], kind.dtype, len(chunk) * max(1, kind.items), chunk.offset * width)
 
 
 def _digests(column: Column, values: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""Values as they are stored, before decoding. R rows, D numbers per vector."""
+"""Values as they are stored, before decoding. R rows, D numbers per vector, C items of its codes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataflex.stores.rounding import decode
-from dataflex.stores.values import Values
+from dataflex.stores.values import Layout, Values
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Values of R rows as they are stored: codes (R, D) and scale (R,) of `dataflex.stores.rounding`."""
+    """Values of R rows as they are stored: codes (R, C) and scale (R,) of `dataflex.stores.rounding`."""
 
     keys: np.ndarray
     status: np.ndarray
@@ -46,7 +46,7 @@ class Encoded:
             np.concatenate(scales) if scales else None,
         )
 
-    def decoded(self, storage: str) -> Values:
-        """Return the rows as a reader sees them, vectors as float32."""
-        vectors = None if self.codes is None else decode(self.codes, self.scale, storage)
+    def decoded(self, layout: Layout) -> Values:
+        """Return the rows of a store of this layout as a reader sees them, vectors as float32."""
+        vectors = None if self.codes is None else decode(self.codes, self.scale, layout.storage, layout.width)
         return Values(self.keys, self.status, self.scalars, vectors)

@@ -36,7 +36,7 @@ def schema(layout: Layout) -> pa.Schema:
     if layout.width:
         if layout.storage != "float32":
             columns["scale"] = pa.float32()
-        columns["vector"] = pa.binary(layout.width * STORAGES[layout.storage].itemsize)
+        columns["vector"] = pa.binary(STORAGES[layout.storage].bytes(layout.width))
     return pa.schema([pa.field(name, dtype, nullable=False) for name, dtype in columns.items()])
 
 
@@ -44,8 +44,9 @@ def serialise(layout: Layout, values: Values) -> pa.Buffer:
     """Return the bytes of a data file; equal values have equal bytes. Rows that are not OK become zeros."""
     fields = schema(layout)
     sink = pa.BufferOutputStream()
-    row_bytes = layout.width * STORAGES[layout.storage].itemsize
-    group_rows = max(1, min(_GROUP_ROWS, _GROUP_BYTES // max(1, row_bytes)))
+    # A byte for each number, at least: of fewer a group would be many times its bytes once it is decoded.
+    row_bytes = max(1, layout.width, STORAGES[layout.storage].bytes(layout.width))
+    group_rows = max(1, min(_GROUP_ROWS, _GROUP_BYTES // row_bytes))
     with pq.ParquetWriter(
         sink,
         fields,
@@ -143,10 +144,10 @@ class Fragment:
         found = {name: table.column(name) for name in names}
         codes = None
         if "vector" in found:
-            dtype = STORAGES[self.layout.storage]
+            storage, width = STORAGES[self.layout.storage], self.layout.width
             # A void item per row, viewed as numbers: the vectors are used where pyarrow read them to, without a copy.
-            codes = _array(found["vector"], np.dtype((np.void, self.layout.width * dtype.itemsize)))
-            codes = codes.view(dtype).reshape(-1, self.layout.width)
+            codes = _array(found["vector"], np.dtype((np.void, storage.bytes(width))))
+            codes = codes.view(storage.dtype).reshape(-1, storage.items(width))
         return Encoded(
             keys=_array(found["row_key"], KEY_DTYPE),
             status=found["status"].to_numpy(),

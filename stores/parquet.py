@@ -181,7 +181,7 @@ class ParquetStore:
             for name in columns:
                 scalars[name][rows] = part.scalars[name]
             if out is not None and part.codes is not None:
-                out[rows] = decode(part.codes, part.scale, self.layout.storage)
+                out[rows] = decode(part.codes, part.scale, self.layout.storage, width)
         return Values(keys, status, scalars, out)
 
     def scan(
@@ -206,7 +206,7 @@ class ParquetStore:
             CorruptionError: a data file is missing or damaged.
         """
         for block in self.encoded(block_rows, columns, vectors, keys):
-            yield block.decoded(self.layout.storage)
+            yield block.decoded(self.layout)
 
     def encoded(
         self,

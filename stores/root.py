@@ -200,13 +200,16 @@ def recorded_store(files: Files, folder: str, document: dict[str, Any], check_na
 
     Raises:
         CorruptionError: it is no recipe, or another than the folder is named after.
-        MismatchError: its gradients were projected in a way that DataFlex no longer has.
+        MismatchError: it keeps values of a type that DataFlex does not have (yet), or its gradients were projected in a
+            way that DataFlex no longer has.
     """
     where = files.name(f"{folder}/recipe.json")
     try:
         store = ParquetStore(files, folder, document)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptionError(f"{where} is no recipe: {error!r}") from error
+    except MismatchError as error:  # the document is whole, so somebody meant it
+        raise MismatchError(f"{where}: {error}; was it written by a newer DataFlex? Read it with that") from error
     if check_name and folder != folder_name(store.kind, store.recipe):
         raise CorruptionError(
             f"{where} holds another recipe than its folder is named after; was the folder renamed? Call it "

@@ -27,7 +27,7 @@ class Layout:
     Attributes:
         scalars: column name -> NumPy dtype name, one of `SCALAR_DTYPES`.
         width: D; 0 for a feature without vectors.
-        storage: type that vectors are rounded to: float32, float16 or int8.
+        storage: type that vectors are rounded to, one of `dataflex.stores.rounding.STORAGES`.
 
     Raises:
         MismatchError: a name or type is none that a store can hold.

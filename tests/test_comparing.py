@@ -18,6 +18,7 @@ from dataflex.config import load
 from dataflex.errors import ConfigError, ConflictError, DataflexError, MismatchError
 from dataflex.pipelines.compare import compare
 from dataflex.pipelines.comparing.arms import arms_of, overrides
+from dataflex.pipelines.comparing.plans import plans_of
 from dataflex.pipelines.comparing.running import alone, processes, shares
 from dataflex.pipelines.comparing.trials import trials_of
 from dataflex.schedule import MOST_STEPS
@@ -68,6 +69,18 @@ def test_targets_and_their_draws_are_for_methods_that_are_shown_some(workspace: 
     ]
     assert trials[3].settings.llamafactory["eval_dataset"] == "target_words"
     assert trials[3].settings.dataflex.target_seed == 1
+
+
+def test_rows_of_like_lengths_are_drawn_for_each_target_of_what_they_mirror(workspace: Any) -> None:
+    path = write(workspace)
+    trials = laid_out(path, "less,random,random_length:less", 2, ("target_arithmetic", "target_words"))
+    plans = plans_of(trials, path, [], 1, False)
+    mirrored = {t.name: plans[t.name].of for t in trials if t.arm.mirrors}
+    assert {name: of.name for name, of in mirrored.items() if of} == {
+        f"random_length:less for {target} seed {seed}": f"less for {target} seed {seed}"
+        for target in ("target_arithmetic", "target_words")
+        for seed in (42, 43)
+    }
 
 
 def test_arms_of_the_run_file_are_its_variants(workspace: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_run_waits_for_its_choice_and_that_for_the_lengths_of_another(workspac
     plans = plans_of(trials, path, [], 1, False)
     nothing = {part.trial.name: False for plan in plans.values() for part in plan.parts}
     tasks = {task.name: task for task in tasks_of(list(plans.values()), plans, nothing, path, [], lambda plan, s: None)}
-    less, mirror = "less for target_arithmetic seed 42", "random_length:less seed 42"
+    less, mirror = (f"{arm} for target_arithmetic seed 42" for arm in ("less", "random_length:less"))
     assert {name: list(task.needs) for name, task in tasks.items()} == {
         f"choice of {less}": [],
         f"choice of {mirror}": [f"choice of {less}"],

@@ -20,6 +20,7 @@ from dataflex.stores.fragment import serialise
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.record import seal, unseal
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.rounding import STORAGES
 from dataflex.stores.values import SCALAR_DTYPES, Layout, Values
 from tests.looked_at import faults
 
@@ -58,7 +59,7 @@ def filled(folder: Path, layout: Layout, fragments: Sequence[Values]) -> Parquet
     return store
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("width", [0, 1, 7, 5000])
 def test_parts_hold_what_parquet_says(tmp_path: Path, storage: str, width: int) -> None:
     layout = Layout(ALL, width, storage)
@@ -74,7 +75,7 @@ def test_parts_hold_what_parquet_says(tmp_path: Path, storage: str, width: int) 
         raw = b"".join(row.as_py() for row in table.column("vector"))
         encoded = next(iter(store.encoded(len(values))))
         assert encoded.codes is not None
-        assert encoded.codes.shape == (len(values), width)
+        assert encoded.codes.shape == (len(values), STORAGES[storage].items(width))
         order = np.argsort(encoded.keys), np.argsort(values.keys)
         assert (
             encoded.codes[order[0]].tobytes()

@@ -17,6 +17,7 @@ import torch
 from dataflex.errors import ConfigError, DataflexError
 from dataflex.rows import Status
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.rounding import STORAGES
 from tests.looked_at import problems
 from tests.processes import environment
 
@@ -58,7 +59,7 @@ def test_values_are_those_of_the_plain_model_whatever_the_storage(workspace: Any
     features = [{"kind": "loss"}, {"kind": "embedding"}]
     keys: dict[str, Any] = {"component_name": "random", "eval_dataset": None}
     vectors = {}
-    for storage in ("float32", "float16", "int8"):
+    for storage in STORAGES:
         run = workspace.write("run", dataflex=section(workspace, features=features, storage=storage), **keys)
         workspace.run("featurize", run)
     other = workspace.run("featurize", run, "lora_rank=8", "seed=7", "gradient_checkpointing=false")
@@ -79,10 +80,14 @@ def test_values_are_those_of_the_plain_model_whatever_the_storage(workspace: Any
         assert value.scalars["tokens"][0] == rows.supervised[row]
         assert value.scalars["loss_sum"][0] / rows.supervised[row] == pytest.approx(float(output.loss), rel=1e-5)
         expected = output.hidden_states[-1][0].mean(dim=0).numpy()
-        for storage, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("int8", 1e-2)):
+        for storage, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("int8", 1e-2), ("int4", 0.08)):
             keys_, stored = vectors[storage]
             at = int(np.flatnonzero(keys_ == rows.keys[row])[0])
             np.testing.assert_allclose(stored[at], expected, atol=tolerance * np.abs(expected).max())
+        keys_, stored = vectors["int1"]
+        signs = stored[int(np.flatnonzero(keys_ == rows.keys[row])[0])]
+        np.testing.assert_allclose(np.abs(signs), np.abs(expected).mean(), rtol=1e-4)
+        assert (np.sign(signs) == np.sign(expected))[np.abs(expected) > 1e-5].all()
 
 
 def rows_of(workspace: Any, run: Path) -> Any:

@@ -17,6 +17,7 @@ from dataflex.launch import free_port
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.rounding import STORAGES
 from dataflex.stores.search import candidates, faiss_index
 from dataflex.stores.search import nearest as search
 from dataflex.stores.values import Layout, Values
@@ -80,7 +81,7 @@ def agree(view: StoreView | Mixed, keys: np.ndarray, vectors: np.ndarray, querie
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("kind", ["smooth", "ties"])
 def test_a_view_with_duplicates_in_a_store_with_foreign_rows(
     tmp_path: Path, metric: str, storage: str, kind: str
@@ -252,7 +253,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("_way", ["streamed"], indirect=True)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("storage", ["float32", "float16", "int8", "int1"])
 @pytest.mark.parametrize("kind", ["smooth", "ascending", "ties", "all equal", "near"])
 def test_many_small_blocks_and_little_room(tmp_path: Path, metric: str, storage: str, kind: str) -> None:
     """Blocks that each beat the ones before, and more rows as good as the k-th than there are places for."""

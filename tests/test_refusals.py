@@ -206,7 +206,7 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ("dataflex: {refresh: {policy: full, max_age: 3}}", ["dataflex.refresh: ", "expected policy: rotating"]),
         ("dataflex: {nonfinite_limit: 2}", ["dataflex.nonfinite_limit: found 2; expected less than or equal to 1"]),
         ("dataflex: {nonfinite_limit: .nan}", ["dataflex.nonfinite_limit: found nan; expected a finite number"]),
-        ("dataflex: {storage: no}", ["dataflex.storage: found false; expected float32, float16 or int8"]),
+        ("dataflex: {storage: no}", ["dataflex.storage: found false; expected float32, float16, int8, int4 or int1"]),
         ("dataflex: {plugins: [./none.py]}", ["dataflex.plugins.0: found './none.py'; expected a file"]),
         ("dataflex: {store: '${oc.env:HOME}'}", ["dataflex.store: found '${oc.env:HOME}'; expected plain text"]),
         ("dataflex: {store: 's3:/bucket/x'}", ["dataflex.store: found 's3:/bucket/x'; expected s3://..., or a path"]),
@@ -388,6 +388,6 @@ def test_nothing_is_refused_without_ground(changes):
 
 
 def test_all_problems_come_at_once():
-    text = refusal("stage: dpo\nlearning_rat: 1\nwarmup_step: -2\nlora_rank: x", overrides=("dataflex.storage=int4",))
+    text = refusal("stage: dpo\nlearning_rat: 1\nwarmup_step: -2\nlora_rank: x", overrides=("dataflex.storage=int2",))
     assert text.startswith("5 problems in the configuration:")
     assert len(text.splitlines()) == 6

@@ -120,7 +120,7 @@ WRONG = {
     "seed: true": "seed",
     "storage: int8": "",
     "dataflex: [1]": "dataflex",
-    "dataflex: {storage: int4}": "dataflex/storage",
+    "dataflex: {storage: int2}": "dataflex/storage",
     "dataflex: {proj_dim: 8}": "dataflex",
     "dataflex: {refresh: {policy: never}}": "dataflex/refresh/policy",
     "dataflex: {params: {proj_dim: many}}": "dataflex/params/proj_dim",

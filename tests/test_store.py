@@ -19,7 +19,7 @@ from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.files import LocalFiles
 from dataflex.stores.record import FORMAT, seal, unseal
 from dataflex.stores.root import StoreRoot, open_store
-from dataflex.stores.rounding import decode, encode
+from dataflex.stores.rounding import STORAGES, decode, encode
 from dataflex.stores.values import SCALAR_DTYPES, Layout, Values
 from tests.looked_at import faults, problems, repaired
 
@@ -45,7 +45,7 @@ def some(layout: Layout, row_keys: np.ndarray, seed: int = 0) -> Values:
 
 def rounded(vectors: np.ndarray, storage: str) -> np.ndarray:
     """Return vectors as a store gives them back."""
-    return decode(*encode(vectors, storage), storage)
+    return decode(*encode(vectors, storage), storage, vectors.shape[1])
 
 
 def equal(found: Values, expected: Values, storage: str) -> None:
@@ -67,7 +67,7 @@ def pick(values: Values, rows: list[int]) -> Values:
     return Values(values.keys[rows], values.status[rows], {k: v[rows] for k, v in values.scalars.items()}, vectors)
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("url", ["folder", "a folder with 空格 and ünïcode", "memory://{}/deep", "file://{}"])
 def test_round_trip_keeps_order_and_multiplicity(tmp_path: Path, url: str, storage: str) -> None:
     root = StoreRoot(url.format(tmp_path) if ":" in url else tmp_path / url)
@@ -194,7 +194,7 @@ def test_values_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         {"scalars": {"a b": "int8"}},
         {"scalars": {"a": "object"}},
         {"width": -1},
-        {"storage": "int4"},
+        {"storage": "int2"},
     ],
 )
 def test_layouts_that_no_store_can_have_are_refused(bad: dict[str, object]) -> None:
@@ -387,7 +387,9 @@ print(json.dumps([found.vectors.tolist(), store.version]))
     assert StoreRoot(folder).stores()[0].version == version
 
 
-@pytest.mark.parametrize(("storage", "tolerance"), [("float32", 0), ("float16", 2**-11), ("int8", 0.5 / 127)])
+@pytest.mark.parametrize(
+    ("storage", "tolerance"), [("float32", 0), ("float16", 2**-11), ("int8", 0.5 / 127), ("int4", 0.5 / 7)]
+)
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1, 1e30])
 def test_rounding_is_relative_to_the_row(storage: str, tolerance: float, size: float) -> None:
     vectors = (np.random.default_rng(0).standard_normal((50, 33)) * size).astype(np.float32)

@@ -99,8 +99,8 @@ def test_a_row_that_is_not_finite_is_marked_and_zero(model: Any, examples: Any) 
     assert np.isfinite(found.vectors).all()
 
 
-def test_stored_they_are_rounded_as_asked_and_never_to_eight_bits(workspace: Any, model: Any) -> None:
-    """Every text of two datasets, as wide as `cutoff_len`; int8 is float16, so that it finds all there."""
+def test_stored_they_are_rounded_as_asked_and_never_to_eight_bits_or_fewer(workspace: Any, model: Any) -> None:
+    """Every text of two datasets, as wide as `cutoff_len`; int1 is float16, so that it finds all there."""
     keys: dict[str, Any] = {"stage": "pt", "template": None, "train_type": "static", "dataset": "text,text_target"}
     keys["tokenized_path"] = str(workspace.folder / "tokenized")
     keys |= {name: None for name in ("eval_dataset", "component_name", "warmup_step", "update_step", "update_times")}
@@ -113,11 +113,11 @@ def test_stored_they_are_rounded_as_asked_and_never_to_eight_bits(workspace: Any
         }
 
     computed = {}
-    for storage in ("float32", "float16", "int8"):
+    for storage in ("float32", "float16", "int1"):
         run = workspace.write("run", dataflex=section(storage), **keys)
         computed[storage] = workspace.run("featurize", run)["computed"]
     # The `loss` has no vector, but its recipe names the storage as well.
-    assert (computed["float16"], computed["int8"]) == (computed["float32"], computed["float32"] // 2)
+    assert (computed["float16"], computed["int1"]) == (computed["float32"], computed["float32"] // 2)
     stores = {s.layout.storage: s for s in StoreRoot(workspace.folder / "store").stores() if s.kind == "token_loss"}
     assert sorted(stores) == ["float16", "float32"]
     assert {store.layout.width for store in stores.values()} == {128}

@@ -12,6 +12,7 @@ from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot
+from dataflex.stores.rounding import STORAGES
 from dataflex.stores.search.topk import top_k
 from dataflex.stores.values import Layout, Values
 
@@ -38,7 +39,7 @@ def brute(values: Values, queries: np.ndarray, k: int, weights: np.ndarray) -> t
     return np.take_along_axis(scores, order, axis=1), keys[order]
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("k", [1, 5, 300])
 @pytest.mark.parametrize("block_rows", [1, 37, 4096])
 def test_equals_brute_force(tmp_path: Path, storage: str, k: int, block_rows: int) -> None:
@@ -65,7 +66,7 @@ def test_ties_go_to_the_smaller_key_however_the_rows_are_blocked(tmp_path: Path,
     assert keys.tobytes() == expected_keys.tobytes()
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("storage", ["float32", "int8", "int4", "int1"])
 def test_unit_rows_and_a_weight_column(tmp_path: Path, storage: str) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((100, 8), np.float32)

@@ -28,6 +28,7 @@ from dataflex.fingerprint import keys_digest
 from dataflex.rows import Rows, Status
 from dataflex.stores.leases import Lease
 from dataflex.stores.parquet import ParquetStore
+from dataflex.stores.rounding import STORAGES
 from dataflex.stores.values import Layout, Values
 
 _PAUSE = 1.0
@@ -252,4 +253,4 @@ def cells_of(
 def row_bytes(layout: Layout) -> int:
     """Return the bytes of one stored row: key, status, scalars, vector."""
     scalars = sum(np.dtype(kind).itemsize for kind in layout.scalars.values())
-    return 17 + scalars + layout.width * np.dtype(layout.storage).itemsize
+    return 17 + scalars + STORAGES[layout.storage].bytes(layout.width)

@@ -159,8 +159,10 @@ class DataflexKeys(Parameters):
     plugins: tuple[str, ...] = Field(
         (), description="modules, or paths of .py files, always imported; what they register wins over what is built in"
     )
-    storage: Literal["float32", "float16", "int8"] = Field(
-        "float16", description="type that stored vectors are rounded to; float16 halves float32 at an error of 0.05 %"
+    storage: Literal["float32", "float16", "int8", "int4", "int1"] = Field(
+        "float16",
+        description="type that stored vectors are rounded to; float16 halves float32 at an error of 0.05 %; int8, int4 "
+        "and int1 (signs) take less and lose more",
     )
     token_budget: int = Field(
         8192, ge=1, description="tokens per feature batch, padding included; lower it if memory runs out"

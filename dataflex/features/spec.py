@@ -116,8 +116,8 @@ class TokenLossSpec(Feature):
         return sizes.cutoff_len
 
     def stored_as(self, storage: str) -> str:
-        """Return the type that vectors are kept in: losses do not fit into eight bits."""
-        return "float16" if storage == "int8" else storage
+        """Return the type that vectors are kept in: losses do not fit into eight bits or fewer."""
+        return storage if storage in ("float32", "float16") else "float16"
 
     def recipe(self) -> dict[str, Any]:
         """Return what determines the values."""

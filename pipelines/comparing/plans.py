@@ -180,14 +180,15 @@ def _live(trial: Trial) -> list[FeatureSpec]:
 
 
 def _mirrored(trial: Trial, trials: Sequence[Trial]) -> Trial | None:
-    """Return the run whose lengths a run has: of the same seed, and of the first target and draw.
+    """Return the run whose lengths a run has: of the same seed, target and draw.
 
     Raises:
         ConfigError: it chooses no rows.
     """
     if trial.arm.mirrors is None:
         return None
-    of = next(each for each in trials if (each.arm.name, each.seed) == (trial.arm.mirrors, trial.seed))
+    wanted = trial.arm.mirrors, trial.seed, trial.target, trial.target_seed
+    of = next(each for each in trials if (each.arm.name, each.seed, each.target, each.target_seed) == wanted)
     if of.settings.train_type != "dynamic_select":
         raise ConfigError(f"--methods: {trial.arm.name}: {of.arm.name} chooses no rows whose lengths could be taken")
     return of

@@ -176,9 +176,13 @@ def trials_of(
         named = ",".join(targets) if arms else "no method"
         raise ConfigError(f"--methods, --targets: found {named}; expected methods, and each target set once")
     found: list[Trial] = []
+    shown_to = {
+        arm.name: arm.is_trained and _is_shown_targets(load(run, [*given, *overrides(arm.keys)])) for arm in arms
+    }
     for arm in arms:
         settings = load(run, [*given, *overrides(arm.keys)])
-        is_shown = arm.is_trained and _is_shown_targets(settings)
+        # What has the lengths of another's rows has them for each target that those were chosen for.
+        is_shown = shown_to[arm.mirrors or arm.name]
         trainings = range(first, first + seeds) if arm.is_trained else [None]
         is_drawn, least = settings.dataflex.target_rows is not None, settings.dataflex.target_seed
         draws = range(least, least + target_seeds) if is_shown and is_drawn else [None]

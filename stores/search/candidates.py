@@ -14,8 +14,9 @@ import numpy as np
 from dataflex.rows import spread
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.parquet import ParquetStore
-from dataflex.stores.rounding import factor
+from dataflex.stores.rounding import factor, unpacked
 from dataflex.stores.search.faiss_index import Metric
+from dataflex.stores.values import Layout
 
 BLOCK = 4096
 """Rows scored at a time."""
@@ -47,7 +48,7 @@ def candidates(
     held = [_Held(len(sides[s : s + _TILE]), k, room) for s in range(0, len(sides), _TILE)]
     longest, slack = 0.0, np.zeros(len(queries))
     for block in store.encoded(BLOCK, columns=[], keys=keys):
-        codes, by, norms = _scaled(block, store.layout.storage)
+        codes, by, norms = _scaled(block, store.layout)
         places = np.searchsorted(words, block.keys.view("S16"))
         if metric == "cosine":
             is_long = norms * by > 0
@@ -70,10 +71,11 @@ def candidates(
     return query, np.concatenate([places for _, places, _ in found]), np.concatenate([full for _, _, full in found])
 
 
-def _scaled(block: Encoded, storage: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _scaled(block: Encoded, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return codes (b, D) float32 of no more than 127, what each row is to be multiplied by, and their norms, (b,)."""
     assert block.codes is not None
-    codes, by = block.codes.astype(np.float32, copy=False), factor(block.scale, storage)
+    codes = unpacked(block.codes, layout.storage, layout.width).astype(np.float32, copy=False)
+    by = factor(block.scale, layout.storage)
     if by is None:  # of tiny and huge rows the squares would be 0 and infinite
         by = np.maximum(codes.max(axis=1), -codes.min(axis=1))
         codes = np.divide(codes, by[:, None], out=np.zeros_like(codes), where=by[:, None] > 0)

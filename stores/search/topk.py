@@ -13,7 +13,8 @@ from dataflex.errors import CoverageError, DataflexError, MismatchError
 from dataflex.rows import KEY_DTYPE, Status
 from dataflex.stores.encoded import Encoded
 from dataflex.stores.parquet import ParquetStore
-from dataflex.stores.rounding import factor
+from dataflex.stores.rounding import factor, unpacked
+from dataflex.stores.values import Layout
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def top_k(
     for block in store.encoded(block_rows, columns, keys=keys):
         if (block.status != Status.OK).any():
             block = block.take(block.status == Status.OK)
-        scores = _scores(queries, block, store.layout.storage, unit_rows, weight)
+        scores = _scores(queries, block, store.layout, unit_rows, weight)
         finite = np.asarray(np.isfinite(scores).all(axis=0))
         if not finite.all():
             dropped += int((~finite).sum())
@@ -81,14 +82,15 @@ def _check(store: ParquetStore, queries: np.ndarray, k: int) -> None:
         raise MismatchError(f"k is {k}, expected 1 or more")
 
 
-def _scores(queries: np.ndarray, block: Encoded, storage: str, unit_rows: bool, weight: str | None) -> np.ndarray:
+def _scores(queries: np.ndarray, block: Encoded, layout: Layout, unit_rows: bool, weight: str | None) -> np.ndarray:
     """Return (M, b) scores. A row's factor is applied to its scores, not to its D codes."""
     assert block.codes is not None
-    codes = block.codes.astype(np.float32, copy=False)
-    by = factor(block.scale, storage)
+    codes = unpacked(block.codes, layout.storage, layout.width).astype(np.float32, copy=False)
+    by = factor(block.scale, layout.storage)
     if unit_rows:  # a row's scale is in its norm too and cancels, so that of the codes is enough
         norms = np.sqrt(np.einsum("rd,rd->r", codes, codes))
-        by = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+        is_long = norms > 0 if by is None else (norms > 0) & (by > 0)  # int1 has signs of a row of zeros too
+        by = np.divide(1, norms, out=np.zeros_like(norms), where=is_long)
     if weight is not None:
         column = block.scalars[weight].astype(np.float32)
         by = column if by is None else by * column
