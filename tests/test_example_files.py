@@ -18,6 +18,7 @@ ROWS = re.findall(r"^\| \[(.+?)\]\((.+?)\) \| (.+) \| (.+?) \| (.+?) \|$", LIST,
 
 FREE = {"eval_dataset", "output_dir"}
 TARGETS = ("target_arithmetic", "target_words", "target_dates")
+REAL_TARGETS = ("target_gsm8k", "target_wikisql")
 ALONE: dict[str, str | None] = {  # LLaMA-Factory trains on rows that were written before
     "dataset_dir": "saves/less_offline",
     "num_train_epochs": "4",
@@ -27,6 +28,19 @@ ALONE: dict[str, str | None] = {  # LLaMA-Factory trains on rows that were writt
 OWN: dict[str, dict[str, str | None]] = {  # in place of plain.yaml's keys, or beside them; None: without the key
     "plain.yaml": {"max_steps": "40"},  # where a method acts, its schedule says how many
     "quickstart/": {"overwrite_output_dir": "true", "save_steps": None, "save_strategy": '"no"'},  # run again and again
+    "real/": {
+        "model_name_or_path": "examples/real/model",
+        "template": "smollm2",
+        "dataset_dir": "examples/real/data",
+        "cutoff_len": "288",
+        "disable_gradient_checkpointing": "true",
+        "per_device_train_batch_size": "4",
+        "learning_rate": "4.0e-4",
+        "overwrite_output_dir": "true",
+        "logging_steps": "5",
+        "save_steps": None,
+        "save_strategy": '"no"',
+    },
     "less_offline/": {"save_steps": None},
     "less_offline/select.yaml": {"lr_scheduler_type": None, "logging_steps": None},  # it trains nothing
     "less_offline/warmup.yaml": ALONE | {"dataset": "warmup", "logging_steps": "1", "save_strategy": "epoch"},
@@ -55,8 +69,9 @@ def test_what_is_not_its_own_is_as_in_plain(name: str) -> None:
         k: v for k, v in expected.items() if k not in FREE and v is not None
     }
     assert [key for key in found if key in plain] == [key for key in plain if key in found]
-    assert set(found.get("eval_dataset", TARGETS[0]).split(",")) <= set(TARGETS)
-    place = ".demo" if name.startswith("quickstart/") else "saves"
+    targets = REAL_TARGETS if name.startswith("real/") else TARGETS
+    assert set(found.get("eval_dataset", targets[0]).split(",")) <= set(targets)
+    place = {"quickstart": ".demo", "real": ".demo-real"}.get(name.partition("/")[0], "saves")
     assert found["output_dir"].startswith(f"{place}/")
     assert set(re.findall(r"^  store: (.+)$", FILES[name].read_text("utf-8"), re.MULTILINE)) <= {f"{place}/store"}
 
@@ -69,12 +84,15 @@ def test_no_two_write_to_one_folder() -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that has whatever a run file names, each file as empty as it may be."""
     folder = tmp_path_factory.mktemp("root")
-    model, data, offline = folder / "examples/quickstart/model", folder / "examples/quickstart/data", folder / "saves"
-    for made in (model, data, offline / "mixers/doremi/reference", offline / "mixers/doremi/proxy", folder / ".demo"):
+    quickstart, real, offline = folder / "examples/quickstart", folder / "examples/real", folder / "saves"
+    for made in (offline / "mixers/doremi/reference", offline / "mixers/doremi/proxy", folder / ".demo"):
         made.mkdir(parents=True)
-    (model / "config.json").write_text("{}")
+    for model in (quickstart / "model", real / "model"):
+        model.mkdir(parents=True)
+        (model / "config.json").write_text("{}")
     for place, names in (
-        (data, ("pool", *TARGETS)),
+        (quickstart / "data", ("pool", *TARGETS)),
+        (real / "data", ("pool", *REAL_TARGETS, *(name.replace("target", "test") for name in REAL_TARGETS))),
         (offline / "less_offline", ("warmup", "chosen")),
     ):
         place.mkdir(exist_ok=True)

@@ -242,16 +242,18 @@ def test_show_lays_out_columns(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_shows_what_is_logged_and_says_where_a_failure_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = "import logging; from dataflex import cli; cli.options(); logging.getLogger('dataflex.x').info('10 rows')"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
-    assert [found[1] for line in said.splitlines() if (found := demo.SAID.match(line))] == ["10 rows"]
-    monkeypatch.setattr(demo, "OUTPUT", tmp_path)
+    logged = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stderr
+    assert [found[1] for line in logged.splitlines() if (found := demo.SAID.match(line))] == ["10 rows"]
+    log = tmp_path / "validate.log"
     with pytest.raises(SystemExit, match=r"dataflex validate failed with exit code 2; all of its output is in .*\.log"):
-        demo.run(("validate", "absent.yaml"), 1)
-    assert "absent.yaml" in (tmp_path / "1-validate-absent.log").read_text("utf-8")
-    assert "absent.yaml" in capsys.readouterr().err
+        demo.run(["validate", "absent.yaml"], log, "first: ")
+    assert "absent.yaml" in log.read_text("utf-8")
+    said = capsys.readouterr()
+    assert "absent.yaml" in said.err
+    assert said.out.startswith("first: dataflex validate absent.yaml")
 
 
 def test_run_files_differ_only_in_the_method() -> None:

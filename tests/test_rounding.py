@@ -83,7 +83,9 @@ def test_codes_come_back_as_they_were_packed(storage: str, vectors: np.ndarray) 
         plain = np.where(vectors < 0, -1, 1)
     np.testing.assert_array_equal(unpacked(codes, storage, width), plain)
     most = STORAGES[storage].most
-    least = most * np.finfo(np.float32).smallest_subnormal  # what a factor below the normal numbers is rounded by
+    least = most * float(
+        np.finfo(np.float32).smallest_subnormal
+    )  # what a factor below the normal numbers is rounded by
     np.testing.assert_allclose(decode(codes, scale, storage, width), plain * by / most, rtol=2e-7, atol=least)
     assert not codes[~vectors.any(axis=1)].any()
     assert not decode(codes, scale, storage, width)[~vectors.any(axis=1)].any()

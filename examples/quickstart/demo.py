@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,28 @@ SAID = re.compile(r"^\d\d:\d\d:\d\d (?:INFO|WARNING) dataflex[\w.]*: (.*)")
 """What `dataflex` itself logs; the libraries under it say far more."""
 
 
-def run(arguments: tuple[str, str], number: int) -> float:
-    """Run one `dataflex` command, print what it says while it runs, keep all of it in a file; return its seconds."""
-    verb, file = arguments
-    command = [sys.executable, "-m", "dataflex.cli", verb, str(build.FOLDER / file)]
-    log = OUTPUT / f"{number}-{verb}-{Path(file).stem}.log"
-    print(f"dataflex {verb} {build.FOLDER / file}  (log: {log})", flush=True)
+def run(arguments: Sequence[str], log: Path, name: str = "", environment: Mapping[str, str] | None = None) -> float:
+    """Run one `dataflex` command, print what it says while it runs, keep all of it in a file; return its seconds.
+
+    Args:
+        arguments: of `dataflex`, the verb first.
+        log: the file.
+        name: printed before each line, for several that run at a time.
+        environment: variables that the command has beside this process's own.
+    """
+    command = [sys.executable, "-m", "dataflex.cli", *arguments]
+    print(f"{name}dataflex {' '.join(arguments)}  (log: {log})", flush=True)
     begun = time.monotonic()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    variables = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(environment or {})
     piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    with log.open("w", encoding="utf-8") as out, subprocess.Popen(command, env=environment, **piped) as child:
+    with log.open("w", encoding="utf-8") as out, subprocess.Popen(command, env=variables, **piped) as child:
         for line in child.stdout or ():  # a progress bar ends its lines with \r, which is a line's end here too
             out.write(line)
             if said := SAID.match(line):
-                print(f"  {time.monotonic() - begun:4.0f} s  {said[1]}", flush=True)
+                print(f"{name}  {time.monotonic() - begun:4.0f} s  {said[1]}", flush=True)
     if child.returncode:
         print(log.read_text("utf-8")[-4000:], file=sys.stderr)
-        sys.exit(f"dataflex {verb} failed with exit code {child.returncode}; all of its output is in {log}")
+        sys.exit(f"dataflex {arguments[0]} failed with exit code {child.returncode}; all of its output is in {log}")
     return time.monotonic() - begun
 
 
@@ -107,7 +113,10 @@ def main() -> None:
         sys.exit(f"found no {build.FOLDER} in {Path.cwd()}; run this from the root of the repository")
     OUTPUT.mkdir(exist_ok=True)
     build.build()
-    report([run(arguments, number) for number, (_, arguments, _) in enumerate(STAGES, start=1)])
+    seconds = []
+    for number, (_, (verb, file), _) in enumerate(STAGES, start=1):
+        seconds.append(run([verb, str(build.FOLDER / file)], OUTPUT / f"{number}-{verb}-{Path(file).stem}.log"))
+    report(seconds)
 
 
 if __name__ == "__main__":
