@@ -14,6 +14,8 @@ from dataflex.config.outputs import refuse_unwritable
 from dataflex.errors import ConfigError, DataflexError
 
 SCHEMA = "run.schema.json"
+_OF_METHODS = ("selectors", "mixers", "weighters")
+"""Folders with a run file for each method."""
 _MODELINE = "# yaml-language-server: $schema="
 
 
@@ -59,7 +61,7 @@ def examples() -> tuple[Example, ...]:
 
 
 def example(name: str) -> Example:
-    """Return one by its name, or by the last part of it where only one has that.
+    """Return one by its name, or by the last part of it where only one has that: of a method's and a demo's the former.
 
     Raises:
         ConfigError: there is none, or several.
@@ -68,8 +70,10 @@ def example(name: str) -> Example:
     if wanted in known:
         return known[wanted]
     ending = [full for full in known if full.endswith(f"/{wanted}")]
-    if len(ending) == 1:
-        return known[ending[0]]
+    of_methods = [full for full in ending if full.partition("/")[0] in _OF_METHODS]
+    for found in (ending, of_methods):
+        if len(found) == 1:
+            return known[found[0]]
     if ending:
         raise ConfigError(f"found several examples called {name!r}; expected one of {', '.join(ending)}")
     raise ConfigError(
