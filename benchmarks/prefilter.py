@@ -92,6 +92,7 @@ class Recorded(Less):
         values |= {f"target {n}": _dense(context.features(term.target, n)) for n in context.targets}
         for name in self.params.cheap:
             scored = method(name).select(model, step_id, 1, context=replace(context, history=()), **kwargs)
+            assert isinstance(scored, Selection)
             assert scored.pool is not None
             values[f"score {name}"] = scored.pool
         values |= {"keys": np.stack([np.frombuffer(key.tobytes(), np.uint8) for key in context.rows.keys])}
@@ -144,7 +145,7 @@ class Update:
         with np.load(path, allow_pickle=False) as found:
             size = len(found["status"])
             rows = Rows(
-                examples=[],  # type: ignore[arg-type]
+                examples=[],
                 keys=keys_from(key.tobytes() for key in found["keys"]),
                 dataset=np.zeros(size, np.int32),
                 index=np.arange(size),

@@ -32,9 +32,11 @@ def test_differences_are_from_random_rows_under_the_same_seed() -> None:
     random, less, base = evidence.arms(lines, "evidence_test_one")
     assert (random.name, random.gain, random.loss and random.loss.mean) == ("random", None, 4.0)
     assert less.loss is not None
-    assert (less.loss.count, less.loss.mean) == (3, pytest.approx(7.4 / 3))
+    assert less.loss.count == 3
+    assert less.loss.mean == pytest.approx(7.4 / 3)
     assert less.gain is not None
-    assert (less.gain.count, less.gain.mean) == (2, pytest.approx(-0.3))
+    assert less.gain.count == 2
+    assert less.gain.mean == pytest.approx(-0.3)
     assert less.gain.half == pytest.approx(12.706 * 0.2, rel=1e-3)  # Student's t of one degree of freedom
     assert base.gain is not None
     assert base.gain.mean == pytest.approx(2.0)
