@@ -1,4 +1,4 @@
-"""What mixers and weighters cost per optimizer step, against plain LLaMA-Factory training of the same batch.
+r"""What mixers and weighters cost per optimizer step, against plain LLaMA-Factory training of the same batch.
 
 Each variant is a training of its own in a process of its own, and they take turns: a step of one, then a step of the
 next, in an order that moves by one every round, so that a slow spell of the machine falls on all of them. A step lasts
@@ -10,7 +10,13 @@ again` says what noise is. On a GPU wall time counts, and steps are synchronised
 All rows are blocks of `--cutoff` tokens (stage pt, packed), so every variant computes alike. DoReMi's reference is the
 model that training begins with; its losses are stored before the first step.
 
+With a file of instruction data (alpaca JSON, each row with its `source`) in place of a folder a LoRA adapter is trained
+on rows of about `--cutoff` tokens, responses supervised. Weighters and mixers then form logits where labels are, and
+LLaMA-Factory all of them: the ratio is that of training with and without.
+
 python -m benchmarks.trainer_overhead DATA_DIR MODEL_DIR --rounds 60
+python -m benchmarks.trainer_overhead ALPACA_JSON MODEL_DIR --template smollm2 --cutoff 128 --rounds 20 \
+    --variants "plain again" "weight: loss" "mix: odm"
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ import numpy as np
 import yaml
 from scipy.stats import binom
 
+from benchmarks import instructions
 from benchmarks.mixing_quality import prepare, training
 from dataflex.errors import DataflexError
 
@@ -148,11 +155,12 @@ def measure(
     batch: int = 8,
     accumulation: int = 1,
     cutoff: int = 256,
+    template: str = "",
 ) -> dict[str, list[Step]]:
     """Return the steps of each variant, in the order of the rounds.
 
     Args:
-        data: has pt/train/DOMAIN.jsonl and pt/heldout/DOMAIN.jsonl.
+        data: has pt/train/DOMAIN.jsonl and pt/heldout/DOMAIN.jsonl; or a file of instruction data.
         model: a model folder with its tokenizer.
         folder: takes what is written.
         names: of the variants.
@@ -160,10 +168,15 @@ def measure(
         batch: rows of a micro-batch.
         accumulation: micro-batches of a step.
         cutoff: tokens of a row.
+        template: LLaMA-Factory's for the model, with instruction data.
     """
-    domains, _ = prepare(data, model, folder)
-    shared = training(folder, domains, batch, cutoff, rate=1e-3)
-    shared |= {"gradient_accumulation_steps": accumulation, "max_samples": 150}
+    if data.is_file():
+        shared, told = instructions.training(data, model, folder, template, batch, accumulation, cutoff)
+        print(told, flush=True)
+    else:
+        domains, _ = prepare(data, model, folder)
+        shared = training(folder, domains, batch, cutoff, rate=1e-3) | {"max_samples": 150}
+    shared |= {"gradient_accumulation_steps": accumulation}
     steps = rounds + WARMUP + 1  # the last is never asked for
     variants: list[Variant] = []
     found: dict[str, list[Step]] = {name: [] for name in names}
@@ -172,7 +185,7 @@ def measure(
             keys = VARIANTS[name]
             is_plain = keys["train_type"] == "static"
             length = {"max_steps": steps} if is_plain else {"train_step": steps}
-            reference = {"reference_model_path": str(folder / "model")} if name == "mix: doremi" else {}
+            reference = {"reference_model_path": shared["model_name_or_path"]} if name == "mix: doremi" else {}
             store = {} if is_plain else {"dataflex": {"store": str(folder / "store"), "params": reference}}
             path = folder / f"{name.replace(': ', '-').replace(' ', '-')}.yaml"
             out = {"output_dir": str(folder / "out" / path.stem)}
@@ -215,20 +228,24 @@ def median_interval(ordered: np.ndarray) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder with pt/train/DOMAIN.jsonl and pt/heldout/DOMAIN.jsonl")
+    parser.add_argument(
+        "data", type=Path, help="folder with pt/train/DOMAIN.jsonl and pt/heldout/DOMAIN.jsonl, or alpaca JSON"
+    )
     parser.add_argument("model", type=Path, help="model folder")
     parser.add_argument("--rounds", type=int, default=60, help="steps of each variant that count")
     parser.add_argument("--batch", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--cutoff", type=int, default=256, help="tokens of a row")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
+    parser.add_argument("--template", default="", help="LLaMA-Factory's template for the model; with alpaca JSON")
     args = parser.parse_args()
+    if args.data.is_file() != bool(args.template):
+        parser.error("--template goes with alpaca JSON, and with that alone")
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come: CPU time is then the work's, not the waiting's
     names = [PLAIN, *(name for name in args.variants if name != PLAIN)]
     with tempfile.TemporaryDirectory(prefix="dataflex-overhead-") as scratch:
-        found = measure(
-            args.data, args.model, Path(scratch), names, args.rounds, args.batch, args.accumulation, args.cutoff
-        )
+        shape = args.batch, args.accumulation, args.cutoff, args.template
+        found = measure(args.data, args.model, Path(scratch), names, args.rounds, *shape)
     print(f"{args.rounds} rounds; a step: {args.accumulation} x {args.batch} rows of {args.cutoff} tokens")
     print(table(found))
 
