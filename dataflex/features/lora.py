@@ -2,8 +2,7 @@
 
 A LoRA layer is y = x W^T + b + s (x A^T) B^T. PEFT computes its second part on the side, multiplies it by s, adds it:
 three passes over (B, T, O) where the product can be added as it is formed; and autograd does the same again on the way
-back. Here a layer is one function, which also hands over what the gradients of A and B are made of. On two CPU cores
-this saves a twelfth of a forward and backward pass of a model of hidden size 576.
+back. Here a layer is one function, which also hands over what the gradients of A and B are made of.
 
 B rows of a batch, T tokens, I/O layer in/out, r rank, s the adapter's scaling.
 """
