@@ -77,8 +77,6 @@ class FeatureEngine:
         # Two tokens, so that one of them is predicted and there is a loss to go back from.
         self._dummy = {"input_ids": [pad_token_id] * 2, "labels": [pad_token_id] * 2}
         self.autocast = autocast
-        self._head: Head | None = None
-        self._head_is_sought = False
         self._projectors: dict[Projection, Projector] = {}  # kept, as sjlt and srht make random tables on first use
         # PEFT's wrapper takes any keyword and does not say which its model takes.
         get_base: Any = getattr(model, "get_base_model", lambda: model)
@@ -151,7 +149,6 @@ class FeatureEngine:
         values: list[FeatureValues] = []
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.model))
-            self._seek_head()
             tapped = sketches.modules if sketches else []
             stack.enter_context(in_one(self.model, sketches.taps if sketches else None, tapped))
             if sketches:  # after the others, who ask whether somebody else looks into a layer
@@ -189,18 +186,16 @@ class FeatureEngine:
             directions[spec.adam_variant] = partial(adam_direction, moments, spec.adam_variant)
         return Target(directions[spec.adam_variant], projector)
 
-    def _seek_head(self) -> None:
-        """Find out, once, whether the head can be run apart from the model."""
-        if self._head_is_sought:
-            return
+    @cached_property
+    def _head(self) -> Head | None:
+        """The head if it can be run apart from the model, which is tried once; asked for while features are taken."""
 
         def run(tokens: list[int]) -> Any:
             batch = self._collate([{"input_ids": tokens, "labels": tokens}])
             with torch.no_grad(), self.autocast():
                 return self.model(**self._inputs(batch, []), use_cache=False, return_dict=True)
 
-        self._head = find_head(self.model, run)
-        self._head_is_sought = True
+        return find_head(self.model, run)
 
     def _apart(self, sketches: Sketches | None) -> Head | None:
         """Return the head if this pass can do without it: its own gradient, if asked for, is of all tokens at once."""

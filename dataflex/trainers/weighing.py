@@ -77,7 +77,8 @@ class Weighing:
             rows, labels = inputs.pop(ROWS), inputs.pop("labels")
             with evaluation(trainer.model), torch.no_grad(), self.captured(trainer) as states:
                 output = trainer.model_wrapped(**inputs)
-                yield self._micro_batch(number, output.logits, labels, rows, states, inputs)
+                batch_ahead = self._micro_batch(number, output.logits, labels, rows, states, inputs)
+            yield batch_ahead
 
     def _seek_head(self, trainer: LiveTrainer) -> None:
         """Find out, once, whether the head can be run apart from the model; sharded weights are not at hand there."""
