@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
+from benchmarks.lora_run import LORA
 from dataflex.selectors.base import Context, Selection
 from dataflex.selectors.less import Less
 
@@ -74,14 +75,10 @@ def _compute(file: Path, folder: Path, data: Path | None, model: Path | None, ro
         study = selection_quality.easy(data, model, folder, rows)
         place, targets, template, rate = folder / "model", sorted(study.targets), "smollm2", 2e-4
     values = {
+        **LORA,
         "model_name_or_path": str(place.absolute()),
         "template": template,
         "cache_dir": str(folder / "cache"),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
-        "lora_target": "all",
-        "lora_rank": 8,
         "dataset_dir": str(folder / "data"),
         "dataset": "pool",
         "eval_dataset": ",".join(targets),
@@ -89,10 +86,6 @@ def _compute(file: Path, folder: Path, data: Path | None, model: Path | None, ro
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
         "learning_rate": rate,
-        "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "output_dir": str(folder / "out"),
         "train_type": "dynamic_select",
         "warmup_step": WARMUP,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.lora_run import LORA
 from benchmarks.pretrained import example
 from dataflex.errors import ConfigError
 
@@ -59,23 +60,16 @@ def training(
     share = sum(responses[name] for name in names) / total
     told = f"{count} rows of {total / count:.0f} tokens, {share:.0%} of them supervised, of {', '.join(names)}"
     return {
+        **LORA,
         "model_name_or_path": str(model),
         "template": template,
         "cache_dir": str(folder / "cache"),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
-        "lora_target": "all",
-        "lora_rank": 8,
         "dataset_dir": str(folder / "data"),
         "dataset": ",".join(names),
         "cutoff_len": cutoff,
         "disable_gradient_checkpointing": True,
         "per_device_train_batch_size": batch,
         "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
         "save_strategy": "no",
-        "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
-        "disable_tqdm": True,
     }, told

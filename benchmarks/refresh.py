@@ -28,6 +28,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
+from benchmarks.lora_run import LORA
 from dataflex.config.keys import Refresh
 from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
 from dataflex.selectors.base import Context, Selection
@@ -229,24 +230,16 @@ def run_file(args: argparse.Namespace, folder: Path, places: Mapping[str, Any]) 
         "drive": args.drive,
     }
     values = {
+        **LORA,
         **places,
         "template": "qwen3_nothink",
         "cache_dir": str(folder / "cache"),
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "lora",
-        "lora_target": "all",
-        "lora_rank": 8,
         "dataset": "pool",
         "eval_dataset": "target",
         "cutoff_len": 256,
         "per_device_train_batch_size": args.batch,
         "learning_rate": args.rate,
-        "lr_scheduler_type": "constant",
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "output_dir": str(folder / "out"),
         "seed": args.seed,
         "train_type": "dynamic_select",

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.prefilter import Setting, on_report
+from benchmarks.prefilter_replay import Setting, on_report
 from dataflex.config import load
 from dataflex.config.keys import Refresh
 from dataflex.draws import generator
@@ -203,7 +203,8 @@ def done(tiny: Any, tmp_path_factory: pytest.TempPathFactory, workspace_class: A
     params = {"proj_dim": 256, "output": str(space.folder / "updates"), "drive": ["rds_plus", KEEP, TAIL, SHARE]}
     section = {"store": str(space.folder / "store"), "params": params}
     space.run(
-        "train", space.write("recorded", component_name="benchmarks.prefilter:Recorded", dataflex=section, **keys)
+        "train",
+        space.write("recorded", component_name="benchmarks.prefilter_recording:Recorded", dataflex=section, **keys),
     )
     return space, before, summary
 
