@@ -85,6 +85,21 @@ def test_what_has_no_steps_or_no_method_is_not_trained_on_a_choice(workspace: An
         laid_out(write(workspace, **static), "base")
 
 
+def test_how_features_come_about_belongs_to_the_choice(workspace: Any) -> None:
+    ways = {
+        "prefilter": {"method": "rds_plus", "keep": 0.5},
+        "refresh": {"policy": "rotating", "refresh_fraction": 0.2},
+    }
+    path = write(workspace, dataflex={**ways, "arms": {"narrow": {"dataflex.prefilter.keep": 0.3}}})
+    less, narrow = laid_out(path, "less,narrow")
+    assert less.choice.settings.dataflex.prefilter.keep == 0.5
+    assert narrow.choice.settings.dataflex.prefilter.keep == 0.3
+    assert less.choice.settings.dataflex.refresh.policy == "rotating"
+    for trial in (less, narrow):
+        assert trial.settings.dataflex.prefilter is None
+        assert trial.settings.dataflex.refresh.policy == "full"
+
+
 def test_a_run_waits_for_its_choice_and_that_for_the_lengths_of_another(workspace: Any) -> None:
     path = write(workspace)
     trials = laid_out(path, "random_length:less,less")

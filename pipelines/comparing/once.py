@@ -14,7 +14,7 @@ from dataflex.pipelines.comparing.arms import SPECIAL, Arm
 
 CHOSEN = "chosen.parquet"
 """In the folder of a choice: its rows, as `dataflex select` writes them."""
-_METHODS_OWN = ("component_name", "dataflex.params")
+_METHODS_OWN = ("component_name", "dataflex.params", "dataflex.prefilter", "dataflex.refresh")
 """Keys of a method, which the training on its rows has no use for; what is below them is meant too."""
 
 
@@ -62,4 +62,4 @@ class Once:
         schedule = {"warmup_step": 0, "update_step": self.pass_steps, "update_times": 1, "train_step": self.steps}
         # `random` stands for `static` where the run file is checked: the file of rows is not there yet.
         method = {"train_type": "dynamic_select", "component_name": "random", "dataflex.params": {}}
-        return {**kept, **schedule, **method}
+        return {**kept, **schedule, **method, "dataflex.prefilter": None, "dataflex.refresh": {"policy": "full"}}
