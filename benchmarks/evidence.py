@@ -41,8 +41,9 @@ class Arm:
         exact: share of responses that are exactly right; None where none is judged.
         exact_gain: the same less random rows'.
         train_seconds: of a training, mean.
-        choose_seconds: of a choice, mean; None where none is made.
-        gradients: that were evaluated for each row chosen, mean, those found in the stores not among them.
+        choose_seconds: of the longest choice, which found the least in the stores; None where none is made.
+        features: gradients, losses or embeddings of rows that a choice asked for, for each row chosen, mean, with those
+            that were found in the stores.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Arm:
     exact_gain: Estimate | None
     train_seconds: float
     choose_seconds: float | None
-    gradients: float
+    features: float
 
 
 def read(path: Path) -> list[KeptLine]:
@@ -67,7 +68,7 @@ def arms(lines: Sequence[KeptLine], test: str) -> list[Arm]:
     found = []
     for name in dict.fromkeys(each.arm for each in shown):
         own = [each for each in shown if each.arm == name]
-        choices = [each.choice_seconds for each in own if each.choice_seconds is not None]
+        choices = [each.choice_seconds for each in lines if each.arm == name and each.choice_seconds is not None]
         found.append(
             Arm(
                 name,
@@ -76,11 +77,16 @@ def arms(lines: Sequence[KeptLine], test: str) -> list[Arm]:
                 Estimate.of(list(_by_seed(own, "reward").values())),
                 None if name == _BASELINE else _difference(own, random, "reward"),
                 float(np.mean([each.seconds for each in own])),
-                float(np.mean(choices)) if choices else None,
-                float(np.mean([each.gradients_per_chosen_row for each in own])),
+                max(choices, default=None),
+                float(np.mean([_asked(each) for each in own])),
             )
         )
     return found
+
+
+def _asked(line: KeptLine) -> float:
+    asked = (line.choice_computed or 0) + (line.choice_reused or 0)
+    return asked / line.chosen if line.chosen else 0.0
 
 
 def _by_seed(lines: Iterable[KeptLine], what: str) -> dict[int | None, float]:
@@ -103,13 +109,13 @@ def table(lines: Sequence[KeptLine]) -> list[str]:
             continue
         has_exact = any(each.exact for each in found)
         head = ["method", "runs", "loss", "less random"] + (["exactly right", "less random"] if has_exact else [])
-        head += ["training, s", "choosing, s", "gradients a row"]
+        head += ["training, s", "choosing, s", "features a row"]
         out += ["", f"**{kind.capitalize()}** (`{test}`):", "", _row(head), _row(["---"] * len(head))]
         for each in found:
             cells = [f"`{each.name}`", str(each.loss.count if each.loss else 0), _text(each.loss), _text(each.gain)]
             cells += [_percent(each.exact), _percent(each.exact_gain)] if has_exact else []
             choosing = "–" if each.choose_seconds is None else f"{each.choose_seconds:.0f}"
-            out.append(_row([*cells, f"{each.train_seconds:.0f}", choosing, f"{each.gradients:.1f}"]))
+            out.append(_row([*cells, f"{each.train_seconds:.0f}", choosing, f"{each.features:.1f}"]))
     return [*out, ""]
 
 

@@ -174,7 +174,8 @@ def _trial(
             response.stdout.close()
             assert process.stdout is not None
             begun = select.select([process.stdout], [], [], _START_SECONDS)[0]
-            if not begun or not os.read(process.stdout.fileno(), 1):  # past the buffer, which `communicate` does not see
+            # Read past the buffer, which `communicate` does not see.
+            if not begun or not os.read(process.stdout.fileno(), 1):
                 return None
             try:
                 found = json.loads(process.communicate(given, seconds)[0])

@@ -1,7 +1,8 @@
 """Run as a script: run the tests of a reward against a response whose code runs in another process.
 
 Standard input has the code and the tests; standard output gets a line when both processes have begun, then the verdict;
-the environment has the numbers of the two pipes to the other process. What an answer may be, and what it may decide, is in `proxies.py`.
+the environment has the numbers of the two pipes to the other process. What an answer may be, and what it may decide, is
+in `proxies.py`.
 """
 
 from __future__ import annotations
