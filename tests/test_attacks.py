@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import threading
 import time
@@ -173,6 +174,7 @@ def test_nothing_outside_is_reached(name: str, tmp_path: Path, monkeypatch: pyte
 
 BOMBS = {
     "processes": "import os\nwhile True: os.fork()\n",
+    "processes, errors caught": "import os\nfor _ in range(2000):\n    try: os.fork()\n    except OSError: pass\n",
     "threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(600,)).start()\n",
 }
 
@@ -244,6 +246,30 @@ def test_what_does_not_begin_is_no_fault_of_the_code(isolated: bool, monkeypatch
     monkeypatch.setattr(sandbox, "_WAITED_SECONDS", (0, 0))
     with pytest.raises(DataflexError, match=r"did not begin, 2 times \(.+\)\n  expected .* 4 MiB \(memory_mb\)"):
         sandbox.trial(GOOD, TEST, 20, 4, isolated=isolated)
+
+
+def test_who_tries_too_many_processes_never_gets_to_answer() -> None:
+    code = (
+        "import os\n"
+        "def double(x):\n"
+        "    for _ in range(100):\n"
+        "        try: os.fork()\n"
+        "        except OSError: pass\n"
+        "    return 2 * x\n"
+    )
+    assert [tried(code, "assert double(4) == 8")[0] for _ in range(8)] == [0] * 8
+
+
+def test_pipes_of_any_number_are_waited_for() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [open(os.devnull) for _ in range(1100)]
+    try:
+        assert tried(GOOD) == (1.0, "")
+    finally:
+        for each in held:
+            each.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_tests_that_end_their_process_give_nothing() -> None:

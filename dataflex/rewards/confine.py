@@ -5,8 +5,9 @@ usage: confine.py NAMESPACES CPU_SECONDS MEMORY_BYTES FILE_BYTES PROCESSES DISK_
 With NAMESPACES (1, else 0) it must have been started in user, mount, PID, network and IPC namespaces of its own. Then
 all that was mounted is read-only, the working folder is an empty disk in memory of DISK_BYTES, and the only devices are
 those of numbers and nothing. This process stays as the first of its PID namespace. No other begins a process or thread
-before this one has counted them; it ends them all when they are PROCESSES or the script has ended. (The kernel's own
-limit does not count root's processes, and whoever counts now and then finds tens of thousands.)
+before this one has counted them, so at most a few of those that begin at once are too many; it ends them all when they
+are PROCESSES or the script has ended. (The kernel's own limit does not count root's processes, and whoever counts now
+and then finds tens of thousands.)
 Either way no capability is left, and system calls that reach other processes or sockets outside are refused.
 
 A script of its own, because none of this is safe between fork and exec in a process that has threads.
@@ -21,6 +22,7 @@ import os
 import resource
 import runpy
 import select
+import signal
 import socket
 import struct
 import sys
@@ -209,6 +211,7 @@ def _watch(processes: int) -> None:
             os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
         if ended == 0 and any(events & select.POLLIN for _, events in asked.poll(_POLL_MS)):
             if _running() >= processes:
+                os.kill(-1, signal.SIGKILL)  # before the file is closed: what waits for an answer would go on without
                 os._exit(1)
             _admit(listeners[0])
 
@@ -220,7 +223,7 @@ def _running() -> int:
         if name.isdecimal():
             try:
                 running += len(os.listdir(f"/proc/{name}/task"))
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended meanwhile
     return running
 

@@ -2,8 +2,8 @@
 
 Limited always: wall clock and CPU time, memory of each process, size of each file, standard streams (none), environment
 (nothing of ours). Refused always: Unix sockets, and system calls that look into other processes (`confine.py`).
-With namespaces: no network, at most 64 processes and threads, none of which outlives the run, and 64 MiB of files of
-its own.
+With namespaces: no network, at most 64 processes and threads (a few more while several begin at once), none of which
+outlives the run, and 64 MiB of files of its own.
 Not held: what may be read. The code sees every file that the user who runs it can read, and all processes together may
 use 64 times the memory of one. Without namespaces it can also write those files, and fill the disk.
 """
@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from dataflex.errors import ConfigError, DataflexError
 
@@ -123,6 +123,13 @@ def started(
                     pipe.close()
 
 
+def is_readable(pipe: IO[bytes], seconds: float) -> bool:
+    """Wait until a pipe has something to read, or is closed at its other end; false if the time was not enough."""
+    ready = select.poll()  # `select.select` takes no file of a number above 1023
+    ready.register(pipe, select.POLLIN)
+    return bool(ready.poll(seconds * 1000))
+
+
 def trial(code: str, tests: str, seconds: float, memory_mb: int, isolated: bool) -> tuple[float | None, str]:
     """Run tests against code: each in a process of its own, the code's names called from the tests' through pipes.
 
@@ -173,9 +180,8 @@ def _trial(
             response.stdin.close()
             response.stdout.close()
             assert process.stdout is not None
-            begun = select.select([process.stdout], [], [], _START_SECONDS)[0]
             # Read past the buffer, which `communicate` does not see.
-            if not begun or not os.read(process.stdout.fileno(), 1):
+            if not is_readable(process.stdout, _START_SECONDS) or not os.read(process.stdout.fileno(), 1):
                 return None
             try:
                 found = json.loads(process.communicate(given, seconds)[0])
