@@ -59,7 +59,11 @@ def featurizing(args: argparse.Namespace, name: str, **changes: Any) -> Path:
     ours = {
         "store": str(args.folder / f"store-{name}"),
         "token_budget": args.budget,
-        "params": {"checkpoints": [str(args.folder / "training" / f"checkpoint-{WARMUP}")], "proj_dim": args.width},
+        "params": {
+            "checkpoints": [str(args.folder / "training" / f"checkpoint-{WARMUP}")],
+            "weights": [1.0],
+            "proj_dim": args.width,
+        },
     }
     more = {"train_type": "dynamic_select", "component_name": "less", "warmup_step": 0, "update_step": 1}
     return run_file(args, name, **more, update_times=1, dataflex=ours, **changes)
