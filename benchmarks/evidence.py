@@ -40,9 +40,10 @@ class Arm:
         gain: that less random rows', seed by seed; None of random rows and of the untrained model.
         exact: share of responses that are exactly right; None where none is judged.
         exact_gain: the same less random rows'.
-        train_seconds: of a training, mean.
-        choose_seconds: of a choice, mean; None where none is made.
-        gradients: that were evaluated for each row chosen, mean, those found in the stores not among them.
+        train_seconds: of a training, mean; None where nothing is trained.
+        choose_seconds: of the longest choice, which found the least in the stores; None where none is made.
+        features: gradients, losses or embeddings of rows that a choice asked for, for each row chosen, mean, with those
+            that were found in the stores.
     """
 
     name: str
@@ -50,14 +51,24 @@ class Arm:
     gain: Estimate | None
     exact: Estimate | None
     exact_gain: Estimate | None
-    train_seconds: float
+    train_seconds: float | None
     choose_seconds: float | None
-    gradients: float
+    features: float
 
 
 def read(path: Path) -> list[KeptLine]:
-    """Read a table of runs."""
-    return [KeptLine.model_validate_json(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    """Read a table of runs; of several lines of one run on one test set, the first.
+
+    Raises:
+        ValueError: it has a run under two settings, which no table can hold side by side.
+    """
+    found: dict[object, KeptLine] = {}
+    for text in path.read_text("utf-8").splitlines():
+        line = KeptLine.model_validate_json(text)
+        first = found.setdefault((line.run, line.test), line)
+        if first.identity != line.identity:
+            raise ValueError(f"{path}: found {line.run} under two settings; expected one, or a file for each")
+    return list(found.values())
 
 
 def arms(lines: Sequence[KeptLine], test: str) -> list[Arm]:
@@ -67,7 +78,7 @@ def arms(lines: Sequence[KeptLine], test: str) -> list[Arm]:
     found = []
     for name in dict.fromkeys(each.arm for each in shown):
         own = [each for each in shown if each.arm == name]
-        choices = [each.choice_seconds for each in own if each.choice_seconds is not None]
+        choices = [each.choice_seconds for each in lines if each.arm == name and each.choice_seconds is not None]
         found.append(
             Arm(
                 name,
@@ -75,12 +86,17 @@ def arms(lines: Sequence[KeptLine], test: str) -> list[Arm]:
                 None if name == _BASELINE else _difference(own, random, "loss"),
                 Estimate.of(list(_by_seed(own, "reward").values())),
                 None if name == _BASELINE else _difference(own, random, "reward"),
-                float(np.mean([each.seconds for each in own])),
-                float(np.mean(choices)) if choices else None,
-                float(np.mean([each.gradients_per_chosen_row for each in own])),
+                float(np.mean([each.seconds for each in own])) if any(each.steps for each in own) else None,
+                max(choices, default=None),
+                float(np.mean([_asked(each) for each in own])),
             )
         )
     return found
+
+
+def _asked(line: KeptLine) -> float:
+    asked = (line.choice_computed or 0) + (line.choice_reused or 0)
+    return asked / line.chosen if line.chosen else 0.0
 
 
 def _by_seed(lines: Iterable[KeptLine], what: str) -> dict[int | None, float]:
@@ -103,18 +119,22 @@ def table(lines: Sequence[KeptLine]) -> list[str]:
             continue
         has_exact = any(each.exact for each in found)
         head = ["method", "runs", "loss", "less random"] + (["exactly right", "less random"] if has_exact else [])
-        head += ["training, s", "choosing, s", "gradients a row"]
+        head += ["training, s", "choosing, s", "features a row"]
         out += ["", f"**{kind.capitalize()}** (`{test}`):", "", _row(head), _row(["---"] * len(head))]
         for each in found:
             cells = [f"`{each.name}`", str(each.loss.count if each.loss else 0), _text(each.loss), _text(each.gain)]
             cells += [_percent(each.exact), _percent(each.exact_gain)] if has_exact else []
-            choosing = "–" if each.choose_seconds is None else f"{each.choose_seconds:.0f}"
-            out.append(_row([*cells, f"{each.train_seconds:.0f}", choosing, f"{each.gradients:.1f}"]))
+            seconds = [_seconds(each.train_seconds), _seconds(each.choose_seconds)]
+            out.append(_row([*cells, *seconds, f"{each.features:.1f}"]))
     return [*out, ""]
 
 
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _seconds(found: float | None) -> str:
+    return "–" if found is None else f"{found:.0f}"
 
 
 def _text(found: Estimate | None) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -155,8 +156,9 @@ def _save(bench: Bench, model: Path | None, folder: Path) -> tuple[Path, Path]:
             tokenizer_object=tokenizer, unk_token="w0", pad_token="w0", eos_token="w1"
         ).save_pretrained(model)
     adapter = folder / "adapter"
-    bench.engine.model.peft_config["default"].base_model_name_or_path = str(model)
-    bench.engine.model.save_pretrained(adapter)
+    peft: Any = bench.engine.model
+    peft.peft_config["default"].base_model_name_or_path = str(model)
+    peft.save_pretrained(adapter)
     return model, adapter
 
 

@@ -94,4 +94,5 @@ def collate(rows: list[Any]) -> Batch:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], budget=int(sys.argv[4]), case=sys.argv[5])
+    adapter, file, out = sys.argv[1:4]
+    main(adapter, file, out, int(sys.argv[4]), sys.argv[5])

@@ -156,7 +156,7 @@ class Bench:
     def measure(self, repeats: int, single: int = 0, only: Collection[str] | None = None) -> dict[str, float]:
         """Return CPU-seconds a row of each case: all in turn, `repeats` times, the fastest of each.
 
-        Neighbours can only slow one down. `single` rows go through the one-by-one loop as well; With `only`,
+        Neighbours can only slow one down. `single` rows go through the one-by-one loop as well; with `only`,
         of the cases but the training pass those whose name has one of these parts.
         """
         cases = {

@@ -59,7 +59,7 @@ def opened(root: str | LocalFiles, kind: str) -> ParquetStore:
 
 def build(root: str, rows: int) -> None:
     """Fill the stores of the pool, in a thousand loose groups, and of the targets, near some of them."""
-    from benchmarks.scale import Unsynced  # what it imports is no part of what is measured
+    from benchmarks.store_scale import Unsynced  # what it imports is no part of what is measured
 
     centres = np.random.default_rng(0).standard_normal((1000, DIM), np.float32)
     for kind, size, near in (("pool", rows, 1000), ("targets", TARGETS, 50)):

@@ -188,8 +188,9 @@ def settings_of(args: argparse.Namespace, recorded: Iterable[str]) -> list[Setti
 
 def table(args: argparse.Namespace) -> str:
     """Return a line per setting: cost on the report's schedule, here, and agreement update by update."""
-    paths = sorted(args.folder.glob("updates/update_?.npz"))
-    history = [Update.read(path) for path in paths]
+    history: list[Update] = []
+    while (path := args.folder / f"updates/update_{len(history)}.npz").is_file():
+        history.append(Update.read(path))
     if not history:
         return f"{args.folder}: no update is recorded yet"
     if args.chosen is not None:

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.featurize import CPU, Bench, build
+from benchmarks.featurize import build
+from benchmarks.passes import CPU, Bench
 from dataflex.features.projection import build_projector
 from dataflex.features.spec import GradientSpec, Projection
 

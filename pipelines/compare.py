@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ import pyarrow.parquet as pq
 from dataflex.config import load
 from dataflex.errors import ConfigError, DataflexError, UnavailableError
 from dataflex.pipelines.comparing.arms import arms_of
+from dataflex.pipelines.comparing.keeping import Keeping
 from dataflex.pipelines.comparing.kept import Kept
 from dataflex.pipelines.comparing.once import Once
 from dataflex.pipelines.comparing.outlook import Outlook
 from dataflex.pipelines.comparing.plans import Plan, plans_of, tasks_of
-from dataflex.pipelines.comparing.records import SCHEMA, records, records_of
+from dataflex.pipelines.comparing.records import SCHEMA, records, several_devices
 from dataflex.pipelines.comparing.running import Outcome, alone, processes, run_all, shares
 from dataflex.pipelines.comparing.table import Line, lines, plain, shown
 from dataflex.pipelines.comparing.trials import Trial, trials_of
+from dataflex.pipelines.comparing.walls import Walls
 from dataflex.pipelines.report import Compared, report
 from dataflex.pipelines.reporting.between import Held
 from dataflex.whole import replacing
@@ -62,10 +64,11 @@ def compare(
 
     Raises:
         ConfigError: a name, a number or a run file that follows is wrong; nothing was run then.
-        MismatchError: a folder holds another run.
+        MismatchError: a folder holds another run, or a finished one without the choice that it was trained on.
         CorruptionError: a line of the table that is kept is damaged.
         ConflictError: another comparison is at work in the folder.
-        DataflexError: a run failed; the others were run, and the table tells of the missing ones.
+        DataflexError: a run failed, or one that has finished could not be added to the table that is kept; the others
+            were run, and the table tells of the missing ones.
         Interrupted: a signal asked for it.
     """
     base = load(run, given)
@@ -84,51 +87,36 @@ def compare(
     with alone(out / "compare") as held:
         parts = [part for plan in plans.values() for part in plan.parts]
         finished = {part.trial.name: part.trial.check(part.identity) for part in parts}  # all, before the first begins
-        known = {} if kept is None else _known(kept, plans.values(), finished)
+        keeping = None if kept is None else Keeping(kept)
+        known = {} if keeping is None else keeping.known(plans.values(), finished)
         todo = [plan for name, plan in plans.items() if name not in known and not finished[name]]
+        for plan in todo:
+            plan.trial.require_choice()
         ready = [trial for trial in trials if trial.name in known or finished[trial.name]]
         log.info("%d runs, %d of them finished before", len(trials), len(ready))
         outlook = Outlook([plan.trial for plan in todo], records(ready, known), jobs)
-        took: dict[str, float] = {}
+        walls = Walls(parts)
 
         def done(plan: Plan, seconds: float) -> None:
-            took[plan.trial.name] = seconds
+            walls.ended(plan, seconds)
             if plan.trial.name not in plans:  # a choice
                 return
-            parts = [took.get(part.trial.name) for part in plan.parts]
-            seen = [each for each in parts if each is not None]
-            if kept is not None:
-                _keep(kept, plan, sum(seen) if len(seen) == len(parts) else None)
-            outlook.finished(plan.trial, sum(seen))
+            whole = walls.whole(plan)
+            if keeping is not None:
+                keeping.add(plan, whole)
+            outlook.finished(plan.trial, walls.seen(plan), whole is not None)
 
         outcome = run_all(tasks_of(todo, plans, finished, run, given, done), devices, held)
         found = records(trials, known)
         table = lines(trials, found)
         _write(out, found, table)
         _write_page(out, trials, table)
+        if text := several_devices(found):
+            log.warning("%s", text)
     _judge([trial for trial in trials if trial.name not in known], len(trials), outcome, out)
+    if keeping is not None:
+        keeping.judge()
     return table
-
-
-def _known(kept: Kept, plans: Collection[Plan], finished: Mapping[str, bool]) -> dict[str, list[dict[str, Any]]]:
-    """Return by name the records of the runs that a table has; what is finished here and not in it, is put there."""
-    known: dict[str, list[dict[str, Any]]] = {}
-    for plan in plans:
-        trial = plan.trial
-        assert plan.everywhere is not None
-        found = kept.find(trial, plan.everywhere)
-        if found is not None:
-            known[trial.name] = found
-        elif finished[trial.name]:
-            _keep(kept, plan, None)
-    if text := kept.others([(plan.trial, plan.everywhere) for plan in plans if plan.everywhere is not None]):
-        log.warning("%s", text)
-    return known
-
-
-def _keep(kept: Kept, plan: Plan, seconds: float | None) -> None:
-    assert plan.everywhere is not None
-    kept.add(plan.trial, plan.everywhere, records_of(plan.trial), seconds)
 
 
 def _write(out: Path, found: Sequence[Mapping[str, Any]], table: Sequence[Line]) -> None:

@@ -36,8 +36,8 @@ def measure(run: Run, folder: Path, verb: str = "train") -> dict[str, Any]:
 
     Returns:
         Test set -> rows, supervised tokens, `loss` (nats per supervised token of the whole set; None if it is not
-        finite, by `nonfinite` rows) and, where the run file
-        names a reward, its mean over the rows that it could score (`reward`, `scored`).
+        finite, by `nonfinite` rows) and, where the run file names a reward, its mean over the rows that it could score
+        (`reward`, `scored`).
     """
     access = run.access
     kept, access.tally = access.tally, Tally()  # what measuring costs is no cost of the method

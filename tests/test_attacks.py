@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from dataflex.errors import DataflexError
 from dataflex.rewards import build_reward, sandbox
 from tests.trial import TEST, tried
 
@@ -169,10 +172,31 @@ def test_nothing_outside_is_reached(name: str, tmp_path: Path, monkeypatch: pyte
     assert not outside.exists()
 
 
-def test_a_bomb_of_processes_is_ended() -> None:
-    reward, reason = tried("import os\nwhile True: os.fork()\n" + GOOD, seconds=120)
+BOMBS = {
+    "processes": "import os\nwhile True: os.fork()\n",
+    "processes, errors caught": "import os\nfor _ in range(2000):\n    try: os.fork()\n    except OSError: pass\n",
+    "threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(600,)).start()\n",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_ended_before_others_have_no_process_left(name: str) -> None:
+    megabytes = 1023  # by which its processes are known from those of other tests
+    found: list[tuple[float | None, str]] = []
+    bomb = threading.Thread(
+        target=lambda: found.append(sandbox.trial(BOMBS[name] + GOOD, TEST, 120, megabytes, isolated=True))
+    )
+    bomb.start()
+    most = 0
+    while bomb.is_alive():
+        most = max(most, sum(_threads(p) for p in _processes_with(megabytes)))
+    reward, reason = found[0]
     assert reward == 0
     assert "seconds" not in reason  # ended by their number, not by the clock
+    assert most < 64 * 3  # each that is admitted may still be on its way
+
+
+def test_a_few_processes_are_not_a_bomb() -> None:
     assert tried("import os\nfor _ in range(5):\n    if os.fork() == 0: os._exit(0)\n" + GOOD) == (1.0, "")
 
 
@@ -212,9 +236,48 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     sandbox.trial(code + GOOD, TEST, 20, megabytes, isolated=True)
     assert list(tmp_path.iterdir()) == []
     deadline = time.monotonic() + 20  # the kernel ends what is left of a namespace after its first process is gone
-    while left := [p for p in os.listdir("/proc") if p.isdecimal() and str(megabytes << 20) in _command(p)]:
+    while left := _processes_with(megabytes):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize("isolated", [True, False], ids=["namespaces", "process"])
+def test_what_does_not_begin_is_no_fault_of_the_code(isolated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_WAITED_SECONDS", (0, 0))
+    with pytest.raises(DataflexError, match=r"did not begin, 2 times \(.+\)\n  expected .* 4 MiB \(memory_mb\)"):
+        sandbox.trial(GOOD, TEST, 20, 4, isolated=isolated)
+
+
+def test_who_tries_too_many_processes_never_gets_to_answer() -> None:
+    code = (
+        "import os\n"
+        "def double(x):\n"
+        "    for _ in range(100):\n"
+        "        try: os.fork()\n"
+        "        except OSError: pass\n"
+        "    return 2 * x\n"
+    )
+    assert [tried(code, "assert double(4) == 8")[0] for _ in range(8)] == [0] * 8
+
+
+def test_pipes_of_any_number_are_waited_for() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = [open(os.devnull) for _ in range(1100)]
+    try:
+        assert tried(GOOD) == (1.0, "")
+    finally:
+        for each in held:
+            each.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_tests_that_end_their_process_give_nothing() -> None:
+    assert tried(GOOD, "import os\nassert double(1) == 2\nos._exit(0)") == (0, "the tests ended their process")
+
+
+def _processes_with(megabytes: int) -> list[str]:
+    return [p for p in os.listdir("/proc") if p.isdecimal() and str(megabytes << 20) in _command(p)]
 
 
 def _command(process: str) -> str:
@@ -222,3 +285,10 @@ def _command(process: str) -> str:
         return Path(f"/proc/{process}/cmdline").read_text()
     except OSError:
         return ""
+
+
+def _threads(process: str) -> int:
+    try:
+        return len(os.listdir(f"/proc/{process}/task"))
+    except OSError:
+        return 0

@@ -25,7 +25,7 @@ RECORD: dict[str, Any] = {
     "test": "target_words", "loss": 1.5, "reward": None, "rows": 8, "tokens": 90, "scored": None, "steps": 5,
     "seconds": 3.0, "feature_seconds": 1.0, "computed": 5, "reused": 0, "gradients": 50,
     "gradients_per_chosen_row": 5.0, "chosen": None, "choice_seconds": None, "choice_feature_seconds": None,
-    "choice_computed": None, "choice_reused": None, "choice_gradients": None,
+    "choice_computed": None, "choice_reused": None, "choice_gradients": None, "device": "cpu: x86_64", "threads": 1,
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def everywhere(trial: Any) -> dict[str, Any]:
 
 
 def put(path: Path, trial: Any, **more: Any) -> None:
-    Kept(path).add(trial, everywhere(trial), [record(trial, **more)], 4.25)
+    Kept(path).add(everywhere(trial), [record(trial, **more)], 4.25)
 
 
 def test_a_run_is_the_same_wherever_its_files_lie(workspace: Any, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_lines_under_other_settings_stay_and_are_told(workspace: Any) -> None:
     assert kept.others([(before, everywhere(before))]) is None
     said = kept.others([(after, everywhere(after))])
     assert said == f"1 lines of {table} are of other settings, and not used: arguments"
-    kept.add(after, everywhere(after), [record(after, loss=0.5)], None)
+    kept.add(everywhere(after), [record(after, loss=0.5)], None)
     (found,) = Kept(table).find(after, everywhere(after)) or []
     assert found["loss"] == 0.5
     assert [json.loads(line)["wall_seconds"] for line in table.read_text().splitlines()] == [4.2, None]
@@ -181,7 +181,7 @@ def test_lines_of_several_writers_come_whole(workspace: Any) -> None:
 
     def add(number: int) -> None:
         found = [record(trial, test=f"{number} {'x' * 9000}"), record(trial, test=f"{number} too")]
-        writers[number % 8].add(trial, identity, found, 1.0)
+        writers[number % 8].add(identity, found, 1.0)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(add, range(64)))

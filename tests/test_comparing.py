@@ -282,6 +282,8 @@ def test_methods_are_trained_measured_and_kept(workspace: Any, caplog: pytest.Lo
 def test_interrupted_it_goes_on(workspace: Any) -> None:
     path = write(workspace)
     command = [sys.executable, "-m", "dataflex.cli", "compare", str(path), "--methods", "random,base", "--seeds", "1"]
+    table = workspace.folder / "table.jsonl"
+    command += ["--table", str(table)]
     status = workspace.folder / "out" / "run" / "compare" / "random" / "seed-42" / "status.json"
     child = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
@@ -297,3 +299,6 @@ def test_interrupted_it_goes_on(workspace: Any) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "2 runs, 0 of them finished before" in ran.stderr
     assert "| random" in ran.stdout
+    walls = {line["arm"]: line["wall_seconds"] for line in map(json.loads, table.read_text().splitlines())}
+    assert walls["random"] is None  # of what the first launch took, the second knows nothing
+    assert walls["base"] > 0

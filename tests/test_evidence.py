@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,17 @@ def test_differences_are_from_random_rows_under_the_same_seed() -> None:
     assert less.gain.half == pytest.approx(12.706 * 0.2, rel=1e-3)  # Student's t of one degree of freedom
     assert base.gain is not None
     assert base.gain.mean == pytest.approx(2.0)
+
+
+def test_the_first_line_of_a_run_counts_and_another_setting_is_refused(tmp_path: Path) -> None:
+    first, again = line("random", 1, 3.0), line("random", 1, 9.0)
+    other = again.model_copy(update={"identity": "1" * 32})
+    path = tmp_path / "core.jsonl"
+    path.write_text("\n".join(each.model_dump_json() for each in (first, again)), "utf-8")
+    assert [each.loss for each in evidence.read(path)] == [3.0]
+    path.write_text("\n".join(each.model_dump_json() for each in (first, other)), "utf-8")
+    with pytest.raises(ValueError, match="under two settings"):
+        evidence.read(path)
 
 
 def test_the_page_has_the_tables_of_the_kept_runs() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -105,6 +107,10 @@ def test_rows_are_found_in_a_folder(tmp_path: Path) -> None:
     assert list(of_folder(tmp_path)) == [("mbpp:3", Texts("Say.", "c", "d"))]
 
 
+def _broken_off(*_: object, **__: object) -> NoReturn:
+    raise http.client.IncompleteRead(b"half")
+
+
 def test_what_cannot_be_downloaded_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mbpp.jsonl").write_text('{"task_id": 3}\n', "utf-8")
     place = tmp_path.as_uri()
@@ -112,6 +118,10 @@ def test_what_cannot_be_downloaded_is_said(monkeypatch: pytest.MonkeyPatch, tmp_
     entry = Entry("x", "mbpp", "all", "7", "", "")
     with pytest.raises(DataError, match=r"cannot download file:.*all.jsonl .*give --from FOLDER"):
         list(evidence_data.published([entry]))
+    with monkeypatch.context() as broken:
+        broken.setattr("urllib.request.urlopen", _broken_off)
+        with pytest.raises(DataError, match=r"cannot download .*IncompleteRead"):
+            list(evidence_data.published([entry]))
     (tmp_path / "mbpp.jsonl").rename(tmp_path / "all.jsonl")
     with pytest.raises(DataError, match=r"all.jsonl has no record 7 \(1 are missing\)"):
         list(evidence_data.published([entry]))

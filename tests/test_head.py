@@ -168,16 +168,39 @@ class Changed(LlamaForCausalLM):
         return out
 
 
-class Twice(LlamaForCausalLM):
-    """Calls its head twice."""
+class InPlace(LlamaForCausalLM):
+    """Writes into its head's output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out: Any = super().forward(*args, **kwargs)
+        with torch.no_grad():
+            out.logits[:, :, 10:12] = torch.finfo(out.logits.dtype).min
+        return out
+
+
+class Scaled(nn.Module):
+    """An output embedding that does not say how many logits it gives, with a parameter that is one number."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(states) * self.factor
+        return found
+
+
+class Twice(LlamaForCausalLM):
+    """Calls its head twice."""
+
+    def forward(self, input_ids: Any = None, logits_to_keep: int = 0, **kwargs: Any) -> Any:
+        out: Any = super().forward(input_ids, logits_to_keep=logits_to_keep, **kwargs)
         self.lm_head(torch.zeros(1, 2, 16))
         return out
 
 
-@pytest.mark.parametrize("kind", [Changed, Twice])
+@pytest.mark.parametrize("kind", [Changed, InPlace, Twice])
 def test_a_head_that_is_not_understood_stays_in_the_model(kind: Any) -> None:
     torch.manual_seed(0)
     model = kind(LlamaConfig(**SIZES)).eval()
@@ -186,6 +209,28 @@ def test_a_head_that_is_not_understood_stays_in_the_model(kind: Any) -> None:
     (found,) = FeatureEngine(model, pad_token_id=0).compute([row], [LossSpec()])
     wanted = plain(model(input_ids=IDS).logits)[0].sum()
     assert found.scalars["loss_sum"][0] == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+def test_a_head_need_not_say_how_wide_it_is() -> None:
+    model = build("llama")
+    model.lm_head = Scaled(model.lm_head)
+    found = find(model)
+    assert found is not None
+    with found.apart() as states:
+        model(input_ids=IDS)
+    wanted = plain(model(input_ids=IDS).logits)
+    torch.testing.assert_close(found.losses(states[0], TARGETS), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_of_a_head_that_stays_form_one_logit_a_row() -> None:
+    torch.manual_seed(0)
+    model = Twice(LlamaConfig(**SIZES)).eval()
+    tokens: list[int] = []
+    engine = FeatureEngine(model, pad_token_id=0)
+    engine.compute([], [LossSpec()])
+    model.lm_head.register_forward_hook(lambda _, given, out: tokens.append(given[0].shape[1]))
+    engine.compute([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}], [EmbeddingSpec()])
+    assert tokens[-2:] == [1, 2]  # its own, then the second call of the double
 
 
 def test_embeddings_run_no_head() -> None:

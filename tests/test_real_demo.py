@@ -164,6 +164,8 @@ def test_an_intact_model_is_left_alone_and_a_damaged_one_is_made_anew(
     assert model.make(folder)
     (folder / "made.json").unlink()
     assert model.make(folder)
+    (folder / "made.json").write_text('{"inputs": {', "utf-8")
+    assert model.make(folder)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.refresh import lines, reported
 from dataflex.access.views import StoreView
 from dataflex.config.keys import Refresh
-from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest
+from dataflex.pipelines.selecting.refresh import anchors, first, moved, rest, share_of
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.root import StoreRoot
 from dataflex.stores.values import Layout, Values
@@ -39,6 +39,11 @@ def test_the_two_passes_use_up_the_share(fraction: float, size: int) -> None:
     assert fresh[anchors(refresh, size)].all()
     added, left = scores[chosen & ~fresh], scores[~chosen]
     assert not len(added) or not len(left) or added.min() > left.max()
+
+
+@pytest.mark.parametrize(("share", "size", "count"), [(0.07, 200, 14), (0.07, 100, 7), (0.07, 101, 8), (0.001, 10, 1)])
+def test_a_share_is_rounded_up_where_it_is_no_whole_number(share: float, size: int, count: int) -> None:
+    assert share_of(Refresh(policy="rotating", refresh_fraction=share), size) == count
 
 
 def test_the_oldest_go_first() -> None:

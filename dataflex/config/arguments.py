@@ -8,7 +8,8 @@ value in every way, unless it has its default: values are then computed twice ra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ Way = Literal[
     "order", "reference", "identity", "no value", "refused",
 ]  # fmt: skip
 
+_ENDING = re.compile(r"\.[A-Za-z]\w*$")
+"""Of a file's name; that of a version, as in `qwen2.5`, is none."""
 _LLAMAFACTORY: dict[Way, str] = {
     # Through the keys of the rows, which are digests of what the model is fed.
     "rows": """
@@ -139,6 +142,14 @@ _OURS: dict[Way, str] = {
 }
 ARGUMENTS: dict[str, Way] = {name: way for way, names in _LLAMAFACTORY.items() for name in names.split()}
 """How every argument of LLaMA-Factory's argument classes enters."""
+_STEPS_ALONE = frozenset(
+    """
+    seed data_seed optim optim_args optim_target_modules learning_rate adam_beta1 adam_beta2 adam_epsilon
+    weight_decay max_grad_norm loraplus_lr_ratio loraplus_lr_embedding
+    """.split()
+)
+"""Of those that enter a step, what acts on nothing before the first one. Optimizers that LLaMA-Factory loads the model
+otherwise for are not among them."""
 SETTINGS: dict[str, Way] = {name: way for way, names in _OURS.items() for name in names.split()}
 """The same of DataFlex's own keys; the parameters of components all enter the run's identity."""
 
@@ -159,6 +170,24 @@ def values(ways: Collection[str], *holders: Any) -> dict[str, Any]:
                 is_file = way is not None and way.endswith("file") and isinstance(value, str) and Path(value).is_file()
                 found[field.name] = {"sha256": file_digest(value)} if is_file else plain(value)
     return found
+
+
+def of_evaluation(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a run file's arguments that what its model is worth before any training may depend on.
+
+    The seed is one of them where weights are drawn by it. What is not in the table is kept.
+    """
+    is_drawn = any(given.get(name) for name, way in ARGUMENTS.items() if way in ("drawn", "drawn file"))
+    without = {name for name, way in ARGUMENTS.items() if way in ("schedule", "batch", "order", "no value")}
+    without |= _STEPS_ALONE - ({"seed"} if is_drawn else set()) | {"eval_dataset"}
+    return {name: value for name, value in given.items() if name not in without}
+
+
+def is_path(value: str, argument: str | None = None) -> bool:
+    """Say whether a text, of an argument or of none, can be nothing else than the path of a file or folder."""
+    way = ARGUMENTS.get(argument or "")
+    is_named = way in ("drawn file", "step file", "content", "reference") and argument != "model_revision"
+    return is_named or "/" in value or _ENDING.search(value) is not None
 
 
 def settings_in_identity(*holders: Any) -> dict[str, Any]:

@@ -193,7 +193,7 @@ class FeatureEngine:
         def run(tokens: list[int]) -> Any:
             batch = self._collate([{"input_ids": tokens, "labels": tokens}])
             with torch.no_grad(), self.autocast():
-                return self.model(**self._inputs(batch, []), use_cache=False, return_dict=True)
+                return self.model(**self._inputs(batch, [LossSpec()]), use_cache=False, return_dict=True)
 
         return find_head(self.model, run)
 
@@ -210,6 +210,8 @@ class FeatureEngine:
             inputs["position_ids"] = batch.position_ids
         if any(isinstance(spec, EmbeddingSpec) for spec in specs):
             inputs["output_hidden_states"] = True
+        if all(isinstance(spec, EmbeddingSpec) for spec in specs) and "logits_to_keep" in self._accepts:
+            inputs["logits_to_keep"] = 1  # where the head is not run apart: nobody reads them
         return inputs
 
     def _run(

@@ -40,10 +40,12 @@ class Head:
     Attributes:
         module: the output embedding.
         finish: turns what the module gives into logits, element by element.
+        width: V.
     """
 
     module: nn.Module
     finish: Callable[[Tensor], Tensor]
+    width: int
     _runs: bool = field(default=False, repr=False)
     _autocast: tuple[str, torch.dtype, bool] = field(default=("cpu", torch.bfloat16, False), repr=False)
 
@@ -108,8 +110,7 @@ class _Losses(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head) -> Tensor:
         losses = states.new_empty(len(states), dtype=wide(states[:0]).dtype)
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        width = _width(head.module)
-        step = max(1, CHUNK.get(states.device.type, 1 << 27) // width)
+        step = max(1, CHUNK.get(states.device.type, 1 << 27) // head.width)
         for a in range(0, len(states), step):
             part = slice(a, a + step)
             if slopes is None:
@@ -132,10 +133,6 @@ class _Losses(torch.autograd.Function):
         return (wide(slopes) * weight).masked_fill_(weight == 0, 0.0).to(slopes.dtype), None, None
 
 
-def _width(module: Any) -> int:
-    return int(getattr(module, "out_features", 0) or max(p.shape[0] for p in module.parameters()))
-
-
 def find_head(model: Any, run: Callable[[list[int]], Any]) -> Head | None:
     """Return the head of a model that can be run apart from it, or None.
 
@@ -151,10 +148,15 @@ def find_head(model: Any, run: Callable[[list[int]], Any]) -> Head | None:
     if not isinstance(module, nn.Module) or any(hasattr(p, "ds_id") for p in module.parameters()):
         return None
     seen: list[tuple[tuple[Any, ...], Any]] = []
-    handle = module.register_forward_hook(lambda _, given, out: seen.append((given, out)))
+    tokens = int(model.get_input_embeddings().weight.shape[0])
+
+    def keep(_: nn.Module, given: tuple[Any, ...], out: Any) -> None:
+        seen.append((given, out.clone() if isinstance(out, Tensor) else out))  # the model may write into it
+
+    handle = module.register_forward_hook(keep)
     try:
         # Not the token that pads: its embedding is often zero, and so would be all logits, whatever is made of them.
-        logits = run([1 % _width(module), 2 % _width(module), 3 % _width(module)]).get("logits")
+        logits = run([1 % tokens, 2 % tokens, 3 % tokens]).get("logits")
     finally:
         handle.remove()
     if len(seen) != 1 or not isinstance(logits, Tensor):
@@ -166,7 +168,7 @@ def find_head(model: Any, run: Callable[[list[int]], Any]) -> Head | None:
         return None
     for finish in _finishes(model):
         if torch.equal(finish(raw).float(), logits.float()):
-            return Head(module, finish)
+            return Head(module, finish, raw.shape[-1])
     return None
 
 

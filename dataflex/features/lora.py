@@ -2,7 +2,9 @@
 
 A LoRA layer is y = x W^T + b + s (x A^T) B^T. PEFT computes its second part on the side, multiplies it by s, adds it:
 three passes over (B, T, O) where the product can be added as it is formed; and autograd does the same again on the way
-back. Here a layer is one function, which also hands over what the gradients of A and B are made of.
+back. Here a layer is one function, which also hands over what the gradients of A and B are made of. That is so where W,
+A and B are of one precision and nothing runs under autocast: in float32, or with `pure_bf16`. Under `bf16: true`
+LLaMA-Factory keeps A and B in float32 beside a W in bfloat16, and layers run as PEFT has them.
 
 B rows of a batch, T tokens, I/O layer in/out, r rank, s the adapter's scaling.
 """

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import select
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -88,5 +87,4 @@ class MathVerify(Reward):
 def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
     """Return a line of the process's output; None if it does not come in time, or the process has ended."""
     assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], seconds)
-    return (process.stdout.readline() or None) if ready else None
+    return (process.stdout.readline() or None) if sandbox.is_readable(process.stdout, seconds) else None

@@ -2,7 +2,8 @@
 
 Limited always: wall clock and CPU time, memory of each process, size of each file, standard streams (none), environment
 (nothing of ours). Refused always: Unix sockets, and system calls that look into other processes (`confine.py`).
-With namespaces: no network, at most 64 processes, none of which outlives the run, and 64 MiB of files of its own.
+With namespaces: no network, at most 64 processes and threads (a few more while several begin at once), none of which
+outlives the run, and 64 MiB of files of its own.
 Not held: what may be read. The code sees every file that the user who runs it can read, and all processes together may
 use 64 times the memory of one. Without namespaces it can also write those files, and fill the disk.
 """
@@ -13,20 +14,25 @@ import contextlib
 import functools
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO, BinaryIO
 
-from dataflex.errors import ConfigError
+from dataflex.errors import ConfigError, DataflexError
 
 _UNSHARE = ("--user", "--map-root-user", "--net", "--ipc", "--mount", "--pid", "--fork", "--kill-child")
 _PROCESSES = 64
 _FILE_BYTES = 16 << 20
 _DISK_BYTES = 64 << 20
+_START_SECONDS = 60
+_WAITED_SECONDS = (0, 1, 5, 15)  # before each try to start the processes of a trial
 
 
 @functools.cache
@@ -73,6 +79,7 @@ def started(
     isolated: bool,
     pipes: bool = False,
     lent: Sequence[int] = (),
+    errors: BinaryIO | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a script, confined; whatever is left of it is killed in the end.
 
@@ -84,6 +91,7 @@ def started(
         isolated: whether in namespaces of its own.
         pipes: whether its standard input and output are pipes; else there are none.
         lent: open files that it gets as well; `DATAFLEX_PIPES` has their numbers.
+        errors: the file that says why the script did not begin; what a script itself writes as errors is thrown away.
     """
     end = subprocess.PIPE if pipes else subprocess.DEVNULL
     process = subprocess.Popen(
@@ -100,7 +108,7 @@ def started(
         pass_fds=lent,
         stdin=end,
         stdout=end,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL if errors is None else errors,
         start_new_session=True,
     )
     try:
@@ -115,33 +123,66 @@ def started(
                     pipe.close()
 
 
+def is_readable(pipe: IO[bytes], seconds: float) -> bool:
+    """Wait until a pipe has something to read, or is closed at its other end; false if the time was not enough."""
+    ready = select.poll()  # `select.select` takes no file of a number above 1023
+    ready.register(pipe, select.POLLIN)
+    return bool(ready.poll(seconds * 1000))
+
+
 def trial(code: str, tests: str, seconds: float, memory_mb: int, isolated: bool) -> tuple[float | None, str]:
     """Run tests against code: each in a process of its own, the code's names called from the tests' through pipes.
 
     Args:
         code: Python source that is not trusted.
         tests: Python source that is.
-        seconds: wall clock of both together.
+        seconds: wall clock of both together, counted from when both have begun.
         memory_mb: address space of each process, in MiB.
         isolated: whether in namespaces of their own.
 
     Returns:
         The reward (1, 0, or None where the tests cannot say), and why it is not 1.
+
+    Raises:
+        DataflexError: this machine does not start the two processes, also when asked again: no fault of the code.
     """
+    said = ""
+    for waited in _WAITED_SECONDS:
+        time.sleep(waited)
+        with tempfile.TemporaryFile() as errors:
+            found = _trial(code, tests, seconds, memory_mb, isolated, errors)
+            if found is not None:
+                return found
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().rpartition("\n")[2] or "they did not say why"
+    raise DataflexError(
+        f"reward unit_tests: the two processes of a trial did not begin, {len(_WAITED_SECONDS)} times ({said})\n"
+        f"  expected processes and memory to be free on this machine, and {memory_mb} MiB (memory_mb) to be enough"
+    )
+
+
+def _trial(
+    code: str, tests: str, seconds: float, memory_mb: int, isolated: bool, errors: BinaryIO
+) -> tuple[float | None, str] | None:
+    """Return the verdict; None if one of the two processes did not begin."""
     given = json.dumps({"code": code, "tests": tests}).encode()
     limits = (seconds, memory_mb, isolated)
     with (
         tempfile.TemporaryDirectory(prefix="dataflex-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryDirectory(prefix="dataflex-", ignore_cleanup_errors=True) as other,
-        started("isolated/response.py", folder, *limits, pipes=True) as response,
+        started("isolated/response.py", folder, *limits, pipes=True, errors=errors) as response,
     ):
         assert response.stdin is not None
         assert response.stdout is not None
         pipes = (response.stdin.fileno(), response.stdout.fileno())
-        with started("isolated/trial.py", other, *limits, pipes=True, lent=pipes) as process:
+        with started("isolated/trial.py", other, *limits, pipes=True, lent=pipes, errors=errors) as process:
             # Ours are closed, so that either process sees when the other has ended.
             response.stdin.close()
             response.stdout.close()
+            assert process.stdout is not None
+            # Read past the buffer, which `communicate` does not see.
+            if not is_readable(process.stdout, _START_SECONDS) or not os.read(process.stdout.fileno(), 1):
+                return None
             try:
                 found = json.loads(process.communicate(given, seconds)[0])
             except subprocess.TimeoutExpired:

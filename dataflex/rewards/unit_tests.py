@@ -40,7 +40,7 @@ class UnitTests(Reward):
     class Params(Parameters):
         """Parameters of `unit_tests`."""
 
-        seconds: float = Field(3.0, gt=0, description="wall clock of one response, start of the interpreters included")
+        seconds: float = Field(3.0, gt=0, description="wall clock of one response, once the interpreters have started")
         memory_mb: int = Field(1024, ge=64, description="address space of each process, in MiB")
         include_prompt: bool = Field(False, description="the prompt is the beginning of the code, as in HumanEval")
         isolation: Literal["namespaces", "process"] = Field(
@@ -73,4 +73,4 @@ class UnitTests(Reward):
     def identity(self) -> dict[str, Any]:
         """See `dataflex.rewards.base.Reward`."""
         fields = {"seconds", "memory_mb", "include_prompt"}
-        return {"type": "unit_tests", "version": 3, **self.params.model_dump(include=fields)}
+        return {"type": "unit_tests", "version": 4, **self.params.model_dump(include=fields)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -49,6 +50,7 @@ class Less(Composed):
         """Parameters of `less`."""
 
         only: ClassVar[Acts] = {**TargetFields.only, **Compared.only, "over": ("aggregation", ("round_robin",))}
+        added: ClassVar[Mapping[str, Any]] = {"over": "sets"}
 
         aggregation: Aggregation = Field(
             "max", description="over target sets: best set, mean of sets, or sets taking turns"

@@ -57,7 +57,8 @@ class Weighing:
         if self.prefetch is not None:
             self.prefetch([batch[ROWS] for batch in batches])
         self._seek_head(trainer)
-        self._supervised = [supervised(_targets(batch["labels"])).to(trainer.args.device) for batch in batches]
+        mine = [] if self._head is None else batches
+        self._supervised = [supervised(_targets(batch["labels"])).to(trainer.args.device) for batch in mine]
         if not self.is_active or not self.factors:
             return
         device = trainer.args.device

@@ -18,9 +18,9 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import http.client
 import json
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -93,7 +93,7 @@ def _download(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
             return str(answer.read().decode("utf-8"))
-    except (urllib.error.URLError, OSError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(f"cannot download {url} ({error}); with the rows in a folder, give --from FOLDER") from error
 
 

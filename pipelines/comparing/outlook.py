@@ -33,12 +33,13 @@ class Outlook:
             self._is_whole = self._is_whole and wall is not None
         self._say()
 
-    def finished(self, trial: Trial, seconds: float) -> None:
-        """Note that a run has ended well, and how long it took."""
+    def finished(self, trial: Trial, seconds: float, is_whole: bool = True) -> None:
+        """Note that a run has ended well, and how long it took; not whole, if it was begun before that."""
         if trial.verb != "train":
             return
         self._left = [each for each in self._left if each is not trial]
         self._took.setdefault(trial.arm.name, []).append(seconds)
+        self._is_whole = self._is_whole and is_whole
         self._say()
 
     def _say(self) -> None:

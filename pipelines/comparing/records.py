@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from dataflex.pipelines.comparing.reading import json_object
 from dataflex.pipelines.comparing.trials import Trial
+from dataflex.results.names import ABOUT, name_of
 
 _COSTS = ("seconds", "feature_seconds", "computed", "reused", "gradients")
 SCHEMA = pa.schema(
@@ -36,7 +38,10 @@ def records(trials: Sequence[Trial], kept: Mapping[str, Sequence[Mapping[str, An
 
 
 def records_of(trial: Trial) -> list[dict[str, Any]]:
-    """Return what one run came to, once for each test set; nothing of one that is not finished."""
+    """Return what one run came to, once for each test set; nothing of one that is not finished.
+
+    Beside the table's columns, `device` says what it was computed on, and `threads` of each process.
+    """
     summary = trial.summary
     if summary is None:
         return []
@@ -50,6 +55,7 @@ def records_of(trial: Trial) -> list[dict[str, Any]]:
         **{name: summary[name] for name in _COSTS},
         "gradients_per_chosen_row": summary["gradients_per_chosen_row"],
         **_of_choice(trial.choice),
+        **_machine(trial),
     }
     out = []
     for test, measured in summary["test"].items():
@@ -58,11 +64,31 @@ def records_of(trial: Trial) -> list[dict[str, Any]]:
     return out
 
 
+def several_devices(found: Sequence[Mapping[str, Any]]) -> str | None:
+    """Say which runs were made on which device, where these are several; None where there is one."""
+    arms: dict[str, dict[str, None]] = {}
+    for record in found:
+        if (device := record.get("device")) is not None:
+            arms.setdefault(device, {})[record["arm"]] = None
+    if len(arms) < 2:
+        return None
+    told = "; ".join(f"{device} ({', '.join(names)})" for device, names in arms.items())
+    return f"the runs were made on several devices, whose arithmetic enters the differences seed by seed: {told}"
+
+
+def _machine(trial: Trial) -> dict[str, Any]:
+    """Return what a run has written down of its machine."""
+    file = trial.folder / name_of(ABOUT, trial.verb)
+    machine = json_object(file).get("machine", {}) if file.is_file() else {}
+    return {name: machine.get(name) for name in ("device", "threads")}
+
+
 def _of_choice(choice: Trial | None) -> dict[str, Any]:
     """Return what a choice has cost; gradients are then told by the row that was chosen by them."""
-    found = None if choice is None else choice.summary
-    if choice is None or found is None:
+    if choice is None:
         return dict.fromkeys(["chosen", *(f"choice_{name}" for name in _COSTS)])
+    found = choice.summary
     assert choice.num is not None
+    assert found is not None  # else the run on it is not finished
     costs = {f"choice_{name}": found[name] for name in _COSTS}
     return {"chosen": choice.num, **costs, "gradients_per_chosen_row": round(found["gradients"] / choice.num, 3)}

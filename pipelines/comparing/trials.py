@@ -89,11 +89,17 @@ class Trial:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What the run came to; None of one that has not come to its end.
+        """What the run came to; None of one that has not come to its end, or whose choice is gone.
 
         Raises:
             CorruptionError: its files cannot be read.
         """
+        if self.choice is not None and self.choice.summary is None:
+            return None  # what it has cost to choose its rows is not known
+        return self._own_summary
+
+    @property
+    def _own_summary(self) -> dict[str, Any] | None:
         verb = "summary" if self.verb == "train" else self.verb
         status, summary = self.folder / file_of(self.verb), self.folder / f"dataflex_{verb}.json"
         if not status.is_file() or not summary.is_file():
@@ -122,10 +128,24 @@ class Trial:
             )
         return not changed and self.summary is not None
 
+    def require_choice(self) -> None:
+        """Refuse what has come to its end, where what its choice has cost is not there any more.
+
+        Raises:
+            MismatchError: it is so.
+        """
+        if self.choice is not None and self.summary is None and self._own_summary is not None:
+            raise MismatchError(
+                f"{self.folder}: found a finished run whose choice is not finished, or gone; expected it in "
+                f"{self.choice.folder}, with what choosing has cost\n  put it back, or remove {self.folder} and "
+                f"{self.about.name} beside it: both are then made again"
+            )
+
     @property
     def _is_begun(self) -> bool:
         """Whether anything was trained there."""
-        return (self.folder / "rounds").exists() or any(self.folder.glob("checkpoint-*")) or self.summary is not None
+        is_stepped = (self.folder / "rounds").exists() or any(self.folder.glob("checkpoint-*"))
+        return is_stepped or self._own_summary is not None
 
     def note(self, identity: Mapping[str, Any], command: Sequence[str]) -> None:
         """Write what it is beside its folder, as it begins."""

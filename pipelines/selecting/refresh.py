@@ -80,7 +80,7 @@ def moved(now: np.ndarray, before: np.ndarray) -> np.ndarray:
 
 def share_of(refresh: Refresh, size: int) -> int:
     """Return how many of so many rows are computed at an update."""
-    return int(np.ceil(refresh.refresh_fraction * size))
+    return int(np.ceil(round(refresh.refresh_fraction * size, 9)))  # 0.07 x 200 is a little above 14 in floats
 
 
 def _with_best(chosen: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:

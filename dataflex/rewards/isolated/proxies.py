@@ -45,6 +45,10 @@ class Response:
         self._told: set[int] = set()  # instances that an operator has told a value
         self.verdict: Verdict | None = None
 
+    def has_begun(self) -> bool:
+        """Wait for the process to be ready for the code, and say whether it is: false if it has ended before."""
+        return self._answers.readline() == b"\n"
+
     def end(self, reward: float | None, reason: str) -> Verdict:
         """Return the verdict, to be raised."""
         self.verdict = self.verdict or Verdict(reward, reason)

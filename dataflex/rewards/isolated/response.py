@@ -138,6 +138,8 @@ def main() -> None:
     assert spec.loader is not None
     module = sys.modules["response"] = importlib.util.module_from_spec(spec)
     objects = Objects(module.__dict__)
+    answers.write("\n")  # ready; no code of the response has run yet
+    answers.flush()
     for line in asked:
         found = json.loads(line)
         try:

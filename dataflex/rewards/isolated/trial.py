@@ -1,7 +1,8 @@
 """Run as a script: run the tests of a reward against a response whose code runs in another process.
 
-Standard input has the code and the tests; standard output gets the verdict; the environment has the numbers of the two
-pipes to the other process. What an answer may be, and what it may decide, is in `proxies.py`.
+Standard input has the code and the tests; standard output gets a line when both processes have begun, then the verdict;
+the environment has the numbers of the two pipes to the other process. What an answer may be, and what it may decide, is
+in `proxies.py`.
 """
 
 from __future__ import annotations
@@ -123,9 +124,8 @@ def run(tests: str, response: Response) -> None:
                 raise AssertionError("\n".join(text for _, text in [*result.failures, *result.errors])[-300:])
 
 
-def verdict(code: str, tests: str) -> tuple[float | None, str]:
+def verdict(response: Response, code: str, tests: str) -> tuple[float | None, str]:
     """Return the reward, and why it is not 1."""
-    response = Response(*(int(number) for number in os.environ["DATAFLEX_PIPES"].split()))
     try:
         response.ask("the code", code=code)
         run(tests, response)
@@ -146,10 +146,15 @@ def main() -> None:
     undumpable = 4
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(undumpable, 0, 0, 0, 0)  # closed to other processes of the same user
-    given = json.load(sys.stdin)
+    response = Response(*(int(number) for number in os.environ["DATAFLEX_PIPES"].split()))
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what tests print is no verdict
-    reward, reason = verdict(given["code"], given["tests"])
+    if not response.has_begun():
+        os._exit(1)
+    out.write("\n")  # from here on time counts
+    out.flush()
+    given = json.load(sys.stdin)
+    reward, reason = verdict(response, given["code"], given["tests"])
     out.write(json.dumps({"reward": reward, "reason": reason}))
     out.flush()
     os._exit(0)  # a thread of the tests may still run

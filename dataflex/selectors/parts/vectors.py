@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -93,6 +93,8 @@ class CheckpointFields(GradientFields):
 
 class TargetFields(CheckpointFields):
     """Parameters of gradients of the targets' loss."""
+
+    added: ClassVar[Mapping[str, Any]] = {"target_direction": "sgd"}
 
     target_direction: Literal["sgd", "precond_only"] = Field(
         "sgd",
