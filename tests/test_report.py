@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataflex.pipelines.report import report
-from dataflex.pipelines.reporting import between
+from dataflex.pipelines.reporting import between, figures
 from dataflex.pipelines.reporting.arrays import OTHERS, Arrays, heads, jaccard
 from dataflex.pipelines.reporting.facts import facts, labels
 from dataflex.pipelines.reporting.page import legible
@@ -334,3 +334,9 @@ def test_no_other_file_becomes_a_page(folder: Path, tmp_path: Path, capsys: pyte
         assert code == 2
         assert "expected a name that ends in" in err
     assert (tmp_path / "run.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("names", "leans"), [(["less", "random"], False), (["gsm8k/less", "gsm8k/random"] * 3, True)])
+def test_names_that_would_touch_lean(names: list[str], leans: bool) -> None:
+    svg = figures.matrix(names, np.eye(len(names)), "p", "run", "said")
+    assert ("rotate(-30" in svg) == leans

@@ -35,6 +35,8 @@ _LONGEST_NAME = 28
 _BINS = 16
 _STEPS = 400
 _SHADES = 20
+_ROW = 40
+"""Letters that the names under a picture may have together, upright."""
 
 
 @contextlib.contextmanager
@@ -285,7 +287,11 @@ def _axes(width: float = 5.2, height: float = 2.5) -> tuple[Figure, Axes]:
 def _ticks(axes: Axes, places: np.ndarray, labels: Sequence[str]) -> None:
     """Name places, but no more than fit."""
     every = max(1, -(-len(labels) // 16))
-    axes.set_xticks(places[::every], [_short(label) for label in labels[::every]])
+    named = [_short(label) for label in labels[::every]]
+    axes.set_xticks(places[::every], named)
+    if sum(map(len, named)) > _ROW:
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
 
 
 def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
