@@ -59,6 +59,15 @@ def check(files: Files) -> None:
     assert [file.path.split("/")[1] for file in files.stored("")] == ["data", "derived", "log", "recipe.json"]
 
 
+def ours(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what DataFlex has logged.
+
+    asyncio may log as well: s3fs leaves the end of a session to a loop that nobody runs, whenever the garbage collector
+    finds a client of an earlier test in the main thread.
+    """
+    return [found.getMessage() for found in caplog.records if found.name.split(".")[0] == "dataflex"]
+
+
 @pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("shift", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
 def test_every_request_of_a_store_may_fail_once(
@@ -77,7 +86,7 @@ def test_every_request_of_a_store_may_fail_once(
             break
     assert number > 25
     assert [part for part in inspect(open_files(url)) if part.problems] == []
-    assert caplog.messages == []
+    assert ours(caplog) == []
 
 
 @pytest.mark.usefixtures("at_once")
@@ -121,7 +130,7 @@ def test_a_state_and_records_of_runs_outlive_every_fault(
         if not struck:
             break
     assert [part for part in inspect(files) if part.problems] == []
-    assert caplog.messages == []
+    assert ours(caplog) == []
 
 
 @pytest.mark.usefixtures("at_once")
