@@ -12,6 +12,7 @@ python -m benchmarks.growth FOLDER --model MODEL --template smollm2 --pool POOL.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -74,6 +75,7 @@ def launch(path: Path, processes: int, kill_after: float | None, draws: random.R
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes > 1:
         environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
+    family: list[psutil.Process] = []
     command = [sys.executable, "-m", "dataflex.cli", "featurize", str(path)]
     begun, killed, most = time.monotonic(), None, 0
     with path.with_suffix(".log").open("ab") as log:
@@ -82,9 +84,11 @@ def launch(path: Path, processes: int, kill_after: float | None, draws: random.R
             family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
             most = max(most, *(_memory(each) for each in family))
             if kill_after is not None and killed is None and time.monotonic() - begun > kill_after:
-                victim = draws.choice(family)
-                killed = " ".join(victim.cmdline()[1:3])
-                victim.send_signal(signal.SIGKILL)
+                with contextlib.suppress(psutil.NoSuchProcess):  # another is drawn a second later
+                    victim = draws.choice(family)
+                    name = " ".join(victim.cmdline()[1:3])
+                    victim.send_signal(signal.SIGKILL)
+                    killed = name
             time.sleep(1)
         for left in family:  # whoever has lost its launcher
             if left.is_running():
@@ -165,7 +169,7 @@ def main() -> None:
         after = draws.uniform(*args.between) if len(launches) < args.kills else None
         before = rows_of(args.folder / "store-pool")
         found = launch(path, args.processes, after, draws)
-        if found["code"] not in (0, None) and found["killed"] is None:
+        if found["code"] != 0 and found["killed"] is None:
             raise SystemExit(f"a launch that nobody killed ended with {found['code']}: see {path.with_suffix('.log')}")
         found["rows"] = rows_of(args.folder / "store-pool") - before
         launches.append(found)

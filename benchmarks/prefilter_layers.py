@@ -22,7 +22,10 @@ import numpy as np
 import torch
 import yaml
 
-BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # of the run's optimizer
+from benchmarks.storage import cosines as projected
+from dataflex.features.adam import Moments
+from dataflex.live.moments import MOMENTS_FILE
+
 KEEPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 SETS = ("all", "last 1", "last 4", "last 8", "last 15", "last 20", "first 1", "first 15", "every 4th")
 
@@ -48,11 +51,7 @@ class Exact:
         self._template = get_template_and_fix_tokenizer(self._tokenizer["tokenizer"], data_args)
         self.model = load_model(self._tokenizer["tokenizer"], model_args, tuning_args, is_trainable=True).float().eval()
         self.adapter = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-        order = [number for group in saved["param_groups"] for number in group["params"]]
-        self._moments = [saved["state"][number] for number in order]
-        for (name, parameter), state in zip(self.adapter, self._moments, strict=True):
-            assert state["exp_avg"].shape == parameter.shape, name
+        self._moments = Moments.load(checkpoint / MOMENTS_FILE)
         blocks = np.array([int(name.split(".layers.")[1].split(".")[0]) for name, _ in self.adapter])
         assert (np.diff(blocks) >= 0).all(), "layer by layer"
         sizes = np.array([p.numel() for _, p in self.adapter])
@@ -74,14 +73,14 @@ class Exact:
         batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "attention_mask", "labels")}
         self.model(**batch).loss.backward()
         found = []
-        for (_, parameter), state in zip(self.adapter, self._moments, strict=True):
+        for name, parameter in self.adapter:
             value = parameter.grad
             assert value is not None
             if is_adam:
-                step = float(state["step"]) + 1
-                first = BETA1 * state["exp_avg"] + (1 - BETA1) * value
-                second = BETA2 * state["exp_avg_sq"] + (1 - BETA2) * value**2
-                value = first / (1 - BETA1**step) / ((second / (1 - BETA2**step)).sqrt() + EPS)
+                its, step = self._moments.scalars[name], self._moments.scalars[name].step + 1
+                first = its.beta1 * self._moments.exp_avg[name] + (1 - its.beta1) * value
+                second = its.beta2 * self._moments.exp_avg_sq[name] + (1 - its.beta2) * value**2
+                value = first / (1 - its.beta1**step) / ((second / (1 - its.beta2**step)).sqrt() + its.eps)
             found.append(value.flatten())
         whole = torch.cat(found)
         return whole / whole.norm()
@@ -112,12 +111,6 @@ def cosines(products: np.ndarray, ours: np.ndarray, theirs: np.ndarray, layers: 
     return found
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = vectors.astype(np.float64)
-    found: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
-    return found
-
-
 def measured(folder: Path, update: int) -> str:
     """Compute the gradients at an update, and return its table."""
     run = yaml.safe_load((folder / "run.yaml").read_text("utf-8"))
@@ -140,9 +133,9 @@ def measured(folder: Path, update: int) -> str:
     count = len(kept["rows"])
     out, begin = [], 0
     for name in names:
-        wanted = _unit(kept["vectors"]) @ _unit(kept[f"target {name}"]).T
-        end = begin + wanted.shape[1]
-        chosen = set(np.argsort(-wanted.mean(1), kind="stable")[:count])
+        seen = projected(kept["vectors"], kept[f"target {name}"])
+        wanted, end = seen.mean(1), begin + seen.shape[1]
+        chosen = set(np.argsort(-wanted, kind="stable")[:count])
         out += [f"{name}: {count} of {len(pool)} rows chosen", f"{'layers':10s} {'corr.':>6s} {'same':>6s}"]
         out[-1] += "".join(f"{f'in {keep:.0%}':>8s}" for keep in KEEPS)
         for each in SETS:
@@ -150,7 +143,7 @@ def measured(folder: Path, update: int) -> str:
             score = cosines(of_pool[:, :, begin:end], of_rows, lengths[:, begin:end], at)
             order = np.argsort(-score, kind="stable")
             shares = [len(chosen & set(order[:size])) / count for size in (count, *(int(k * len(pool)) for k in KEEPS))]
-            out.append(f"{each:10s} {np.corrcoef(score, wanted.mean(1))[0, 1]:6.2f} {shares[0]:6.2f}")
+            out.append(f"{each:10s} {np.corrcoef(score, wanted)[0, 1]:6.2f} {shares[0]:6.2f}")
             out[-1] += "".join(f"{share:8.2f}" for share in shares[1:])
         begin = end
     return "\n".join(out)

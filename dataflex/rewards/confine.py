@@ -48,7 +48,8 @@ def main() -> None:
     ):
         _limit(limit, value)
     if namespaces:  # outside, all processes and threads of the user would count, ours too
-        _limit(resource.RLIMIT_NPROC, processes)
+        # Twice, so that the watch acts first: where the kernel refuses a fork, the code goes on, and may answer.
+        _limit(resource.RLIMIT_NPROC, 2 * processes)
     if sys.platform == "linux":
         _drop_capabilities()
         _filter_calls()
