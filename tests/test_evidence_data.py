@@ -125,3 +125,16 @@ def test_what_cannot_be_downloaded_is_said(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "mbpp.jsonl").rename(tmp_path / "all.jsonl")
     with pytest.raises(DataError, match=r"all.jsonl has no record 7 \(1 are missing\)"):
         list(evidence_data.published([entry]))
+
+
+def test_sets_by_source_are_the_same_rows_in_the_same_order() -> None:
+    rows = [{"id": entry.id, "source": entry.source, "set": entry.set} for entry in ENTRIES]
+    sets = {name: [row for row in rows if row["set"] == name] for name in ("evidence_pool", "evidence_mixed")}
+    parts = evidence_data.by_source(sets)
+    sizes = dict.fromkeys(SOURCES, 200)
+    assert {name: len(rows) for name, rows in parts.items()} == {
+        **{f"evidence_pool_{name}": size for name, size in sizes.items()},
+        "evidence_mixed_gsm8k": 16,
+        "evidence_mixed_mbpp": 16,
+    }
+    assert parts["evidence_pool_mbpp"] == [row for row in sets["evidence_pool"] if row["source"] == "mbpp"]

@@ -10,7 +10,8 @@ How the sets were drawn: rows of at most 512 tokens (SmolLM2's, with its templat
 SHA-256 of `evidence:` and the row's name, tests first, then targets, then the pool; a row is left out whose words
 overlap with those of a row already drawn by a Jaccard index of 0.8 or more. So no row is in two sets, and none of the
 pool or of a target nearly repeats a test row. The pool has 200 rows of each of five sources; `one` is of banking77;
-`mixed` of gsm8k and mbpp, half and half; `topic` of what `has_topic` says.
+`mixed` of gsm8k and mbpp, half and half; `topic` of what `has_topic` says. The pool and `mixed` are written a second time,
+source by source (`evidence_pool_gsm8k`, ...), for methods that mix domains or take turns between target sets.
 """
 
 from __future__ import annotations
@@ -132,6 +133,15 @@ def datasets(entries: list[Entry], rows: Iterable[tuple[str, Texts]]) -> dict[st
     return sets
 
 
+def by_source(sets: dict[str, list[dict[str, str]]]) -> dict[str, list[dict[str, str]]]:
+    """Return the pool and the target of mixed sources once more, as a set for each source."""
+    parts: dict[str, list[dict[str, str]]] = {}
+    for name in ("evidence_pool", "evidence_mixed"):
+        for row in sets[name]:
+            parts.setdefault(f"{name}_{row['source']}", []).append(row)
+    return parts
+
+
 def write(sets: dict[str, list[dict[str, str]]], folder: Path) -> None:
     """Write each set as a JSON array, and `dataset_info.json`, into a folder that is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -155,6 +165,7 @@ def main() -> None:
         sets = datasets(entries, of_folder(arguments.folder) if arguments.folder else published(entries))
     except DataError as error:
         sys.exit(str(error))
+    sets |= by_source(sets)
     write(sets, arguments.out)
     for name, rows in sets.items():
         topic = sum(has_topic(row["source"], row["output"]) for row in rows)
