@@ -140,9 +140,12 @@ def measure(report: Report, size: Size) -> bool:
     stand_in_for_pydantic()
     from benchmarks import gpu_gradients, gpu_throughput  # whose imports find pydantic now, or what stands for it
 
-    for precision in gpu_gradients.PRECISIONS:
+    precisions = list(gpu_gradients.PRECISIONS)
+    if importlib.util.find_spec("bitsandbytes"):
+        precisions.append(gpu_gradients.FOUR_BITS)
+    for precision in precisions:
         report.add(f"equality, {precision}", gpu_gradients.equality(size.checked, size.longest, precision, device))
-    for precision in gpu_gradients.PRECISIONS:
+    for precision in precisions:
         report.add(f"repetition, {precision}", gpu_gradients.repetition(size.checked, size.longest, precision, device))
     rates = {name: gpu_throughput.rate(size.square, name, device) for name in ("bfloat16", "float32")}
     report.add("matrix product, TFLOP/s", rates)
@@ -154,7 +157,7 @@ def measure(report: Report, size: Size) -> bool:
         elif quantised and not importlib.util.find_spec("bitsandbytes"):
             report.add(name, {"skipped": "bitsandbytes is not installed"})
         else:
-            base = gpu_throughput.quantised(base) if quantised else base
+            base = gpu_gradients.quantised(base, torch.bfloat16) if quantised else base
             report.add(name, gpu_throughput.passes(base, rank, size.tokens, size.budgets, rates["bfloat16"]))
     report.add("seconds left", round(report.left()))
     return all(value["right"] for name, value in report.results.items() if name.startswith("equality"))

@@ -27,6 +27,9 @@ from tests.reference import single_gradient
 PRECISIONS = ("float32", "bfloat16", "bfloat16 by autocast", "float32, every weight trained")
 """The third is what LLaMA-Factory does with `bf16: true`: the adapter stays in float32."""
 
+FOUR_BITS = "float32 over 4 bits"
+"""An adapter over NF4 (QLoRA); the float64 gradient is that over the weights which the 4 bits stand for."""
+
 WHOLE = GradientSpec(projection=Projection(type="identity"))
 Row = dict[str, list[int]]
 
@@ -35,7 +38,7 @@ def equality(shape: dict[str, int], longest: int, precision: str, device: torch.
     """Return the distances of engine, autograd and the float64 gradient, and whether the engine is right."""
     model, autocast = _model(shape, precision, device)
     engine = FeatureEngine(model, pad_token_id=0, autocast=autocast)
-    exact = FeatureEngine(copy.deepcopy(model).double(), pad_token_id=0)
+    exact = FeatureEngine(_dequantised(copy.deepcopy(model)).double(), pad_token_id=0)
     rows = _rows(longest, shape["vocab_size"])
     alone, truth = (np.stack([_by_autograd(e, row) for row in rows]) for e in (engine, exact))
     found = _vectors(engine, rows, WHOLE)
@@ -103,6 +106,8 @@ def _model(
     torch.manual_seed(0)
     config: dict[str, Any] = {**shape, "num_attention_heads": 8, "num_key_value_heads": 4}
     model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    if precision == FOUR_BITS:
+        model = quantised(model.to(device), torch.float32)
     if precision != "float32, every weight trained":
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, weight in model.named_parameters():
@@ -112,6 +117,35 @@ def _model(
             weight.data = weight.data.bfloat16()
     autocast = partial(torch.autocast, device.type, torch.bfloat16)
     return model.to(device).eval(), autocast if precision == "bfloat16 by autocast" else nullcontext
+
+
+def quantised(model: Any, compute_dtype: torch.dtype) -> Any:
+    """Put the linear layers of a model's decoder into 4 bits (NF4), as `quantization_bit: 4` does; the head stays."""
+    import bitsandbytes
+
+    for path, module in list(model.model.named_modules()):
+        if type(module) is nn.Linear:
+            weight, sizes = module.weight, (module.in_features, module.out_features)
+            new = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
+            new.weight = bitsandbytes.nn.Params4bit(weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            new.support_avx512bf16_for_cpu = False  # on a CPU: no bfloat16 in evaluation mode
+            owner, _, name = path.rpartition(".")
+            setattr(model.model.get_submodule(owner), name, new.to(weight.device))  # the move is what quantises
+    model.is_loaded_in_4bit = True  # PEFT asks the model, not its layers
+    return model
+
+
+def _dequantised(model: Any) -> Any:
+    """Put what 4 bits stand for in their place, in float32."""
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit" and path.endswith(".base_layer"):
+            import bitsandbytes
+
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            new = nn.Linear(module.in_features, module.out_features, bias=False, device=weight.device)
+            new.weight = nn.Parameter(weight.float(), requires_grad=False)
+            model.get_submodule(path.rpartition(".")[0]).base_layer = new
+    return model
 
 
 def _rows(longest: int, vocabulary: int) -> list[Row]:

@@ -41,21 +41,6 @@ def frozen_model(shape: dict[str, Any], device: torch.device) -> Any:
     return model.requires_grad_(False)
 
 
-def quantised(model: Any) -> Any:
-    """Put the linear layers of the decoder into 4 bits (NF4), as `quantization_bit: 4` does; the head stays."""
-    import bitsandbytes
-
-    for path, module in list(model.model.named_modules()):
-        if type(module) is nn.Linear:
-            weight, sizes = module.weight, (module.in_features, module.out_features)
-            new = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-            new.weight = bitsandbytes.nn.Params4bit(weight.data.cpu(), requires_grad=False, quant_type="nf4")
-            owner, _, name = path.rpartition(".")
-            setattr(model.model.get_submodule(owner), name, new.to(weight.device))  # the move is what quantises
-    model.is_loaded_in_4bit = True  # PEFT asks the model, not its layers
-    return model
-
-
 def passes(base: Any, rank: int, tokens: int, budgets: Sequence[int], tera: float) -> dict[str, Any]:
     """Measure with an adapter of one rank; the base is left as it was.
 

@@ -247,8 +247,7 @@ def open_run(
     specs = [need.spec for need in run.declared] + list(settings.dataflex.features)
     if specs or run.tests:
         run.access.reach(settings.dataflex.must_write(settings.schedule, run.is_live))
-    if any(spec.gradient for spec in specs):
-        state.refuse_quantised()
+        state.refuse_quantised(any(spec.gradient for spec in specs))
     check_reference(run)  # its tokenizer first: of another one, the weights would be of another shape too
     for folder in dict.fromkeys(need.state for need in run.declared):
         if folder is not None and folder != BASE:  # refused now, and not after the steps before the first update

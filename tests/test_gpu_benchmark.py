@@ -35,6 +35,13 @@ def test_equality_is_found_and_a_wrong_gradient_is_seen(monkeypatch: pytest.Monk
     assert wrong["engine to float64"] == pytest.approx(1e-4, rel=0.05)
 
 
+def test_equality_holds_over_4_bits() -> None:
+    pytest.importorskip("bitsandbytes")
+    found = gpu_gradients.equality(gpu.SMALL.checked, gpu.SMALL.longest, gpu_gradients.FOUR_BITS, CPU)
+    assert found["right"]
+    assert found["engine to float64"] < 2e-6
+
+
 def test_flops_are_those_that_torch_counts() -> None:
     """Torch counts whole attention matrices; that the first layer's input needs no gradient is neglected."""
     config: Any = LlamaConfig(**{**gpu.SMALL.timed, "num_hidden_layers": 8, "attn_implementation": "eager"})

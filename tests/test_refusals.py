@@ -264,8 +264,8 @@ pytestmark = pytest.mark.usefixtures("run_folder")
         ("use_muon: true", ["use_muon: found true; expected no such key. gradient_type: adam takes the moments"]),
         ("optim: adafactor", ["optim: found 'adafactor'; expected one of adamw_torch, "]),
         (
-            "quantization_bit: 4",
-            ["quantization_bit: found 4; ", "over a quantised base are not verified in this version"],
+            "quantization_bit: 8",
+            ["quantization_bit: found bitsandbytes in 8 bits; expected bitsandbytes in 4 bits, or none", "In 8 bits"],
         ),
         ("use_unsloth: true", ["use_unsloth: found true; expected no such key. It replaces"]),
         ("mixture_of_depths: convert", ["mixture_of_depths: found 'convert'; expected no such key"]),

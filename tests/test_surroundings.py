@@ -26,7 +26,10 @@ pytestmark = pytest.mark.usefixtures("run_folder")
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ("component_name: random\nquantization_bit: 4", "quantization_bit needs a package that is not installed here"),
+        (
+            "component_name: random\nquantization_bit: 4\nquantization_method: eetq",
+            "quantization_bit needs a package that is not installed here: found no eetq",
+        ),
         ("flash_attn: fa2", "flash_attn: fa2 is not used here: found no flash_attn"),
         ("component_name: random\nuse_galore: true\nfinetuning_type: full", "use_galore needs a package"),
     ],

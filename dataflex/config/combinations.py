@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from dataflex.config import quantised
 from dataflex.config.keys import DataflexKeys
 from dataflex.config.llamafactory_keys import template_names
 from dataflex.config.problems import NOTHING, Origin, Problems
@@ -20,11 +19,6 @@ _ADAM = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu
 _OTHER_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use_muon")
 _OTHER_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing_factor")
 _DAY = 86400  # seconds; longer time-outs are pointed out
-_DEQUANTISED = ("mxfp4", "fp8")
-"""What LLaMA-Factory turns back into half precision when it loads a model that was saved so."""
-
-
-QUANTISED = "Exact gradients over a quantised base are not verified in this version"
 
 
 class Combinations:
@@ -182,7 +176,18 @@ class Combinations:
         self._refuse_if_set("mixture_of_depths", "Which tokens a layer sees depends on the other rows of the batch")
         why = "It quantises the model by texts that are drawn at random, so no name tells what the model is"
         self._refuse_if_set("export_quantization_bit", why)
+        self._refuse_quantised(lambda kind: kind == quantised.BATCHED, quantised.WHY_NO_VALUES)
         self._refuse_padding_in_losses()
+
+    def _refuse_quantised(self, is_refused: Callable[[str], bool], why: str) -> None:
+        found = quantised.asked_for(self._values)
+        if found and is_refused(found) and not self._problems.has("quantization_bit"):
+            text = f"found {found}; expected {quantised.EXACT}, or none"
+            self._problems.say(self._origin, "quantization_bit", text, why)
+        saved = quantised.saved_as(self._values.get("model_name_or_path"))
+        if saved and is_refused(saved) and not self._problems.has("model_name_or_path"):
+            text = f"found a base saved quantised ({saved}); expected one in 4 bits of bitsandbytes, or not quantised"
+            self._problems.say(self._origin, "model_name_or_path", text, why)
 
     def _refuse_padding_in_losses(self) -> None:
         # In stage pt LLaMA-Factory's collator never trains on padding, whatever this says.
@@ -206,11 +211,8 @@ class Combinations:
         if kind not in ("lora", "full", "freeze"):
             self._refuse("finetuning_type", "lora, full or freeze", "There are no exact gradients of other adapters")
         self._refuse_if_set("use_dora", "There is no exact per-example gradient of DoRA's magnitudes")
-        for key in ("quantization_bit", "fp8"):
-            self._refuse_if_set(key, QUANTISED)
-        if method := quantised_as_saved(self._values.get("model_name_or_path")):
-            text = f"found a base saved quantised ({method}); expected its weights in half or full precision"
-            self._problems.say(self._origin, "model_name_or_path", text, QUANTISED)
+        self._refuse_if_set("fp8", quantised.WHY_NO_GRADIENTS)
+        self._refuse_quantised(lambda kind: kind != quantised.EXACT, quantised.WHY_NO_GRADIENTS)
         for key in _OTHER_LOSSES:
             if self._values.get(key):
                 self.notes.append(f"{key} changes the training loss; gradients are of the plain mean cross-entropy")
@@ -270,17 +272,3 @@ class Combinations:
     def _refuse_if_set(self, key: str, why: str) -> None:
         if self._values.get(key):
             self._refuse(key, "no such key", why)
-
-
-def quantised_as_saved(folder: Any) -> str | None:
-    """Return how a local model was quantised before it was saved; None if it was not, or is dequantised when loaded."""
-    path = Path(folder) / "config.json" if isinstance(folder, str) else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return None  # whoever loads it will say so
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    method = found.get("quant_method", "quantization_config") if isinstance(found, dict) else None
-    return None if method in _DEQUANTISED else method

@@ -10,7 +10,7 @@ from typing import Any
 
 from dataflex import distributed
 from dataflex.checkpoints.marks import is_marked, require_whole
-from dataflex.config.combinations import QUANTISED
+from dataflex.config import quantised
 from dataflex.errors import ConfigError, CoverageError, DataflexError, MismatchError
 from dataflex.explanation import explained
 from dataflex.features.adam import Moments
@@ -211,21 +211,27 @@ class ModelState:
     @property
     def quantised_as(self) -> str | None:
         """How the base is quantised, by the run file or since it was saved."""
-        found = getattr(self.model.config, "quantization_config", None)
-        if found is None:
-            return None
-        return str(found.get("quant_method")) if isinstance(found, dict) else type(found).__name__
+        return quantised.kind_of(getattr(self.model.config, "quantization_config", None))
 
-    def refuse_quantised(self) -> None:
-        """Refuse gradients of a model whose base is quantised.
+    def refuse_quantised(self, has_gradients: bool) -> None:
+        """Refuse values of single rows where the base is quantised in a way under which they are not exact.
+
+        Args:
+            has_gradients: whether gradients are among the values.
 
         Raises:
             ConfigError: it is.
         """
-        if (how := self.quantised_as) is not None:
+        found = self.quantised_as
+        if found is not None and not self.sharding.has_whole_weights:
             raise ConfigError(
-                f"model_name_or_path: found a base quantised as {how}; expected weights in half or full precision. "
-                f"{QUANTISED}"
+                f"deepspeed: found ZeRO-3 over a base quantised as {found}; expected ZeRO-2, or none. Values of single "
+                "rows were not verified over quantised weights that are dealt out"
+            )
+        if found == quantised.BATCHED or (has_gradients and found not in (None, quantised.EXACT)):
+            why = quantised.WHY_NO_VALUES if found == quantised.BATCHED else quantised.WHY_NO_GRADIENTS
+            raise ConfigError(
+                f"model_name_or_path: found a base quantised as {found}; expected {quantised.EXACT}, or none. {why}"
             )
 
     @property

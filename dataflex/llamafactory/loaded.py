@@ -1,4 +1,4 @@
-"""Checks of a model as LLaMA-Factory loaded it, before the first step: tokens have embeddings, weights are trained."""
+"""What has to hold of a model that was loaded: tokens have embeddings, weights are trained, one arithmetic."""
 
 from __future__ import annotations
 
@@ -46,6 +46,18 @@ def check_loaded(
         raise
     if is_trained and distributed.is_main():
         _say_what_is_missing(model, model_args, finetuning_args)
+
+
+def keep_one_arithmetic(model: Any) -> None:
+    """Have weights of 4 bits multiply on a CPU in evaluation mode as they do in training.
+
+    On processors with AVX512-BF16 bitsandbytes packs them anew at the first forward pass in evaluation mode, and
+    computes in bfloat16 from then on: the values of a row would depend on what ran before, and layers whose sides are
+    not multiples of its blocks fail.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _check_tokens(model: Any, rows: Mapping[str, Any], tokenizer: Any, name: str) -> None:

@@ -25,7 +25,7 @@ from dataflex.explanation import explained, raised_in
 from dataflex.llamafactory import tokenized
 from dataflex.llamafactory.exclusion import drawn_targets, with_tests, without_targets
 from dataflex.llamafactory.learning_rates import check_schedule
-from dataflex.llamafactory.loaded import check_loaded
+from dataflex.llamafactory.loaded import check_loaded, keep_one_arithmetic
 from dataflex.llamafactory.place import place_of
 from dataflex.llamafactory.provenance import made_from
 from dataflex.llamafactory.records import Sample
@@ -188,7 +188,9 @@ def _substituted(
         def foreseen(tokenizer: Any, model_args: Any, finetuning_args: Any, *args: Any, **kwargs: Any) -> Any:
             data_args, training_args = given[-1]
             foresee(Prepared(loaded[-1], tokenizer, model_args, data_args, training_args, finetuning_args, Joined))
-            return load_model(tokenizer, model_args, finetuning_args, *args, **kwargs)
+            model = load_model(tokenizer, model_args, finetuning_args, *args, **kwargs)
+            keep_one_arithmetic(model)
+            return model
 
         with patch.object(workflow, "load_model", foreseen):
             yield

@@ -10,8 +10,8 @@ How the sets were drawn: rows of at most 512 tokens (SmolLM2's, with its templat
 SHA-256 of `evidence:` and the row's name, tests first, then targets, then the pool; a row is left out whose words
 overlap with those of a row already drawn by a Jaccard index of 0.8 or more. So no row is in two sets, and none of the
 pool or of a target nearly repeats a test row. The pool has 200 rows of each of five sources; `one` is of banking77;
-`mixed` of gsm8k and mbpp, half and half; `topic` of what `has_topic` says. The pool and `mixed` are written a second time,
-source by source (`evidence_pool_gsm8k`, ...), for methods that mix domains or take turns between target sets.
+`mixed` of gsm8k and mbpp, half and half; `topic` of what `has_topic` says. The pool and `mixed` are written a second
+time, source by source (`evidence_pool_gsm8k`, ...), for methods that mix domains or take turns between target sets.
 """
 
 from __future__ import annotations

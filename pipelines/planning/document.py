@@ -129,8 +129,8 @@ class Planned:
         )
         if not len(run.eligible):
             raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
-        if any(spec.gradient for spec in [need.spec for need in run.declared] + list(settings.dataflex.features)):
-            state.refuse_quantised()
+        if specs := [need.spec for need in run.declared] + list(settings.dataflex.features):
+            state.refuse_quantised(any(spec.gradient for spec in specs))
         return run
 
     def _prefilter(self) -> dict[str, Any] | None:
