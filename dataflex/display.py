@@ -47,6 +47,11 @@ class Task:
         self.what = self.what if what is None else what
         _display.show(self, is_other)
 
+    def skip(self, count: int) -> None:
+        """Count what was done before, and took no time."""
+        self._before += count
+        self.update(self.done + count)
+
     @property
     def left(self) -> str:
         """How long the rest takes at the mean speed so far, as minutes and seconds; unknown before anything is done."""

@@ -47,6 +47,18 @@ def test_the_time_left_is_by_the_mean_speed_so_far(clock: list[float]) -> None:
         assert (task.done, task.left) == (100, "0:00")
 
 
+def test_rows_that_are_there_say_nothing_of_the_speed(clock: list[float]) -> None:
+    progress = Progress()
+    with progress.showing(100):
+        task = progress._task
+        assert task is not None
+        progress.skip(80)
+        assert (task.done, task.left) == (80, "-:--")
+        clock[0] += 20
+        progress.advance(10, 1000)
+        assert (task.done, task.note, task.left) == (90, "0.5 rows/s, 50 tokens/s", "0:20")
+
+
 def test_a_log_hears_of_it_from_time_to_time(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "dataflex")
     with display.showing("features", 200) as task:

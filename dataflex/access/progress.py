@@ -40,7 +40,7 @@ class Progress:
     def skip(self, rows: int) -> None:
         """Count rows that need no work."""
         if self._task is not None:
-            self._task.update(self._task.done + rows)
+            self._task.skip(rows)
 
     def batch(self, rows: int, tokens: int) -> None:
         """Count a batch of this rank's, part of rows that `advance` counts when all of them are done."""
@@ -58,5 +58,6 @@ class Progress:
         world = distributed.world()
         self._rows, self._tokens = self._rows + rows * world, self._tokens + tokens * world
         seconds = max(time.monotonic() - self._begun, 1e-9)
-        speed = f"{self._rows / seconds:,.0f} rows/s, {self._tokens / seconds:,.0f} tokens/s"
+        rate = self._rows / seconds
+        speed = f"{rate:,.{0 if rate >= 10 else 1}f} rows/s, {self._tokens / seconds:,.0f} tokens/s"
         self._task.update(self._task.done + rows * world, note=speed)
