@@ -3,8 +3,9 @@
 `python -m benchmarks.evidence` reads docs/evidence/NAME.jsonl, which `dataflex compare --table` has written, and puts a
 table between `<!-- NAME -->` and `<!-- end -->` of docs/evidence.md and a picture into docs/evidence/NAME.svg.
 
-Differences are from random rows under the same seed; intervals are of 95 %, by Student's t over seeds. A method that is
-shown a target is measured on that target's own test set: evidence_X on evidence_test_X.
+Differences are from random rows, or from plain shares (`BASELINES`), under the same seed; intervals are of 95 %, by
+Student's t over seeds. A method that is shown a target is measured on that target's own test set: evidence_X on
+evidence_test_X.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ TARGETS = {
     "evidence_test_topic": "one topic in a source",
 }
 """Test set -> what kind of target it stands for."""
-_BASELINE = "random"
+BASELINES = {"shares": "stratified"}
+"""Table -> the arm that the others are held against, where that is not `random`."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Arm:
     Attributes:
         name: as `dataflex compare` has it.
         loss: nats per supervised token, over seeds.
-        gain: that less random rows', seed by seed; None of random rows and of the untrained model.
+        gain: that less the baseline's, seed by seed; None of the baseline.
         exact: share of responses that are exactly right; None where none is judged.
-        exact_gain: the same less random rows'.
+        exact_gain: the same, less the baseline's.
         train_seconds: of a training, mean; None where nothing is trained.
         choose_seconds: of the longest choice, which found the least in the stores; None where none is made.
         features: gradients, losses or embeddings of rows that a choice asked for, for each row chosen, mean, with those
@@ -71,10 +73,10 @@ def read(path: Path) -> list[KeptLine]:
     return list(found.values())
 
 
-def arms(lines: Sequence[KeptLine], test: str) -> list[Arm]:
+def arms(lines: Sequence[KeptLine], test: str, baseline: str = "random") -> list[Arm]:
     """Summarise what methods came to on a test set, in the order of the table; those shown other targets left out."""
     shown = [each for each in lines if each.test == test and each.target in (None, test.replace("_test_", "_"))]
-    random = [each for each in shown if each.arm == _BASELINE]
+    beside = [each for each in shown if each.arm == baseline]
     found = []
     for name in dict.fromkeys(each.arm for each in shown):
         own = [each for each in shown if each.arm == name]
@@ -83,9 +85,9 @@ def arms(lines: Sequence[KeptLine], test: str) -> list[Arm]:
             Arm(
                 name,
                 Estimate.of(list(_by_seed(own, "loss").values())),
-                None if name == _BASELINE else _difference(own, random, "loss"),
+                None if name == baseline else _difference(own, beside, "loss"),
                 Estimate.of(list(_by_seed(own, "reward").values())),
-                None if name == _BASELINE else _difference(own, random, "reward"),
+                None if name == baseline else _difference(own, beside, "reward"),
                 float(np.mean([each.seconds for each in own])) if any(each.steps for each in own) else None,
                 max(choices, default=None),
                 float(np.mean([_asked(each) for each in own])),
@@ -103,22 +105,23 @@ def _by_seed(lines: Iterable[KeptLine], what: str) -> dict[int | None, float]:
     return {each.seed: getattr(each, what) for each in lines if getattr(each, what) is not None}
 
 
-def _difference(own: Iterable[KeptLine], random: Iterable[KeptLine], what: str) -> Estimate | None:
-    ours, theirs = _by_seed(own, what), _by_seed(random, what)
+def _difference(own: Iterable[KeptLine], beside: Iterable[KeptLine], what: str) -> Estimate | None:
+    ours, theirs = _by_seed(own, what), _by_seed(beside, what)
     if set(ours) == {None}:
         return Estimate.of([ours[None] - value for value in theirs.values()])
     return Estimate.of([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
 
-def table(lines: Sequence[KeptLine]) -> list[str]:
+def table(lines: Sequence[KeptLine], baseline: str = "random") -> list[str]:
     """Return a Markdown table for each test set."""
     out: list[str] = []
     for test, kind in TARGETS.items():
-        found = arms(lines, test)
+        found = arms(lines, test, baseline)
         if not found:
             continue
         has_exact = any(each.exact for each in found)
-        head = ["method", "runs", "loss", "less random"] + (["exactly right", "less random"] if has_exact else [])
+        less = f"less {baseline}"
+        head = ["method", "runs", "loss", less] + (["exactly right", less] if has_exact else [])
         head += ["training, s", "choosing, s", "features a row"]
         out += ["", f"**{kind.capitalize()}** (`{test}`):", "", _row(head), _row(["---"] * len(head))]
         for each in found:
@@ -159,18 +162,18 @@ def filled(page: str, tables: Mapping[str, Sequence[KeptLine]]) -> str:
         pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(page):
             raise ValueError(f"found no place for {name}; expected <!-- {name} --> and <!-- end -->")
-        text = "\n".join(table(lines)) + "\n"
+        text = "\n".join(table(lines, BASELINES.get(name, "random"))) + "\n"
         page = pattern.sub(lambda match, text=text: match[1] + text + match[2], page)  # type: ignore[misc]
     return page
 
 
-def draw(lines: Sequence[KeptLine], path: Path) -> None:
-    """Draw the differences from random rows with their intervals, one panel for each test set."""
+def draw(lines: Sequence[KeptLine], path: Path, baseline: str = "random") -> None:
+    """Draw the differences from the baseline with their intervals, one panel for each test set."""
     from matplotlib.figure import Figure
 
     from dataflex.pipelines.reporting.figures import style
 
-    panels = [(kind, arms(lines, test)) for test, kind in TARGETS.items()]
+    panels = [(kind, arms(lines, test, baseline)) for test, kind in TARGETS.items()]
     panels = [(kind, [each for each in found if each.gain and each.name != "base"]) for kind, found in panels]
     panels = [(kind, found) for kind, found in panels if found]
     if not panels:
@@ -185,7 +188,7 @@ def draw(lines: Sequence[KeptLine], path: Path) -> None:
             where = [names.index(name) for name in gains]
             halves = [each.half or 0.0 for each in gains.values()]
             at.errorbar([g.mean for g in gains.values()], where, xerr=halves, fmt="o", markersize=4, color="#0072B2")
-            at.set(title=kind, xlabel="loss less random's (nats per token)", yticks=range(len(names)))
+            at.set(title=kind, xlabel=f"loss less that of {baseline} (nats per token)", yticks=range(len(names)))
             at.set_yticklabels(names)
         figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
 
@@ -195,7 +198,7 @@ def main() -> None:
     tables = {path.stem: read(path) for path in sorted(FOLDER.glob("*.jsonl"))}
     PAGE.write_text(filled(PAGE.read_text("utf-8"), tables), "utf-8")
     for name, lines in tables.items():
-        draw(lines, FOLDER / f"{name}.svg")
+        draw(lines, FOLDER / f"{name}.svg", BASELINES.get(name, "random"))
 
 
 if __name__ == "__main__":
