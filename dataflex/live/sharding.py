@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -42,6 +43,11 @@ class Sharding:
             dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
             cast = None if dtype is None else str(dtype).removeprefix("torch.")
             return cls("fsdp", cast, bool(plugin.cpu_ram_efficient_loading))
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError(
+                "ACCELERATE_USE_FSDP in the environment: found a model that accelerate does not shard; expected "
+                "several processes with a device each, under a launcher such as torchrun. Leave FSDP out, or start them"
+            )
         if is_deepspeed_zero3_enabled():
             return cls("parameters")
         return cls("optimizer" if trainer.is_deepspeed_enabled else "none")

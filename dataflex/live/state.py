@@ -252,7 +252,7 @@ class ModelState:
         return found if isinstance(found, list) else [] if found is None else [found]
 
     def origin(self) -> dict[str, Any]:
-        """Return what a lineage begins with: base, trainable weights, numerics. Collective where weights are dealt out."""
+        """Return what a lineage begins with: base, trainable weights, numerics. Collective under ZeRO-3 and FSDP2."""
         begun = {"base": self.loaded, "weights": self._weights(forward_only=False), "numerics": self.numerics()}
         return begun | ({"reference": self.reference} if self.reference else {})
 
@@ -291,7 +291,8 @@ class ModelState:
     def moments(self) -> Moments:
         """Return Adam's moments by parameter name: of the checkpoint entered, else of the live optimizer.
 
-        Collective, where anything is dealt out, when a position is asked about for the first time; `recipe` asks on every rank.
+        Collective, where anything is dealt out, when a position is asked about for the first time; `recipe` asks on
+        every rank.
 
         Raises:
             MismatchError: the optimizer or the checkpoint has no moments that belong to these parameters.

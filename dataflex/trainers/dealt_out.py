@@ -93,7 +93,9 @@ class _Whole:
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         dealt = {
-            number: {key: part(value, p) if _is_like(value, p) else value for key, value in saved["state"][number].items()}
+            number: {
+                key: part(value, p) if _is_like(value, p) else value for key, value in saved["state"][number].items()
+            }
             for number, p in zip(numbers, parameters, strict=True)
             if number in saved["state"]
         }
