@@ -226,8 +226,8 @@ class ModelState:
         found = self.quantised_as
         if found is not None and not self.sharding.has_whole_weights:
             raise ConfigError(
-                f"deepspeed: found ZeRO-3 over a base quantised as {found}; expected ZeRO-2, or none. Values of single "
-                "rows were not verified over quantised weights that are dealt out"
+                f"model_name_or_path: found a base quantised as {found} under {self.sharding.name}; expected ZeRO-2 or "
+                "DDP. Values of single rows were not verified over quantised weights that are dealt out"
             )
         if found == quantised.BATCHED or (has_gradients and found not in (None, quantised.EXACT)):
             why = quantised.WHY_NO_VALUES if found == quantised.BATCHED else quantised.WHY_NO_GRADIENTS
