@@ -55,7 +55,7 @@ def shard_on_cpu() -> None:
             assert is_dealt_out(each) or not isinstance(each, torch.nn.Module), "FSDP2 was not entered"
         return found
 
-    Accelerator.__init__, Accelerator.prepare = begun, prepared  # type: ignore[method-assign]
+    Accelerator.__init__, Accelerator.prepare = begun, prepared
 
 
 def again(settings: Any) -> None:
