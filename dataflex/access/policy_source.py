@@ -63,7 +63,7 @@ class PolicySource:
         note: takes the name of every store before it is opened.
 
     Raises:
-        ConfigError: the model is sharded by ZeRO-3.
+        ConfigError: ZeRO-3 or FSDP2 deals the model's weights out.
     """
 
     is_collective = False
@@ -73,7 +73,8 @@ class PolicySource:
     ):
         if not state.sharding.has_whole_weights:
             raise ConfigError(
-                "policy_gradient: a model that DeepSpeed ZeRO-3 shards cannot write responses here; use ZeRO-2 or DDP"
+                f"policy_gradient: a model that {state.sharding.name} shards cannot write responses here; use ZeRO-2 "
+                "or DDP"
             )
         self._model, self._state, self._root, self._options, self._note = model, state, root, options, note
         self._tokenizer = state.trainer.processing_class

@@ -83,13 +83,14 @@ class ModelSource:
         """The engine; it is kept, since its random projections are the same at every state."""
         return self._new_engine()
 
-    def _new_engine(self) -> FeatureEngine:
+    def _new_engine(self, is_loaded: bool = True) -> FeatureEngine:
         trainer = self._state.trainer
         return FeatureEngine(
             trainer.model,
             pad_token_id=trainer.processing_class.pad_token_id or 0,
             token_budget=self._token_budget,
             autocast=trainer.accelerator.autocast,
+            is_loaded=is_loaded,
         )
 
     def require(self, wanted: Sequence[Wanted]) -> None:
@@ -100,7 +101,7 @@ class ModelSource:
             ConfigError: the model has no such layer, or a row is wider than token losses are kept.
         """
         # An engine of its own: where the model is now need not be where its batches will go.
-        engine = self._new_engine()
+        engine = self._new_engine(is_loaded=not self._state.sharding.is_loaded_late)
         for rows in [rows for spec, rows in wanted if spec.gradient][:1]:
             count = max(1, int(np.searchsorted(np.cumsum(rows.length), self._token_budget)))
             engine.require_rules([rows.examples[row] for row in range(min(count, len(rows)))])
@@ -118,7 +119,7 @@ class ModelSource:
         return rows.keys
 
     def recipe(self, spec: FeatureSpec) -> dict[str, Any]:
-        """Return the feature, the model's state, and the numerics. Collective under ZeRO-3."""
+        """Return the feature, the model's state, and the numerics. Collective where weights are dealt out."""
         width = {"cutoff_len": self._cutoff_len} if spec.is_by_token else {}
         return {**self._state.recipe(spec), **width}
 

@@ -53,6 +53,7 @@ class FeatureEngine:
         autocast: makes the context of the forward pass, for mixed precision.
         moments: Adam's moments, for gradients with `direction: adam`; may be replaced between calls.
         device: where batches go; the model's own by default.
+        is_loaded: whether this process has the weights; without them nothing can be tried before the first step.
     """
 
     def __init__(
@@ -65,10 +66,11 @@ class FeatureEngine:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         moments: Moments | None = None,
         device: torch.device | str | None = None,
+        is_loaded: bool = True,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise DataflexError("the feature engine was given a DistributedDataParallel; give it the module inside")
-        self.model, self.moments = model, moments
+        self.model, self.moments, self._is_loaded = model, moments, is_loaded
         self.token_budget = token_budget
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self._collate = partial(collate, pad_token_id=pad_token_id, padding_side=padding_side, device=self.device)
@@ -97,7 +99,7 @@ class FeatureEngine:
             DataflexError: a parameter has no exact rule; it is named.
         """
         spec = GradientSpec(projection=Projection(dim=16))
-        if self._is_sharded:
+        if not self._can_try:
             trainable_parameters(self.model)
             return
         try:
@@ -112,7 +114,7 @@ class FeatureEngine:
             ConfigError: the model has no such layer.
         """
         embeddings = [spec for spec in specs if isinstance(spec, EmbeddingSpec)]
-        if embeddings and not self._is_sharded:
+        if embeddings and self._can_try:
             self.compute([], embeddings)
             return
         config: Any = self.model.config
@@ -120,9 +122,9 @@ class FeatureEngine:
             _require_layer(spec, int(config.get_text_config().num_hidden_layers) + 1)
 
     @property
-    def _is_sharded(self) -> bool:
-        """Whether ZeRO-3 holds the weights, so that no forward pass can be tried before its engine is set up."""
-        return any(hasattr(p, "ds_id") for p in self.model.parameters())
+    def _can_try(self) -> bool:
+        """Whether a forward pass can be tried: where ZeRO-3 holds the weights, not before its engine is set up."""
+        return self._is_loaded and not any(hasattr(p, "ds_id") for p in self.model.parameters())
 
     def compute(
         self,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dataflex.features.cross_entropy import token_losses, wide
+from dataflex.features.sharded import is_dealt_out
 
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Logits that exist at a time: 16 MB float32 on a CPU, 256 MB bfloat16 on a GPU; of one token at least."""
@@ -146,6 +147,8 @@ def find_head(model: Any, run: Callable[[list[int]], Any]) -> Head | None:
     """
     module = getattr(model, "get_output_embeddings", lambda: None)()
     if not isinstance(module, nn.Module) or any(hasattr(p, "ds_id") for p in module.parameters()):
+        return None
+    if is_dealt_out(model):
         return None
     seen: list[tuple[tuple[Any, ...], Any]] = []
     tokens = int(model.get_input_embeddings().weight.shape[0])

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dataflex.features.sharded import is_dealt_out, put_back
+
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
@@ -21,7 +23,9 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     checkpointing functions and random states are as before.
     """
     modes = [(module, module.training) for module in model.modules()]
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    is_sharded = is_dealt_out(model)
+    # FSDP2 notes at the first pass of all, which may be this one, what it will reduce gradients of, and in which type.
+    trainable = [] if is_sharded else [p for p in model.parameters() if p.requires_grad]
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     functions = [layer._gradient_checkpointing_func for layer in layers]
     # Only devices in use: to save the random state of a GPU, torch would have to start CUDA in this process.
@@ -42,6 +46,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
             for module, mode in modes:
                 module.training = mode
+            if is_sharded:
+                put_back(model)
 
 
 def _checkpoint(function: partial[Any], *args: Any) -> Any:

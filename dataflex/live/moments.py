@@ -1,4 +1,4 @@
-"""Adam's moments by parameter name: of a live optimizer, of DeepSpeed's shards, or of a checkpoint."""
+"""Adam's moments by parameter name: of a live optimizer, of DeepSpeed's or FSDP2's shards, or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Named = list[tuple[str, Any]]
 
 
 def live_moments(trainer: LiveTrainer, sharding: Sharding, named: Named) -> Moments:
-    """Return the moments of the trainer's optimizer. Collective under DeepSpeed.
+    """Return the moments of the trainer's optimizer. Collective under DeepSpeed and FSDP2.
 
     Args:
         trainer: the running trainer.
@@ -30,11 +30,13 @@ def live_moments(trainer: LiveTrainer, sharding: Sharding, named: Named) -> Mome
     Raises:
         MismatchError, DataflexError: the optimizer keeps no Adam moments.
     """
-    if not sharding.is_plain:
+    if not sharding.has_torch_optimizer:
         return _from_deepspeed(trainer, named)
     if trainer.state.global_step == 0:
         return _before_any_step(trainer.optimizer, named)
-    return Moments.from_optimizer(trainer.optimizer, named)
+    found = Moments.from_optimizer(trainer.optimizer, named)
+    first, second = (dict(sharding.whole(some.items())) for some in (found.exp_avg, found.exp_avg_sq))
+    return Moments(first, second, found.scalars)
 
 
 def checkpoint_moments(folder: Path, trainer: LiveTrainer, sharding: Sharding, named: Named) -> Moments:
@@ -54,7 +56,7 @@ def checkpoint_moments(folder: Path, trainer: LiveTrainer, sharding: Sharding, n
             f"{folder}: found neither {MOMENTS_FILE} nor optimizer.pt; gradient_type: adam and target_direction: "
             "precond_only need the optimizer state. Train with save_only_model: false, or use sgd for both"
         )
-    if not sharding.is_plain:
+    if not sharding.has_torch_optimizer:
         raise ConfigError(f"{folder}/optimizer.pt: cannot be matched to DeepSpeed's parameters; run without deepspeed")
     names = {id(p): name for name, p in named}
     ordered = {names[id(p)]: tuple(p.shape) for group in trainer.optimizer.param_groups for p in group["params"]}
@@ -66,7 +68,7 @@ def _before_any_step(optimizer: Any, named: Named) -> Moments:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     rates = relative_rates(optimizer.param_groups)
     scalars = {name: _scalars(0, groups[id(p)], optimizer, rates[id(p)]) for name, p in named}
-    zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named}
+    zeros = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in named}
     return Moments(zeros, zeros, scalars)
 
 

@@ -17,7 +17,7 @@ from dataflex.features.adam import Moments
 from dataflex.features.facts import Feature
 from dataflex.features.need import StateName
 from dataflex.features.spec import BASE, ENGINE_VERSION
-from dataflex.fingerprint import model_digest, plain, tensors_digest
+from dataflex.fingerprint import model_digest, tensors_digest
 from dataflex.folders import folder_digest, model_folder
 from dataflex.live import frozen, weights
 from dataflex.live.base_model import base_identity, reference_identity
@@ -35,7 +35,7 @@ class ModelState:
         trainer: the running trainer; model and optimizer are read from it at every question.
 
     Raises:
-        ConfigError: the model is sharded by FSDP.
+        ConfigError: the model is sharded in a way under which values are not known to be right.
     """
 
     def __init__(self, trainer: LiveTrainer):
@@ -84,7 +84,7 @@ class ModelState:
         """
         if self._checkpoint != BASE or self.has_adapter:
             return
-        if not self.sharding.has_whole_weights:
+        if not self.sharding.takes_weights:
             raise ConfigError(
                 "deepspeed: features of the base of a model that is trained whole cannot be computed under ZeRO-3; use "
                 "ZeRO-2, or compute them with `dataflex featurize` without it"
@@ -113,14 +113,15 @@ class ModelState:
         if state == BASE:
             leave_out = getattr(self.model, "disable_adapter", contextlib.nullcontext)
             entered = leave_out()
-        elif not self.sharding.has_whole_weights:
+        elif not self.sharding.takes_weights:
             raise ConfigError(
                 f"{state}: a checkpoint's weights cannot be put into a model that ZeRO-3 has sharded; use ZeRO-2 or DDP"
             )
         else:
             self.require_whole(state)
             self.require_same_base(state)
-            entered = weights.loaded(Path(state), self.model, self._scaling())
+            self.sharding.settle(self.model)
+            entered = weights.loaded(Path(state), self.model, weights.scaling(self.model))
         with entered:
             self._checkpoint = state
             try:
@@ -159,9 +160,9 @@ class ModelState:
         is_known = all(parameter.requires_grad for parameter in self.model.parameters())
         if is_resumed and is_known:
             return
+        if self.sharding.takes_weights and not is_resumed:
+            weights.check(folder, self.model, weights.scaling(self.model))
         if self.sharding.has_whole_weights:
-            if not is_resumed:
-                weights.check(folder, self.model, self._scaling())
             is_known = frozen.covers(folder, self.model, buffers=not is_resumed)
         if not is_known:
             frozen.require_base(folder, self.base, self.trainer.model_arguments)
@@ -174,7 +175,7 @@ class ModelState:
                 check()
 
     def recipe(self, spec: Feature) -> dict[str, Any]:
-        """Return everything but the row that determines a feature's values. Collective under DeepSpeed."""
+        """Return everything but the row that determines a feature's values. Collective where anything is dealt out."""
         is_gradient = spec.gradient is not None
         recipe: dict[str, Any] = {
             "feature": spec.recipe(),
@@ -188,7 +189,7 @@ class ModelState:
         return recipe
 
     def names(self, has_moments: bool = True) -> dict[str, Any]:
-        """Return what features of the current state are named by. Collective under DeepSpeed.
+        """Return what features of the current state are named by. Collective where anything is dealt out.
 
         Args:
             has_moments: whether Adam's moments are named too, if the optimizer has them.
@@ -225,8 +226,8 @@ class ModelState:
         found = self.quantised_as
         if found is not None and not self.sharding.has_whole_weights:
             raise ConfigError(
-                f"deepspeed: found ZeRO-3 over a base quantised as {found}; expected ZeRO-2, or none. Values of single "
-                "rows were not verified over quantised weights that are dealt out"
+                f"model_name_or_path: found a base quantised as {found} under {self.sharding.name}; expected ZeRO-2 or "
+                "DDP. Values of single rows were not verified over quantised weights that are dealt out"
             )
         if found == quantised.BATCHED or (has_gradients and found not in (None, quantised.EXACT)):
             why = quantised.WHY_NO_VALUES if found == quantised.BATCHED else quantised.WHY_NO_GRADIENTS
@@ -251,7 +252,7 @@ class ModelState:
         return found if isinstance(found, list) else [] if found is None else [found]
 
     def origin(self) -> dict[str, Any]:
-        """Return what a lineage begins with: base, trainable weights, numerics. Collective under ZeRO-3."""
+        """Return what a lineage begins with: base, trainable weights, numerics. Collective under ZeRO-3 and FSDP2."""
         begun = {"base": self.loaded, "weights": self._weights(forward_only=False), "numerics": self.numerics()}
         return begun | ({"reference": self.reference} if self.reference else {})
 
@@ -284,12 +285,14 @@ class ModelState:
 
     def trainable(self) -> list[tuple[str, Any]]:
         """Return the trainable parameters by name, in the model's order."""
+        self.sharding.settle(self.model)
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def moments(self) -> Moments:
         """Return Adam's moments by parameter name: of the checkpoint entered, else of the live optimizer.
 
-        Collective under DeepSpeed when a position is asked about for the first time; `recipe` asks on every rank.
+        Collective, where anything is dealt out, when a position is asked about for the first time; `recipe` asks on
+        every rank.
 
         Raises:
             MismatchError: the optimizer or the checkpoint has no moments that belong to these parameters.
@@ -312,21 +315,14 @@ class ModelState:
         if key not in self._known:
             tensors = self.trainable()
             with self.sharding.gathered([parameter for _, parameter in tensors]):
-                is_inert = forward_only and _is_inert(tensors)
-                self._known[key] = "none" if is_inert else {"weights": tensors_digest(tensors)} | self._scaling()
+                is_inert = forward_only and _is_inert(tensors, self.sharding)
+                named = None if is_inert else tensors_digest(self.sharding.whole(tensors))
+                self._known[key] = "none" if named is None else {"weights": named} | weights.scaling(self.model)
         return self._known[key]
-
-    def _scaling(self) -> dict[str, Any]:
-        """Return what scales the adapter's weights, which the weights do not tell."""
-        configs = getattr(self.model, "peft_config", None)
-        if not configs:
-            return {}
-        config = configs[self.model.active_adapter]
-        return {name: plain(getattr(config, name)) for name in weights.SCALING if getattr(config, name, None)}
 
     def numerics(self) -> dict[str, Any]:
         """Return what the same weights are computed with."""
-        return numerics(self.trainer)
+        return numerics(self.trainer) | self.sharding.numerics
 
 
 def numerics(trainer: LiveTrainer) -> dict[str, Any]:
@@ -343,9 +339,10 @@ def numerics(trainer: LiveTrainer) -> dict[str, Any]:
     }
 
 
-def _is_inert(tensors: list[tuple[str, Any]]) -> bool:
+def _is_inert(tensors: list[tuple[str, Any]], sharding: Sharding) -> bool:
     """Say whether only LoRA is trained and every B is zero: the model computes what its base does."""
     factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     if not tensors or not all(any(factor in name for factor in factors) for name, _ in tensors):
         return False
-    return not any(bool(p.detach().any()) for name, p in tensors if "lora_B" in name or "lora_embedding_B" in name)
+    outer = ((name, p) for name, p in tensors if "lora_B" in name or "lora_embedding_B" in name)
+    return not any(bool(p.detach().any()) for _, p in sharding.whole(outer))

@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dataflex.errors import MismatchError
+from dataflex.features.sharded import part
+from dataflex.fingerprint import plain
 
 SCALING = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """What scales the weights of an adapter, which the weights do not tell."""
@@ -42,6 +44,16 @@ def loaded(folder: Path, model: Any, scaling: dict[str, Any]) -> Iterator[None]:
         _copy(kept, ours)
 
 
+def restore(folder: Path, model: Any, scaling: dict[str, Any]) -> None:
+    """Put the weights in to stay, each process its own part where the model is dealt out; arguments as `loaded`.
+
+    Raises:
+        MismatchError: as `loaded`.
+    """
+    check(folder, model, scaling)
+    _copy(_read(folder, model), _trainable(model))
+
+
 def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     """Give each tensor of a checkpoint by the name it has there, as a slice: `[...]` reads it, and not before.
 
@@ -64,14 +76,31 @@ def by_name(model: Any) -> dict[str, Any]:
 
     A tied weight has several; a checkpoint has one of them.
     """
+    # An adapter's file may hold the embeddings too: PEFT adds them where the vocabulary was resized.
+    return _named(model, save_embedding_layers=True)
+
+
+def saved(model: Any) -> dict[str, Any]:
+    """Return those of `by_name` that a checkpoint is given."""
+    return _named(model)
+
+
+def scaling(model: Any) -> dict[str, Any]:
+    """Return what scales the adapter's weights, which the weights do not tell; empty without an adapter."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return {}
+    config = configs[model.active_adapter]
+    return {name: plain(getattr(config, name)) for name in SCALING if getattr(config, name, None)}
+
+
+def _named(model: Any, **of_adapter: Any) -> dict[str, Any]:
     held: dict[str, Any] = model.state_dict(keep_vars=True)
     if not hasattr(model, "peft_config"):
         return held
     from peft import get_peft_model_state_dict
 
-    # An adapter's file may hold the embeddings too: PEFT adds them where the vocabulary was resized.
-    more = {"adapter_name": str(model.active_adapter), "save_embedding_layers": True}
-    return dict(get_peft_model_state_dict(model, state_dict=held, **more))
+    return dict(get_peft_model_state_dict(model, held, adapter_name=str(model.active_adapter), **of_adapter))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -163,4 +192,4 @@ def _is_left_out(key: str, model: Any) -> bool:
 @torch.no_grad()
 def _copy(source: dict[str, Any], target: dict[str, Any]) -> None:
     for name, parameter in target.items():
-        parameter.copy_(source[name].to(parameter))
+        parameter.copy_(part(source[name].to(parameter.device, parameter.dtype), parameter))

@@ -6,12 +6,14 @@ import contextlib
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -20,6 +22,7 @@ from dataflex import distributed
 from dataflex.checkpoints.marks import mark_complete, require_whole
 from dataflex.checkpoints.pickles import refused
 from dataflex.config.keys import DataflexKeys
+from dataflex.environment import is_on
 from dataflex.errors import ConfigError
 from dataflex.explanation import explained, raised_in
 from dataflex.llamafactory import tokenized
@@ -91,6 +94,7 @@ def run(
     # All that LLaMA-Factory asks it is whether there is a group to destroy; that would be with the trainer still there.
     no_group = SimpleNamespace(is_initialized=lambda: False)
     resumption = Resumption.of(arguments, takes_unmarked=directing is None)
+    _require_devices(arguments)
     _check_weights(arguments)
     check_schedule(arguments)
     arguments |= resumption.arguments()
@@ -298,6 +302,22 @@ def _begun_at(resumption: Resumption) -> Iterator[None]:
 
     with patch.object(Trainer, "train", begun):
         yield
+
+
+def _require_devices(arguments: Mapping[str, Any]) -> None:
+    """Refuse FSDP on CPUs, where accelerate would train by DDP and not say so.
+
+    Raises:
+        ConfigError: it is asked for, by the run file or by accelerate's launcher, and there is no device for it.
+    """
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    on_cpu = arguments.get("use_cpu") or is_on("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if on_cpu and (by_launcher or arguments.get("fsdp")):
+        what = "ACCELERATE_USE_FSDP in the environment" if by_launcher else f"fsdp: {arguments['fsdp']}"
+        raise ConfigError(
+            f"{what}: found CPUs alone; expected devices such as GPUs, as accelerate enters FSDP nowhere else: it "
+            "would train by DDP. Leave FSDP out, or run where there are devices"
+        )
 
 
 def _check_weights(arguments: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from dataflex.checkpoints.marks import mark_complete, unmark
 from dataflex.errors import DataflexError
 from dataflex.rows import RowSets
 from dataflex.schedule import Round
+from dataflex.trainers.dealt_out import DealtOut
 from dataflex.trainers.directing import Directing, Director, Stopped
 from dataflex.trainers.first_step import FirstStepJudged
 from dataflex.trainers.micro_batch import ROWS
@@ -37,7 +38,7 @@ from dataflex.trainers.weighing import Weighing
 log = logging.getLogger(__name__)
 
 
-class DataflexTrainer(FirstStepJudged):
+class DataflexTrainer(DealtOut, FirstStepJudged):
     """Mixin: put before LLaMA-Factory's trainer class in the bases.
 
     Args:

@@ -33,7 +33,7 @@ def reference_losses(run: Run, mixer: NativeMixer) -> StoredReference | LiveRefe
         MismatchError: the reference is no model of this run's tokenizer, or, if its losses are to be stored, not of
             this run's architecture.
         ConfigError: rows are padded on the left, so that stored losses are not where the tokens are; or the reference
-            is to stand beside a model that ZeRO-3 has sharded.
+            is to stand beside a model whose weights ZeRO-3 or FSDP2 deals out.
     """
     path = mixer.reference_model_path
     if path is None:
@@ -41,8 +41,8 @@ def reference_losses(run: Run, mixer: NativeMixer) -> StoredReference | LiveRefe
     if mixer.reference_is_live:
         if not run.state.sharding.has_whole_weights:
             raise ConfigError(
-                "reference: found live under ZeRO-3, which would shard the reference without running it; take "
-                "ZeRO-2 or DDP"
+                f"reference: found live under {run.state.sharding.name}, which would shard the reference without "
+                "running it; take ZeRO-2 or DDP"
             )
         return LiveReference(path, run.trainer)
     if run.trainer.processing_class.padding_side != "right":

@@ -69,7 +69,7 @@ class WarmState:
         self._end = first.steps
         if first.kind != "warmup" or not run.is_live or is_resumed:
             return  # what came before a checkpoint may have been trained otherwise
-        if not run.state.sharding.is_plain:
+        if not run.state.sharding.has_torch_optimizer:
             log.info("DeepSpeed's checkpoints are pickles, which no store holds: every run warms up itself")
             return
         keys = run.rows.keys[draw(run, first).rows]
@@ -151,13 +151,14 @@ class WarmState:
             return
         scratch = self.run.trainer.output_dir / ".state"
         folder = Path(self.run.trainer.snapshot(str(scratch)))
+        named = self.run.state.names()
         if distributed.is_main():
             try:
                 frozen(folder)
             except MismatchError as error:  # an optimizer with objects in its state: such a run trains all the same
                 log.warning("the state at the end of the warm-up is not kept, so every run warms up itself: %s", error)
             else:
-                story = {**self._story, _SPLIT: split_of(self.run.trainer), NAMES: self.run.state.names()}
+                story = {**self._story, _SPLIT: split_of(self.run.trainer), NAMES: named}
                 is_ours = self.run.access.root.states.put(self.lineage, folder, story)
                 said = (
                     "kept the state at the end of the warm-up as %s" if is_ours else "another launch has kept %s first"
