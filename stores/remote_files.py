@@ -7,6 +7,7 @@ import functools
 import hashlib
 import io
 import itertools
+import logging
 import operator
 import os
 import sys
@@ -63,6 +64,9 @@ class RemoteFiles(Files):
             self.fs, self._root = fsspec.core.url_to_fs(self.url, **_options(self._protocol))
         if self._protocol in _OF_S3:
             self.fs.retries = 1  # s3fs has a loop around botocore's, and another around that for reads: 125 requests
+        if self._protocol in _OF_GOOGLE:
+            # It logs a traceback of all that it raises, as for a read behind the end of a file; `_told` has the words.
+            logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
     @contextmanager
     def output(self, path: str) -> Iterator[BinaryIO]:
@@ -275,10 +279,19 @@ class RemoteFiles(Files):
 
 
 _OF_S3 = ("s3", "s3a")
+_OF_GOOGLE = ("gs", "gcs")
 
 
 def _options(protocol: str) -> dict[str, Any]:
     """Return what the file system is made with, beside what fsspec's own configuration says."""
+    if protocol in _OF_GOOGLE:
+        if any("requests_timeout" in fsspec.config.conf.get(name, {}) for name in _OF_GOOGLE):
+            return {}
+        import aiohttp
+
+        # Without these gcsfs waits for ever; one bound for a whole request would be too short for a large part.
+        bounds = aiohttp.ClientTimeout(sock_connect=_S3["connect_timeout"], sock_read=_S3["read_timeout"])
+        return {"requests_timeout": bounds}
     if protocol not in _OF_S3:
         return {}
     theirs = (fsspec.config.conf.get(name, {}).get("config_kwargs", {}) for name in _OF_S3)

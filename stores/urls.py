@@ -7,10 +7,10 @@ from dataflex.errors import ConfigError
 LOCAL = ("file", "local")
 """Protocols that name a path of this machine."""
 BUCKETS = {
-    "s3": "dataflex[s3]", "s3a": "dataflex[s3]", "gs": "gcsfs=={}", "gcs": "gcsfs=={}",
+    "s3": "dataflex[s3]", "s3a": "dataflex[s3]", "gs": "dataflex[gcs]", "gcs": "dataflex[gcs]",
     "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs",
 }  # fmt: skip
-"""Protocol of URLs that begin with a bucket -> what to install for it; gcsfs is of fsspec's own version."""
+"""Protocol of URLs that begin with a bucket -> what to install for it."""
 
 
 def malformed(root: str) -> str | None:
@@ -35,7 +35,7 @@ def missing_package(root: str) -> str | None:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        package = BUCKETS.get(protocol, "").format(fsspec.__version__)
+        package = BUCKETS.get(protocol, "")
         advice = f"\n  pip install '{package}', or name another root (dataflex.store)" if package else ""
         return f"{root} cannot be reached from here: {error}{advice}"
     return None

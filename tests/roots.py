@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from dataflex.rows import KEY_DTYPE
 from dataflex.stores.files import Files
+from dataflex.stores.leases import Lease
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot, open_files
 from dataflex.stores.runs import RunRecord
@@ -78,3 +79,23 @@ def stored(folder: Path) -> dict[tuple[str, bytes], bytes]:
             assert not some.keys() & found.keys()
             found |= some
     return found
+
+
+def life(url: str) -> None:
+    """Open a store, append under a lease, read, compact, and read again as another process would."""
+    store = StoreRoot(url).open("gradient", {"r": 1}, LAYOUT)
+    lease = Lease(store.files, [f"{store.folder}/tmp/f0.lease"])
+    assert lease.take()
+    with lease.held():
+        assert store.append("f0", values(0))
+    assert store.compact()
+    read = StoreRoot(url).open("gradient", {"r": 1}, LAYOUT).read(values(0).keys)
+    assert (read.scalars["norm"] == values(0).scalars["norm"]).all()
+
+
+def check(files: Files) -> None:
+    """Everything is there once and whole, and nothing else is there."""
+    (store,) = StoreRoot(files).stores()
+    assert store.committed_fragments() == ["f0"]
+    assert store.rows == 5
+    assert [file.path.split("/")[1] for file in files.stored("")] == ["data", "derived", "log", "recipe.json"]

@@ -19,6 +19,8 @@ import pytest
 from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
+from dataflex.stores.urls import BUCKETS
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = ("pipelines", "stores")
 """Packages of `dataflex` whose folders lie beside it."""
@@ -192,6 +194,13 @@ def test_constraints_pin_every_dependency() -> None:
     wanted = [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["cpu"], *extras["deepspeed"]]
     for requirement in map(Requirement, wanted):
         assert pins[requirement.name] in requirement.specifier, requirement
+
+
+def test_extras_that_messages_name_are_there() -> None:
+    named = {package for package in BUCKETS.values() if package.startswith("dataflex[")}
+    assert named == {"dataflex[s3]", "dataflex[gcs]"}
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert all(extras[package.removeprefix("dataflex[").removesuffix("]")] for package in named)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

@@ -16,12 +16,11 @@ import pytest
 from benchmarks.object_store import FAULTS, Proxy
 from dataflex.errors import Interrupted, UnavailableError
 from dataflex.stores import parquet, remote_files, retries
-from dataflex.stores.files import Files
 from dataflex.stores.leases import Lease
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.root import StoreRoot, open_files
 from dataflex.stores.upkeep.inspection import inspect
-from tests.roots import LAYOUT, make_state, record, values
+from tests.roots import LAYOUT, check, life, make_state, record, values
 
 Chosen = Callable[[int, str, str], bool]
 
@@ -37,26 +36,6 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def at(number: int) -> Chosen:
     return lambda found, method, path: found == number
-
-
-def life(url: str) -> None:
-    """Open a store, append under a lease, read, compact, and read again as another process would."""
-    store = StoreRoot(url).open("gradient", {"r": 1}, LAYOUT)
-    lease = Lease(store.files, [f"{store.folder}/tmp/f0.lease"])
-    assert lease.take()
-    with lease.held():
-        assert store.append("f0", values(0))
-    assert store.compact()
-    read = StoreRoot(url).open("gradient", {"r": 1}, LAYOUT).read(values(0).keys)
-    assert (read.scalars["norm"] == values(0).scalars["norm"]).all()
-
-
-def check(files: Files) -> None:
-    """Everything is there once and whole, and nothing else is there."""
-    (store,) = StoreRoot(files).stores()
-    assert store.committed_fragments() == ["f0"]
-    assert store.rows == 5
-    assert [file.path.split("/")[1] for file in files.stored("")] == ["data", "derived", "log", "recipe.json"]
 
 
 def ours(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from dataflex.errors import DataflexError
@@ -103,7 +105,12 @@ ELSEWHERE = {
 }
 
 
-def test_odd_data_is_refused_by_name(load_dataset: Callable[..., Any], tmp_path: Path) -> None:
+def test_odd_data_is_refused_by_name(
+    load_dataset: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as without the extra
+    for name in ("gs", "gcs"):
+        monkeypatch.delitem(fsspec.registry._registry, name, raising=False)
     entries: dict[str, Any] = {name: entry for name, (entry, _) in ELSEWHERE.items()}
     (tmp_path / "loop.json").symlink_to("loop.json")
     (tmp_path / "empty").mkdir()
