@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dataflex.features.spec import GradientSpec, LossSpec, Projection
 from dataflex.llamafactory.loaded import keep_one_arithmetic
 from tests.architectures import lora
 from tests.reference import gradient_error
+from tests.workspace import NAMES, assert_equal_weights, cut_back, in_force, logged, mix
 
 pytest.importorskip("bitsandbytes")
 
@@ -117,3 +119,37 @@ def test_another_way_of_holding_the_base_is_another_name(trained: Any, other: di
 def test_what_is_not_exact_is_refused(workspace: Any, keys: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         load(workspace.write("run", **keys))
+
+
+@pytest.mark.slow
+def test_what_is_resumed_ends_as_the_uninterrupted_run(trained: Any) -> None:
+    out = trained.folder / "out"
+    cut_back(shutil.copytree(out / "four", out / "resumed"), 4, rounds=2)
+    trained.run("train", trained.write("resumed", quantization_bit=4, lora_dropout=0.0))
+    assert trained.rounds("resumed") == trained.rounds("four")
+    assert_equal_weights(trained.weights("resumed"), trained.weights("four"))
+
+
+@pytest.mark.slow
+def test_a_weighter_of_equal_weights_trains_as_nothing_does_and_a_mixer_moves_its_shares(trained: Any) -> None:
+    """Over 4 bits: the loss whose logits are formed where labels are, on LLaMA-Factory's rows in their order."""
+    once: dict[str, Any] = {"dataset": ",".join(NAMES), "eval_dataset": None, "lora_dropout": 0.0, "warmup_step": None}
+    once |= {
+        "update_step": None,
+        "update_times": None,
+        "quantization_bit": 4,
+        "save_strategy": "no",
+        "save_steps": None,
+    }
+    trained.run(
+        "train", trained.write("plain", **once, train_type="static", component_name=None, max_steps=4, dataflex=None)
+    )
+    equal = {"store": str(trained.folder / "store"), "params": {"strategy": "uniform"}}
+    keys = {"train_type": "dynamic_weight", "component_name": "loss", "train_step": 4}
+    trained.run("train", trained.write("equal", **once, **keys, dataflex=equal))
+    np.testing.assert_allclose(logged(trained, "equal"), logged(trained, "plain"), rtol=1e-4)
+    path = mix(trained, "mixed", component_name="odm", quantization_bit=4, train_step=6)
+    trained.run("train", path)
+    shares = [line["proportions"] for line in in_force(trained, "mixed")]
+    assert len({tuple(each.values()) for each in shares}) > 1
+    assert np.isfinite(logged(trained, "mixed")).all()

@@ -51,7 +51,7 @@ def trained_whole(space: Any, name: str, **keys: Any) -> Path:
 
 
 def mixed(space: Any, name: str, **keys: Any) -> Path:
-    return Path(mix(space, name, component_name="odm", train_step=4, **keys))
+    return Path(mix(space, name, component_name="odm", train_step=6, **keys))
 
 
 def weighted(space: Any, name: str, **keys: Any) -> Path:
@@ -170,7 +170,7 @@ def test_a_checkpoint_is_one_process_s_and_is_gone_on_from_by_any_number(space: 
 def test_shares_and_factors_are_those_of_one_process(space: Any) -> None:
     """A mixer, and a weighter that looks at the losses of a whole step first, over all weights of the model."""
     shares = [[list(line["proportions"].values()) for line in in_force(space, name)] for name in ("odm-one", "odm-two")]
-    assert len(shares[0]) > 1
+    assert np.ptp(shares[0][-1]) > 1e-3  # of three arms, ODM only explores until its fourth update
     np.testing.assert_allclose(shares[1], shares[0], rtol=1e-5)
     for name in ("odm", "weighted"):
         np.testing.assert_allclose(logged(space, f"{name}-two"), logged(space, f"{name}-one"), rtol=1e-5)

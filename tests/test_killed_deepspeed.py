@@ -16,8 +16,9 @@ from tests.workspace import assert_equal_weights
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # DeepSpeed compiles its communication first
-def test_killed_under_deepspeed_and_begun_again_it_ends_as_the_undisturbed_run(workspace: Any) -> None:
-    keys = {"deepspeed": sharding(workspace, 2), "use_cpu": None, "per_device_train_batch_size": 1}
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_under_deepspeed_and_begun_again_it_ends_as_the_undisturbed_run(workspace: Any, stage: int) -> None:
+    keys = {"deepspeed": sharding(workspace, stage), "use_cpu": None, "per_device_train_batch_size": 1}
     runs = {}
     for name in ("whole", "killed"):
         section = {"store": str(workspace.folder / f"store-{name}"), "params": {"proj_dim": 256}}
