@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,15 @@ def tensors_digest(tensors: Iterable[tuple[str, Any]]) -> str:
             h.update(flat.view(torch.uint8).numpy().data)
         return name, h.hexdigest()
 
+    found: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return digest(dict(pool.map(one, tensors)))
+        ahead: deque[Future[tuple[str, str]]] = deque()
+        for item in tensors:  # perhaps gathered as they are asked for: few are held at a time
+            ahead.append(pool.submit(one, item))
+            if len(ahead) > 4:
+                found.update([ahead.popleft().result()])
+        found.update(each.result() for each in ahead)
+    return digest(found)
 
 
 ABSENT = object()

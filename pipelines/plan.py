@@ -84,8 +84,7 @@ class _Planning:
         scratch = self.folder / f".plan-{platform.node()}-{os.getpid()}"
         is_new = not self.folder.exists()
         arguments = {**self.settings.llamafactory, **QUIET, "output_dir": str(scratch)}
-        for key in ("deepspeed", "fsdp", "fsdp_config"):  # they would want a launcher, and change no rows
-            arguments.pop(key, None)
+        arguments.pop("deepspeed", None)  # it would want a launcher, and changes neither rows nor names
         if self.schedule is not None:
             arguments.pop("max_steps", None)
         elif self.settings.keys.train_step:

@@ -30,9 +30,9 @@ def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
     launch([sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides], **env)
 
 
-def launch(command: list[str], **env: str) -> None:
+def launch(command: list[str], seconds: float = 400, **env: str) -> None:
     """Run a command that starts processes of its own; what it said is shown if it fails."""
-    status, said = ended(command, **env)
+    status, said = _watched(command, env, 0, None, seconds)
     assert status == 0, said[-4000:]
 
 
@@ -47,7 +47,7 @@ def signalled(command: list[str], number: int, is_time: Callable[[], bool], **en
 
 
 def _watched(
-    command: list[str], env: dict[str, str], number: int, is_time: Callable[[], bool] | None
+    command: list[str], env: dict[str, str], number: int, is_time: Callable[[], bool] | None, seconds: float = 400
 ) -> tuple[int, str]:
     # A shell's background jobs ignore Ctrl-C, and their children inherit that.
     heeding = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -61,7 +61,7 @@ def _watched(
                 while process.poll() is None and not is_time():
                     time.sleep(0.01)
                 process.send_signal(number)
-            status = process.wait(400)
+            status = process.wait(seconds)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -26,6 +26,7 @@ REFUSED: dict[str, Any] = {
     "streaming": True,
     "neat_packing": True,
     "ignore_pad_token_for_loss": False,
+    "fsdp": "full_shard",
     "auto_find_batch_size": True,
     "do_train": False,
     "enable_jit_checkpoint": True,

@@ -160,8 +160,10 @@ def test_a_training_of_two_nodes_is_queued_again_on_75_alone_and_goes_on(workspa
     assert requeued.read_text() == "17\n"  # although the status file is the one of before
 
     env |= {"RUN": str(path), "OUTPUT": str(out), "NPROC_PER_NODE": "2"}
-    ran = subprocess.run(["bash", "-c", SKY["run"]], env=env, capture_output=True, text=True)
+    uploading = "code=$?; echo uploaded; exit $code"  # what SkyPilot adds to it, as far as it matters
+    ran = subprocess.run(["bash", "-c", SKY["run"] + uploading], env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith("uploaded\n")
     assert json.loads((out / "status.json").read_text("utf-8"))["state"] == "finished"
     logged = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text("utf-8").splitlines()]
     steps = [line["current_steps"] for line in logged]

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from dataflex.config import load
 from dataflex.errors import ConfigError
 from dataflex.features.adam import Moments
 from dataflex.live.sharding import Sharding
@@ -75,7 +74,7 @@ def space(tiny: Any, tmp_path_factory: pytest.TempPathFactory, workspace_class: 
     verbs = {name: "featurize" if name in ("at", "whole") else "train" for name in MAKERS}
     files += [(verbs[name], make(made, f"{name}-two", **TWO)) for name, make in MAKERS.items()]
     script = str(Path(__file__).parent / "fsdp.py")
-    launch([*TORCHRUN, script, *(str(part) for command in files for part in command)], **LAUNCHED)
+    launch([*TORCHRUN, script, *(str(part) for command in files for part in command)], seconds=850, **LAUNCHED)
     made.run("featurize", of_checkpoint(made, "half-one", bf16=True))
     for name, make in MAKERS.items():
         made.run(verbs[name], make(made, f"{name}-one"))
@@ -192,24 +191,6 @@ def test_fsdp_on_cpus_is_refused_and_not_made_ddp(workspace: Any, by: str, monke
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({}, "version 1 of FSDP; expected fsdp_config: {fsdp_version: 2}"),
-        ({"use_cpu": True, "fsdp_config": {"fsdp_version": 2}}, "fsdp: found 'full_shard auto_wrap'; expected no such"),
-        ({"fsdp_config": {"version": 2, "activation_checkpointing": True}}, "fsdp_config: found activation_checkpoint"),
-        ({"fsdp_config": {"version": 2}, "fsdp": "full_shard offload"}, "expected no offload"),
-        ({"fsdp_config": {"version": 2}, "torch_compile": True}, "torch_compile: found true; expected false beside"),
-    ],
-)
-def test_a_run_file_is_told_what_of_fsdp_is_not_had(workspace: Any, keys: dict[str, Any], said: str) -> None:
-    asked = {"use_cpu": None, "fsdp": "full_shard auto_wrap"}
-    load(workspace.write("run", **asked, fsdp_config={"fsdp_version": 2}))
-    with pytest.raises(ConfigError) as refused:
-        load(workspace.write("run", **{**asked, **keys}))
-    assert said in str(refused.value)
-
-
-@pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"fsdp_version": 1}, "fsdp: found FSDP1"),
@@ -235,7 +216,7 @@ def test_what_accelerate_was_told_is_refused_by_name(options: dict[str, Any], sa
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="accelerate enters FSDP on devices alone")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="accelerate enters FSDP on several devices alone")
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
 def test_on_gpus_features_and_a_training_are_those_of_one_process(workspace: Any, precision: dict[str, Any]) -> None:
     """As many processes as there are GPUs, launched as accelerate launches them, held against one without FSDP."""

@@ -60,7 +60,7 @@ def cluster() -> Iterator[dict[str, str]]:
 
 
 def started(cluster: dict[str, str], path: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPT), str(path), "--gpus", "0", "--wait", "0.2", *options]
+    command = [sys.executable, str(SCRIPT), str(path), "--gpus", "0", "--wait", "0.2", "--ending", "300", *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment(**cluster), stdout=pipe, stderr=pipe, text=True)
 

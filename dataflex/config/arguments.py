@@ -104,7 +104,7 @@ _LLAMAFACTORY: dict[Way, str] = {
         dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
         remove_unused_columns label_names length_column_name
         ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_backend ddp_timeout debug
-        fsdp fsdp_config skip_memory_metrics local_rank sortish_sampler predict_with_generate generation_max_length
+        fsdp_config skip_memory_metrics local_rank sortish_sampler predict_with_generate generation_max_length
         generation_num_beams generation_config
         ray_num_workers ray_init_kwargs master_addr master_port
         enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps
@@ -121,7 +121,7 @@ _LLAMAFACTORY: dict[Way, str] = {
     """,
     "refused": """
         mixture_of_depths use_unsloth use_kt use_mca use_hyper_parallel export_quantization_bit
-        streaming neat_packing ignore_pad_token_for_loss auto_find_batch_size do_train
+        streaming neat_packing ignore_pad_token_for_loss fsdp auto_find_batch_size do_train
         enable_jit_checkpoint
     """,
 }

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from dataflex.config import quantised
-from dataflex.config.fully_sharded import check_fsdp
 from dataflex.config.keys import DataflexKeys
 from dataflex.config.llamafactory_keys import template_names
 from dataflex.config.problems import NOTHING, Origin, Problems
@@ -72,7 +71,8 @@ class Combinations:
             for key in ("packing", "neat_packing"):
                 self._refuse_if_set(key, "A packed block in stage sft mixes examples, so a row is no example any more")
         self._refuse_if_set("streaming", "Rows of a stream cannot be chosen by position")
-        check_fsdp(self._values, self._origin, self._problems)
+        why = "LLaMA-Factory would load the whole model on every device; give FSDP2 to accelerate launch --config_file"
+        self._refuse_if_set("fsdp", why)
         self._refuse_if_set("auto_find_batch_size", "The rows of a round are decided for one batch size")
         for key in ("use_mca", "use_kt", "use_hyper_parallel"):
             self._refuse_if_set(key, "This backend has a training loop of its own, which asks no selector")

@@ -53,6 +53,6 @@ def saved_as(folder: Any) -> str | None:
 def asked_for(values: Mapping[str, Any]) -> str | None:
     """Return how LLaMA-Factory's keys have a model quantised as it is loaded."""
     bits, method = values.get("quantization_bit"), values.get("quantization_method", "bnb")
-    if not bits:
+    if not bits or saved_as(values.get("model_name_or_path")):  # LLaMA-Factory loads that as it was saved
         return None
     return {4: EXACT, 8: BATCHED}.get(bits, f"bitsandbytes in {bits} bits") if method == "bnb" else str(method)

@@ -19,8 +19,8 @@ from dataflex.features.sharded import is_dealt_out, put_back
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Switch off dropout, NEFTune and whatever else acts in training, but keep gradient checkpointing where it is on.
 
-    Parameters do not require gradients meanwhile, so that no kernel forms one. Afterwards mode flags, `requires_grad`,
-    checkpointing functions and random states are as before.
+    Parameters do not require gradients meanwhile, so that no kernel forms one, but under FSDP2. Afterwards mode flags,
+    `requires_grad`, checkpointing functions and random states are as before.
     """
     modes = [(module, module.training) for module in model.modules()]
     is_sharded = is_dealt_out(model)

@@ -101,7 +101,7 @@ class KnownState(ModelState):
 
     def numerics(self) -> dict[str, Any]:
         """Return what they were."""
-        return dict(self._facts["numerics"]) | self.sharding.numerics
+        return dict(self._facts["numerics"])
 
     @contextlib.contextmanager
     def at(self, state: StateName) -> Iterator[None]:

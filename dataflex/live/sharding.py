@@ -40,6 +40,11 @@ class Sharding:
         if trainer.is_fsdp_enabled:
             plugin = trainer.accelerator.state.fsdp_plugin
             _refuse(plugin, trainer.args)
+            if getattr(trainer.model.config, "quantization_config", None) is not None:
+                raise ConfigError(
+                    "model_name_or_path: found a quantised base under FSDP2; expected half or full precision. "
+                    "What is trained over quantised weights that are dealt out was not verified; use DDP or ZeRO-2"
+                )
             dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
             cast = None if dtype is None else str(dtype).removeprefix("torch.")
             return cls("fsdp", cast, bool(plugin.cpu_ram_efficient_loading))
@@ -109,7 +114,7 @@ def _refuse(plugin: Any, args: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ConfigError(
             f"fsdp: found FSDP{plugin.fsdp_version}, whose flat parameters have no gradients of single rows; expected "
-            "FSDP2. Set fsdp_version: 2, in the configuration of accelerate or in fsdp_config, or use DDP or DeepSpeed"
+            "FSDP2. Set fsdp_version: 2 in the configuration of accelerate, or use DDP or DeepSpeed"
         )
     if plugin.activation_checkpointing:
         raise ConfigError(

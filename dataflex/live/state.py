@@ -16,6 +16,7 @@ from dataflex.explanation import explained
 from dataflex.features.adam import Moments
 from dataflex.features.facts import Feature
 from dataflex.features.need import StateName
+from dataflex.features.sharded import is_dealt_out
 from dataflex.features.spec import BASE, ENGINE_VERSION
 from dataflex.fingerprint import model_digest, tensors_digest
 from dataflex.folders import folder_digest, model_folder
@@ -76,12 +77,18 @@ class ModelState:
         return {name: self.loaded[name] for name in ("weights", "merged", "drawn")}
 
     def require_runnable(self) -> None:
-        """Refuse to compute features of a base model that is not at hand.
+        """Refuse to compute features of weights that are not at hand.
 
         Raises:
-            CoverageError: its own weights have been trained.
-            ConfigError: ZeRO-3 has sharded it, and its engine does not run yet.
+            CoverageError: of the base model, whose own weights have been trained.
+            ConfigError: of a model that FSDP2 has not dealt out yet, as it does behind the run's preparations; or of a
+                base that ZeRO-3 has sharded, whose engine does not run yet.
         """
+        if self.sharding.kind == "fsdp" and not is_dealt_out(self.model):
+            raise ConfigError(
+                "found features that are wanted before the first step, when other processes than the first may have no "
+                "weights under FSDP2; expected them in the stores. Compute them with `dataflex featurize` without FSDP"
+            )
         if self._checkpoint != BASE or self.has_adapter:
             return
         if not self.sharding.takes_weights:

@@ -4,8 +4,8 @@ Wants the extra: pip install '.[ray]' -c constraints.txt
 
 Each worker is an actor in which `dataflex featurize` runs. They need nothing of each other: they share the store and
 take the rows that nobody else is at. Ray places them, starts one again that is lost, and asks its autoscaler for
-machines. The first worker trains the warm-up where features depend on its end; the others wait for the state that it
-keeps. Stopped, the same command goes on.
+machines. The first worker trains the warm-up where features depend on its end; the others give their places back until
+the state is there that it keeps. Stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ from dataflex.config import load
 from dataflex.environment import QUIET
 from dataflex.errors import ConfigError, CoverageError, DataflexError, Interrupted, UnavailableError
 
-ENDING = 60.0
-"""Seconds that the other workers have to end in, once one has found all rows there."""
-
 
 class Worker:
     """One launch of featurize, with one device at most."""
 
-    def featurize(self, folder: str, run: str, overrides: list[str], is_first: bool, wait: float) -> None:
+    def featurize(self, folder: str, run: str, overrides: list[str], is_first: bool) -> bool:
         """Compute into the stores, together with the other launches, until all is there.
 
         Args:
@@ -42,7 +39,9 @@ class Worker:
             run: the run file.
             overrides: `KEY=VALUE`.
             is_first: whether the warm-up is this one's.
-            wait: seconds between two looks for the end of another's warm-up.
+
+        Returns:
+            Whether all is there; else the state behind another's warm-up is not.
 
         Raises:
             UnavailableError: it was asked to stop, or a server does not answer; Ray tries again.
@@ -56,17 +55,16 @@ class Worker:
                 "machine: on a common disk, or by `ray job submit --working-dir`"
             )
         os.chdir(folder)
-        while True:
-            try:
-                Run(load(run, overrides)).featurize(worker=not is_first)
-                return
-            except CoverageError as error:
-                if is_first:
-                    raise
-                logging.getLogger("dataflex").info("waiting %.0f s for another: %s", wait, error)
-                time.sleep(wait)
-            except Interrupted as error:  # which is no Exception, and would end the actor for good
-                raise UnavailableError(str(error)) from error
+        try:
+            Run(load(run, overrides)).featurize(worker=not is_first)
+        except CoverageError as error:
+            if is_first:
+                raise
+            logging.getLogger("dataflex").info("waiting for another: %s", error)
+            return False
+        except Interrupted as error:  # which is no Exception, and would end the actor for good
+            raise UnavailableError(str(error)) from error
+        return True
 
 
 def main() -> None:
@@ -85,6 +83,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=float, default=1, help="of each worker")
     parser.add_argument("--retries", type=int, default=10, help="how often Ray starts a worker again; -1: always")
     parser.add_argument("--wait", type=float, default=60, help="seconds between looks for the end of the warm-up")
+    parser.add_argument("--ending", type=float, default=60, help="seconds the others have, when one has found all")
     asked = parser.parse_intermixed_args()
     if asked.workers < 1:
         parser.error(f"--workers: found {asked.workers}; expected at least 1")
@@ -95,17 +94,36 @@ def main() -> None:
     actor: Any = ray.remote(
         num_gpus=asked.gpus, num_cpus=asked.cpus, max_restarts=asked.retries, max_task_retries=asked.retries
     )(Worker)
-    workers = [actor.remote() for _ in range(asked.workers)]
-    waiting = [
-        worker.featurize.options(retry_exceptions=[UnavailableError]).remote(
-            os.getcwd(), asked.run, asked.overrides, number == 0, asked.wait
-        )
-        for number, worker in enumerate(workers)
-    ]
-    ended, waiting = ray.wait(waiting)
-    ray.get(ended)  # raises what the worker did; a worker that ends well has found all rows there
-    ended, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING) if waiting else ([], [])
-    ray.get(ended)
+    if asked.gpus > ray.cluster_resources().get("GPU", 0):
+        print("found no GPU yet: workers wait for one that Ray fetches; on CPUs say --gpus 0", file=sys.stderr)
+    at_work: dict[Any, tuple[int, Any]] = {}
+    due = dict.fromkeys(range(asked.workers), 0.0)  # workers that are to be started, and when
+    while True:
+        for number in [number for number, when in due.items() if when <= time.monotonic()]:
+            del due[number]
+            worker = actor.remote()
+            task = worker.featurize.options(retry_exceptions=[UnavailableError])
+            at_work[task.remote(os.getcwd(), asked.run, asked.overrides, number == 0)] = number, worker
+        if not at_work:
+            time.sleep(0.1)
+            continue
+        for task in ray.wait(list(at_work), timeout=1)[0]:
+            number, worker = at_work.pop(task)
+            if ray.get(task):  # raises what the worker did
+                leave(list(at_work), asked.ending)
+                return
+            ray.kill(worker)  # its place may be what the first waits for
+            due[number] = time.monotonic() + asked.wait
+
+
+def leave(tasks: list[Any], seconds: float) -> None:
+    """Give workers the time to end by themselves; as all rows are there, what they fail of is only said."""
+    ended = ray.wait(tasks, num_returns=len(tasks), timeout=seconds)[0] if tasks else []
+    for task in ended:
+        try:
+            ray.get(task)
+        except (RayActorError, RayTaskError) as error:
+            print(f"a worker ended behind the last row: {' '.join(str(error).split())[:300]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

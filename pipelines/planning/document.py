@@ -129,7 +129,8 @@ class Planned:
         )
         if not len(run.eligible):
             raise ConfigError("dataset: found no row with a supervised token; check template and cutoff_len")
-        if specs := [need.spec for need in run.declared] + list(settings.dataflex.features):
+        specs = [need.spec for need in run.declared] + list(settings.dataflex.features)
+        if specs or run.tests:
             state.refuse_quantised(any(spec.gradient for spec in specs))
         return run
 

@@ -115,10 +115,7 @@ class KnownModel:
 
 def sharding_of(settings: Settings) -> Sharding:
     """Return how a run's model will lie over its processes, as its run file says."""
-    keys, path = settings.llamafactory, settings.llamafactory.get("deepspeed")
-    if keys.get("fsdp"):
-        cast = next((name for key, name in (("bf16", "bfloat16"), ("fp16", "float16")) if keys.get(key)), None)
-        return Sharding("fsdp", cast)
+    path = settings.llamafactory.get("deepspeed")
     if not path:
         return Sharding("none")
     stage = path if isinstance(path, dict) else json.loads(Path(path).read_text("utf-8"))
