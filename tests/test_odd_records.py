@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 
 from dataflex.errors import DataflexError
@@ -109,8 +108,9 @@ def test_odd_data_is_refused_by_name(
     load_dataset: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # as without the extra
+    known = sys.modules["fsspec.registry"]._registry  # which `fsspec.registry` shadows
     for name in ("gs", "gcs"):
-        monkeypatch.delitem(fsspec.registry._registry, name, raising=False)
+        monkeypatch.delitem(known, name, raising=False)
     entries: dict[str, Any] = {name: entry for name, (entry, _) in ELSEWHERE.items()}
     (tmp_path / "loop.json").symlink_to("loop.json")
     (tmp_path / "empty").mkdir()
