@@ -121,13 +121,13 @@ def _model(
 
 def quantised(model: Any, compute_dtype: torch.dtype) -> Any:
     """Put the linear layers of a model's decoder into 4 bits (NF4), as `quantization_bit: 4` does; the head stays."""
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     for path, module in list(model.model.named_modules()):
         if type(module) is nn.Linear:
             weight, sizes = module.weight, (module.in_features, module.out_features)
-            new = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
-            new.weight = bitsandbytes.nn.Params4bit(weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            new = Linear4bit(*sizes, bias=False, compute_dtype=compute_dtype, quant_type="nf4")
+            new.weight = Params4bit(weight.data.cpu(), requires_grad=False, quant_type="nf4")
             new.support_avx512bf16_for_cpu = False  # on a CPU: no bfloat16 in evaluation mode
             owner, _, name = path.rpartition(".")
             setattr(model.model.get_submodule(owner), name, new.to(weight.device))  # the move is what quantises

@@ -30,7 +30,7 @@ def dataflex(verb: str, path: Path, *overrides: str, **env: str) -> None:
     launch([sys.executable, "-m", "dataflex.cli", verb, str(path), *overrides], **env)
 
 
-def launch(command: list[str], seconds: float = 400, **env: str) -> None:
+def launch(command: list[str], seconds: float = 400, /, **env: str) -> None:
     """Run a command that starts processes of its own; what it said is shown if it fails."""
     status, said = _watched(command, env, 0, None, seconds)
     assert status == 0, said[-4000:]

@@ -74,7 +74,7 @@ def space(tiny: Any, tmp_path_factory: pytest.TempPathFactory, workspace_class: 
     verbs = {name: "featurize" if name in ("at", "whole") else "train" for name in MAKERS}
     files += [(verbs[name], make(made, f"{name}-two", **TWO)) for name, make in MAKERS.items()]
     script = str(Path(__file__).parent / "fsdp.py")
-    launch([*TORCHRUN, script, *(str(part) for command in files for part in command)], seconds=850, **LAUNCHED)
+    launch([*TORCHRUN, script, *(str(part) for command in files for part in command)], 850, **LAUNCHED)
     made.run("featurize", of_checkpoint(made, "half-one", bf16=True))
     for name, make in MAKERS.items():
         made.run(verbs[name], make(made, f"{name}-one"))
