@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from torch.distributed.tensor import distribute_tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from dataflex.errors import ConfigError
@@ -115,6 +118,11 @@ def _refuse(plugin: Any, args: Any) -> None:
         raise ConfigError(
             f"fsdp: found FSDP{plugin.fsdp_version}, whose flat parameters have no gradients of single rows; expected "
             "FSDP2. Set fsdp_version: 2 in the configuration of accelerate, or use DDP or DeepSpeed"
+        )
+    if "src_data_rank" not in inspect.signature(distribute_tensor).parameters:
+        raise ConfigError(
+            f"fsdp: found torch {torch.__version__}; expected a newer one, in which each process takes its own part of a "
+            "weight that all have"
         )
     if plugin.activation_checkpointing:
         raise ConfigError(
