@@ -203,14 +203,16 @@ def test_what_accelerate_was_told_is_refused_by_name(options: dict[str, Any], sa
 
     plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **options})
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    trainer: Any = SimpleNamespace(
-        is_fsdp_enabled=True, accelerator=accelerator, args=SimpleNamespace(torch_compile=False)
-    )
+    args, model = SimpleNamespace(torch_compile=False), SimpleNamespace(config=SimpleNamespace())
+    trainer: Any = SimpleNamespace(is_fsdp_enabled=True, accelerator=accelerator, args=args, model=model)
     with pytest.raises(ConfigError, match=said):
         Sharding.of(trainer)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
     accelerator.state.fsdp_plugin = plugin
     assert Sharding.of(trainer) == Sharding("fsdp", "bfloat16")
+    model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ConfigError, match="found a quantised base under FSDP2"):
+        Sharding.of(trainer)
 
 
 @pytest.mark.gpu

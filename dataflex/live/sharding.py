@@ -121,8 +121,8 @@ def _refuse(plugin: Any, args: Any) -> None:
         )
     if "src_data_rank" not in inspect.signature(distribute_tensor).parameters:
         raise ConfigError(
-            f"fsdp: found torch {torch.__version__}; expected a newer one, in which each process takes its own part of a "
-            "weight that all have"
+            f"fsdp: found torch {torch.__version__}; expected a newer one, in which each process takes its own part of "
+            "a weight that all have"
         )
     if plugin.activation_checkpointing:
         raise ConfigError(
