@@ -4,8 +4,8 @@ Wants the extra: pip install '.[ray]' -c constraints.txt
 
 Each worker is an actor in which `dataflex featurize` runs. They need nothing of each other: they share the store and
 take the rows that nobody else is at. Ray places them, starts one again that is lost, and asks its autoscaler for
-machines. The first worker trains the warm-up where features depend on its end; the others give their places back until
-the state is there that it keeps. Stopped, the same command goes on.
+machines. The first worker trains the warm-up where features depend on its end; the others wait for the state that it
+keeps, and give their places back from time to time, as it may want one. Stopped, the same command goes on.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ from dataflex.environment import QUIET
 from dataflex.errors import ConfigError, CoverageError, DataflexError, Interrupted, UnavailableError
 
 
+LOOKS = 30
+"""Looks for the end of the warm-up, before a worker gives its place back."""
+
+
 class Worker:
     """One launch of featurize, with one device at most."""
 
-    def featurize(self, folder: str, run: str, overrides: list[str], is_first: bool) -> bool:
+    def featurize(self, folder: str, run: str, overrides: list[str], is_first: bool, wait: float) -> bool:
         """Compute into the stores, together with the other launches, until all is there.
 
         Args:
@@ -39,6 +43,7 @@ class Worker:
             run: the run file.
             overrides: `KEY=VALUE`.
             is_first: whether the warm-up is this one's.
+            wait: seconds between two looks for the end of another's.
 
         Returns:
             Whether all is there; else the state behind another's warm-up is not.
@@ -55,16 +60,18 @@ class Worker:
                 "machine: on a common disk, or by `ray job submit --working-dir`"
             )
         os.chdir(folder)
-        try:
-            Run(load(run, overrides)).featurize(worker=not is_first)
-        except CoverageError as error:
-            if is_first:
-                raise
-            logging.getLogger("dataflex").info("waiting for another: %s", error)
-            return False
-        except Interrupted as error:  # which is no Exception, and would end the actor for good
-            raise UnavailableError(str(error)) from error
-        return True
+        for _ in range(LOOKS):
+            try:
+                Run(load(run, overrides)).featurize(worker=not is_first)
+                return True
+            except CoverageError as error:
+                if is_first:
+                    raise
+                logging.getLogger("dataflex").info("waiting %.0f s for another: %s", wait, error)
+                time.sleep(wait)
+            except Interrupted as error:  # which is no Exception, and would end the actor for good
+                raise UnavailableError(str(error)) from error
+        return False
 
 
 def main() -> None:
@@ -103,7 +110,7 @@ def main() -> None:
             del due[number]
             worker = actor.remote()
             task = worker.featurize.options(retry_exceptions=[UnavailableError])
-            at_work[task.remote(os.getcwd(), asked.run, asked.overrides, number == 0)] = number, worker
+            at_work[task.remote(os.getcwd(), asked.run, asked.overrides, number == 0, asked.wait)] = number, worker
         if not at_work:
             time.sleep(0.1)
             continue
