@@ -27,7 +27,6 @@ from dataflex.config import load
 from dataflex.environment import QUIET
 from dataflex.errors import ConfigError, CoverageError, DataflexError, Interrupted, UnavailableError
 
-
 LOOKS = 30
 """Looks for the end of the warm-up, before a worker gives its place back."""
 
