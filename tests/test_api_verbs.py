@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -63,6 +64,13 @@ def surroundings() -> dict[str, Any]:
         "folder": Path.cwd(),
         "hook": sys.excepthook,
     }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bitsandbytes() -> None:
+    """Have it imported before: what it logs of a package that it lacks keeps the frames of whoever imports it first."""
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        importlib.import_module("bitsandbytes")
 
 
 def models() -> int:
