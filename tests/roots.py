@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fsspec.implementations.memory import MemoryFileSystem
@@ -15,6 +18,7 @@ from dataflex.stores.leases import Lease
 from dataflex.stores.parquet import ParquetStore
 from dataflex.stores.root import StoreRoot, open_files
 from dataflex.stores.runs import RunRecord
+from dataflex.stores.upkeep.inspection import inspect
 from dataflex.stores.values import Layout, Values
 
 LAYOUT = Layout({"norm": "float32"}, 8, "float16")
@@ -99,3 +103,18 @@ def check(files: Files) -> None:
     assert store.committed_fragments() == ["f0"]
     assert store.rows == 5
     assert [file.path.split("/")[1] for file in files.stored("")] == ["data", "derived", "log", "recipe.json"]
+
+
+def lived_through(root: str, server: Any, faults: Iterable[str], often: int = 1, step: int = 1) -> int:
+    """Live a store's life anew for each `step`-th request that fails, `often` in a row; return how many there were."""
+    for number, fault in zip(itertools.count(0, step), faults, strict=False):
+        url = f"{root}/{number}"
+        server.begin(fault, lambda found, *_: number <= found < number + often)  # noqa: B023
+        life(url)
+        struck = server.struck
+        server.begin()
+        check(open_files(url))
+        if not struck:
+            break
+    assert [part for part in inspect(open_files(url)) if part.problems] == []
+    return number

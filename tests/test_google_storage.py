@@ -20,7 +20,7 @@ from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.root import StoreRoot, open_files, refuse_unusable
 from dataflex.stores.upkeep.inspection import inspect
 from tests import google_storage
-from tests.roots import check, life
+from tests.roots import check, life, lived_through
 
 FAULTS = ("409", "429", "500", "503", "dropped", "lost", "lost 500", "cut", "hangs")
 
@@ -127,17 +127,7 @@ def test_what_fails_for_good_is_told_in_one_message(
 @pytest.mark.parametrize(("often", "step"), [(1, 1), (7, 3)])  # gcsfs gives up behind the sixth
 def test_every_request_of_a_store_may_fail(often: int, step: int, google_bucket: str, server: Proxy) -> None:
     kinds = itertools.cycle(FAULTS[: None if often == 1 else -1])
-    for number, fault in zip(itertools.count(0, step), kinds, strict=False):
-        url = f"gs://{google_bucket}/{number}"
-        server.begin(fault, lambda found, *_: number <= found < number + often)  # noqa: B023
-        life(url)
-        struck = server.struck
-        server.begin()
-        check(open_files(url))
-        if not struck:
-            break
-    assert number > 20
-    assert [part for part in inspect(open_files(url)) if part.problems] == []
+    assert lived_through(f"gs://{google_bucket}", server, kinds, often, step) > 20
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from dataflex.stores.leases import Lease
 from dataflex.stores.remote_files import RemoteFiles
 from dataflex.stores.root import StoreRoot, open_files
 from dataflex.stores.upkeep.inspection import inspect
-from tests.roots import LAYOUT, check, life, make_state, record, values
+from tests.roots import LAYOUT, lived_through, make_state, record, values
 
 Chosen = Callable[[int, str, str], bool]
 
@@ -54,17 +54,7 @@ def test_every_request_of_a_store_may_fail_once(
 ) -> None:
     """The kinds of faults take turns."""
     kinds = itertools.cycle(FAULTS[shift:] + FAULTS[:shift])
-    for number, fault in zip(itertools.count(), kinds, strict=False):
-        url = f"s3://{bucket}/{number}"
-        proxy.begin(fault, at(number))
-        life(url)
-        struck = proxy.struck
-        proxy.begin()
-        check(open_files(url))
-        if not struck:
-            break
-    assert number > 25
-    assert [part for part in inspect(open_files(url)) if part.problems] == []
+    assert lived_through(f"s3://{bucket}", proxy, kinds) > 25
     assert ours(caplog) == []
 
 
